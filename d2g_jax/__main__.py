@@ -1,0 +1,227 @@
+"""The `d2g` command: one subcommand per job, nothing else.
+
+Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted. Every job goes on where it stopped when the same
+command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from d2g_jax.errors import UserError
+
+JOBS = {
+    "demo": "pairs, three students, figures and a report on the embedded digits teacher",
+    "teacher": "train the embedded digits teacher, its metric and its classifier from nothing",
+    "pairs": "solve the teacher's ODE for every prompt and write TFRecord shards; `pairs verify DIR` checks them",
+    "train": "distil the teacher into a one-step generator",
+    "sample": "draw images from a pipeline folder or a trained student",
+}
+
+_CONFIG_HELP = """
+Settings: --config=FILE.py names a file with get_config(); without it the digits configuration is taken.
+--config.KEY=VALUE overrides one setting, for example --config.train.images=100000.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one job and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(f"d2g: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("d2g: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    usage = "usage: d2g JOB [--flag=value ...]\n\n" + "\n".join(f"  {job:9}{text}" for job, text in JOBS.items())
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(f"{usage}\n\n`d2g JOB --help` lists the flags of a job.")
+        return 0 if arguments else 2
+    job, rest = arguments[0], arguments[1:]
+    if job not in JOBS:
+        raise UserError(f"unknown job {job!r}; known are {', '.join(JOBS)}")
+    if job == "pairs" and rest[:1] == ["verify"]:
+        return _verify(rest[1:])
+    return {"demo": _demo, "teacher": _teacher, "pairs": _pairs, "train": _train, "sample": _sample}[job](rest)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser(job: str, text: str | None = None) -> _Parser:
+    return _Parser(
+        prog=f"d2g {job}",
+        description=text or JOBS[job],
+        epilog=_CONFIG_HELP if text is None and job != "sample" else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _parse_with_config(parser: _Parser, arguments: list[str]) -> tuple[argparse.Namespace, Any]:
+    """Splits off the --config flags, which ml_collections' config_flags reads, from the job's own."""
+    is_config = [a == "--config" or a.startswith(("--config=", "--config.")) for a in arguments]
+    is_config = [
+        mine or (i > 0 and "=" not in arguments[i - 1] and is_config[i - 1]) for i, mine in enumerate(is_config)
+    ]
+    flags = [a for a, mine in zip(arguments, is_config, strict=True) if mine]
+    own = parser.parse_args([a for a, mine in zip(arguments, is_config, strict=True) if not mine])
+    return own, read_config(flags)
+
+
+def read_config(arguments: Sequence[str]) -> Any:
+    """The resolved config of `--config=FILE` and `--config.key=value` flags; `UserError` for anything unknown."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    default = str(Path(__file__).parent / "digits" / "config.py")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", default, flag_values=values)
+    named = [a for a in arguments if a.startswith("--config=")]
+    for argument in named:
+        if not Path(argument.partition("=")[2].partition(":")[0]).is_file():
+            raise UserError(f"{argument}: no such file; give a Python file with get_config()")
+    try:
+        values(["d2g", *arguments])
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"config: {' '.join(str(error).split())}") from error
+    return values.config
+
+
+def _start(config: Any) -> None:
+    """Device count and the compilation cache; before the first use of a device."""
+    import jax
+
+    from d2g_jax import mesh
+
+    if "cpu_devices" in config.mesh:
+        mesh.use_cpu_devices(config.mesh.cpu_devices)
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "d2g_jax"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _demo(arguments: list[str]) -> int:
+    parser = _parser("demo")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--full", action="store_true", help="also pseudo-Huber and LatentLPIPS students")
+    own, config = _parse_with_config(parser, arguments)
+    _start(config)
+    from d2g_jax.digits.demo import demo
+
+    print(demo(config, own.workdir, full=own.full))
+    return 0
+
+
+def _teacher(arguments: list[str]) -> int:
+    parser = _parser("teacher")
+    parser.add_argument("--workdir", type=Path, required=True)
+    own, config = _parse_with_config(parser, arguments)
+    _start(config)
+    from d2g_jax.digits.teacher import make_teacher
+
+    make_teacher(config.teacher, own.workdir)
+    print(own.workdir)
+    return 0
+
+
+def _pairs(arguments: list[str]) -> int:
+    parser = _parser("pairs")
+    parser.add_argument("--workdir", type=Path, required=True)
+    own, config = _parse_with_config(parser, arguments)
+    _start(config)
+    from d2g_jax.pairs import make_pairs
+
+    print(make_pairs(config, own.workdir))
+    return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    parser = _parser("pairs verify", "re-read every record: checksums, ids, shapes, finite values, noise redrawn")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--repair", action="store_true", help="remove the bad shards, so that `d2g pairs` remakes them")
+    own = parser.parse_args(arguments)
+    from d2g_jax import records
+
+    problems = records.verify(own.folder)
+    for problem in problems:
+        print(problem)
+    if problems and own.repair:
+        for file in records.repair(own.folder, problems):
+            print(f"removed {file}")
+        return 0
+    if problems:
+        raise UserError(f"{own.folder}: {len(problems)} problems; --repair removes the bad shards")
+    print(f"{own.folder}: {len(records.PairSource(own.folder))} records, all good")
+    return 0
+
+
+def _train(arguments: list[str]) -> int:
+    parser = _parser("train")
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--pairs", type=Path, help="folder of pairs; default WORKDIR/pairs/1.0.0")
+    own, config = _parse_with_config(parser, arguments)
+    _start(config)
+    from d2g_jax.pairs import FOLDER
+    from d2g_jax.train import train
+
+    train(config, own.workdir, own.pairs or own.workdir / FOLDER)
+    print(own.workdir / "report.html")
+    return 0
+
+
+def _sample(arguments: list[str]) -> int:
+    parser = _parser("sample")
+    parser.add_argument("--model", required=True, help="pipeline folder, or workdir of `d2g train`")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompts", type=Path, help="text file, one prompt per line")
+    parser.add_argument("--images", type=int, default=1, help="images per prompt")
+    parser.add_argument("--steps", type=int, help="solver steps of a teacher; default 50")
+    parser.add_argument("--guidance", type=float, help="guidance scale of a teacher; default 7.5")
+    parser.add_argument("--solver", choices=["ddim"], default="ddim")
+    parser.add_argument("--negative", default="", help="negative prompt of a teacher")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--latents", type=Path, help="float32 noise (N, C, h, w), .npy, in place of --seed")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--out", type=Path, required=True)
+    own = parser.parse_args(arguments)
+    from ml_collections import ConfigDict
+
+    _start(ConfigDict({"mesh": {}}))
+    from d2g_jax.pairs import read_prompts
+    from d2g_jax.sample import sample
+
+    prompts = own.prompt + (list(read_prompts(own.prompts).lines) if own.prompts else [])
+    seconds = sample(
+        own.model,
+        prompts,
+        own.out,
+        images_per_prompt=own.images,
+        steps=own.steps,
+        guidance_scale=own.guidance,
+        negative_prompt=own.negative,
+        seed=own.seed,
+        latents=own.latents,
+        batch_size=own.batch,
+    )
+    print(json.dumps({"out": str(own.out), "seconds": {name: round(value, 3) for name, value in seconds.items()}}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

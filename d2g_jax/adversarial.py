@@ -1,0 +1,99 @@
+"""The conditional GAN objective: non-saturating losses, lazy single-sample R1, mix-and-match.
+
+Logits come as one dense map per head. Every loss is a mean over locations, then over heads, then over samples, so that
+its weight does not depend on how many heads there are (paper.md section 8, row 11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+Logits = Sequence[jax.Array]
+"""One float32 map (B, h_i, w_i) per head."""
+
+
+def _per_sample(maps: Logits, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Mean over heads of the mean over locations of function(logits): (B,)."""
+    return jnp.mean(jnp.stack([jnp.mean(function(m), axis=(1, 2)) for m in maps]), axis=0)
+
+
+def realness(maps: Logits) -> jax.Array:
+    """Mean logit of each sample (B,): above zero means taken for real."""
+    return _per_sample(maps, lambda logits: logits)
+
+
+def generator_loss(fake: Logits) -> jax.Array:
+    """-log D(G), softplus form; (B,)."""
+    return _per_sample(fake, lambda logits: jax.nn.softplus(-logits))
+
+
+def discriminator_loss(real: Logits, fake: Logits) -> jax.Array:
+    """-log D(real) - log(1 - D(fake)), softplus form; (B,)."""
+    return _per_sample(real, lambda logits: jax.nn.softplus(-logits)) + _per_sample(fake, jax.nn.softplus)
+
+
+def r1_penalty(realness_of: Callable[[jax.Array], jax.Array], latents: jax.Array) -> jax.Array:
+    """||d realness / d latents||^2 summed over pixels and channels, one value per sample (arXiv 1801.04406, eq. 9).
+
+    `realness_of` maps latents (N, h, w, C) to (N,) without mixing samples. Needs second derivatives: build the
+    discriminator with attention="plain".
+    """
+    gradient = jax.grad(lambda x: jnp.sum(realness_of(x)))(latents.astype(jnp.float32))
+    return jnp.sum(jnp.square(gradient), axis=(1, 2, 3))
+
+
+def first_of_each_group(x: jax.Array, groups: int) -> jax.Array:
+    """One sample per logical group: (B, ...) to (groups, ...).
+
+    Reshaped, not strided: `x[::k]` would gather the batch from all devices.
+    """
+    return x.reshape(groups, -1, *x.shape[1:])[:, 0]
+
+
+def roll_in_groups(x: jax.Array, groups: int) -> jax.Array:
+    """Each sample's value becomes that of its neighbour in the same group; nothing crosses a group's border."""
+    return jnp.roll(x.reshape(groups, -1, *x.shape[1:]), 1, axis=1).reshape(x.shape)
+
+
+def mix_and_match(
+    key: jax.Array,
+    portion: float,
+    groups: int,
+    generated: jax.Array,
+    latents: jax.Array,
+    noise: jax.Array,
+    text: jax.Array,
+    input_ids: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Turns a portion of the fake triples into real latents with the wrong condition; their label stays fake.
+
+    Of the replaced samples one half gets a neighbour's real latent (keeping z and c), a quarter keeps its own real
+    latent under a neighbour's text, a quarter under a neighbour's noise (paper.md section 8, row 12). Neighbours are
+    taken inside a logical group. A sample whose neighbour has the same caption is left alone where the swap would not
+    make it wrong.
+
+    Args:
+      key: a typed PRNG key.
+      portion: share of samples replaced, 0 to 1.
+      groups: logical groups of the batch.
+      generated, latents, noise: (B, h, w, C); generated is G(noise, text), latents the teacher's.
+      text: (B, L, D).
+      input_ids: (B, L), to tell equal captions.
+
+    Returns:
+      (latents, noise, text) of the discriminator's fake half.
+    """
+    draw = jax.random.uniform(key, (generated.shape[0],))
+    same_caption = jnp.all(input_ids == roll_in_groups(input_ids, groups), axis=-1)
+    swap_latents = draw < 0.5 * portion
+    swap_text = (draw >= 0.5 * portion) & (draw < 0.75 * portion) & ~same_caption
+    swap_noise = (draw >= 0.75 * portion) & (draw < portion)
+    column = lambda mask, like: mask.reshape(-1, *[1] * (like.ndim - 1))  # noqa: E731
+    mixed = jnp.where(column(swap_text | swap_noise, latents), latents, generated)
+    mixed = jnp.where(column(swap_latents, latents), roll_in_groups(latents, groups), mixed)
+    noise = jnp.where(column(swap_noise, noise), roll_in_groups(noise, groups), noise)
+    text = jnp.where(column(swap_text, text), roll_in_groups(text, groups), text)
+    return mixed, noise, text

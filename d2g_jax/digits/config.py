@@ -1,0 +1,180 @@
+"""The digits configuration: every field of every job, with the values of the demo.
+
+d2g demo                                              pairs, three students, figures, report
+d2g pairs --workdir=runs/digits                       the pairs alone
+d2g train --workdir=runs/digits                       one student alone, on those pairs
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ml_collections import ConfigDict, config_dict
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""Package data, made by `d2g teacher`: pipeline/, metric/, classifier.safetensors, prompts.txt."""
+
+
+def get_config() -> ConfigDict:
+    """Two CPU cores, ten minutes: see README.md for the measured figures."""
+    c = ConfigDict()
+    c.name = "digits"
+    c.seed = 0
+    c.pipeline = str(WEIGHTS / "pipeline")  # a folder in diffusers' layout: the teacher
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "cpu_devices": 2})  # data = -1: the devices that fsdp leaves
+    c.pairs = pairs()
+    c.loss = loss()
+    c.generator = ConfigDict({"timestep": config_dict.placeholder(int)})  # None: where the pairs' solver starts
+    c.discriminator = discriminator()
+    c.adversarial = adversarial()
+    c.optimizer = optimizer()
+    c.train = train()
+    c.evaluation = ConfigDict({"samples": 2000, "batch_size": 250, "seed": 1})
+    # MSE and pseudo-Huber students: the best of three learning rates, see docs/digits.md.
+    c.demo = ConfigDict({"pointwise_learning_rate": 1e-3})
+    c.teacher = teacher()
+    return c.lock()
+
+
+def pairs() -> ConfigDict:
+    """Prompts x noise -> the teacher's guided 50-step DDIM solutions."""
+    return ConfigDict(
+        {
+            "prompts": str(WEIGHTS / "prompts.txt"),
+            "pairs_per_prompt": 1,
+            "count": 3072,
+            "records_per_shard": 512,
+            "steps": 50,
+            "guidance_scale": 3.0,  # the paper's SD-CFG-3
+            "negative_prompt": "",
+            "seed": 0,
+            "batch_size": 256,
+            "dtype": "float32",
+        }
+    )
+
+
+def loss() -> ConfigDict:
+    """The regression term."""
+    return ConfigDict(
+        {
+            "name": "e_latent_lpips",  # mse, pseudo_huber, latent_lpips, e_latent_lpips
+            "metric": str(WEIGHTS / "metric"),
+            # Geometric transforms and cutout, the paper's main text; the release has b, g, c, o, co, bg, bgc, bgco.
+            "preset": "bgo",
+            # Not in the paper. The digits' metric alone leaves the latents' amplitude free, which then runs away.
+            "l1_weight": 1.0,
+            "pseudo_huber_c": 0.00054,  # improved consistency training's constant
+        }
+    )
+
+
+def discriminator() -> ConfigDict:
+    """The paper's D; what it does not state is section 8 of no paper but common practice, one comment each."""
+    return ConfigDict(
+        {
+            "timestep": 0,  # D sees clean latents, and 0 is where the teacher saw them too
+            "head_channels": 32,  # 256 for SD
+            "z_conditioning": True,
+            "multiscale_inputs": True,
+            "multiscale_heads": True,
+        }
+    )
+
+
+def adversarial() -> ConfigDict:
+    """The GAN term; weight 0 is a regression-only run without a discriminator."""
+    return ConfigDict(
+        {
+            "weight": 0.1,  # lambda_GAN, not in the paper: aim for 0.1 to 0.5 of the regression's gradient norm
+            "start_images": 24_576,  # regression alone before D starts
+            "warmup_images": 4_096,  # D alone learns for so long before G listens to it
+            "r1_gamma": 0.2,  # not in the paper; the term should be 1 to 10% of D's loss
+            "r1_interval": 16,  # the paper's
+            "mix_and_match": 0.25,  # share of the fake half that is replaced; not in the paper
+        }
+    )
+
+
+def optimizer() -> ConfigDict:
+    """Adam's settings are not in the paper. New layers are those that the teacher does not have."""
+    return ConfigDict(
+        {
+            "generator": {
+                "learning_rate": 1e-3,
+                "betas": (0.9, 0.99),
+                "weight_decay": 0.0,
+                "warmup_images": 1024,
+                "gradient_clip": 10.0,
+            },
+            "discriminator": {
+                "learning_rate": 3e-4,
+                "new_learning_rate": 1e-3,
+                "betas": (0.0, 0.99),
+                "weight_decay": 0.0,
+                "warmup_images": 1024,
+                "gradient_clip": 10.0,
+            },
+        }
+    )
+
+
+def train() -> ConfigDict:
+    """Length, batch, and how often things are written; all counted in images."""
+    return ConfigDict(
+        {
+            "images": 40_960,
+            "batch_size": 64,
+            "groups": 2,  # logical groups of the batch; R1 takes one sample of each. A multiple of the devices
+            "dtype": "float32",
+            "remat": False,
+            "ema_half_life_images": 2_000.0,
+            "log_every": 512,
+            "sample_every": 8_192,
+            "checkpoint_every": 16_384,
+            "keep_checkpoints": 2,
+        }
+    )
+
+
+def teacher() -> ConfigDict:
+    """Training of the embedded teacher (`d2g teacher`), stage by stage."""
+    return ConfigDict(
+        {
+            "autoencoder": {
+                "steps": 1500,
+                "batch_size": 32,
+                "learning_rate": 2e-3,
+                "kl_weight": 1e-4,
+                "seed": 0,
+            },
+            "denoiser": {
+                "steps": 5000,
+                "batch_size": 128,
+                "learning_rate": 2e-3,
+                "weight_decay": 0.01,
+                "caption_dropout": 0.1,
+                "caption_variants": 64,
+                "ema": 0.999,
+                "seed": 0,
+            },
+            "metric": {
+                "trunk": {
+                    "steps": 2000,
+                    "batch_size": 128,
+                    "learning_rate": 2e-3,
+                    "weight_decay": 0.01,
+                    "rounds": 15,  # warped copies of every image
+                    "seed": 0,
+                },
+                "heads": {
+                    "steps": 2000,
+                    "batch_size": 50,
+                    "learning_rate": 1e-3,
+                    "triplets": 8000,
+                    "seed": 0,
+                },
+            },
+            "prompts": {"count": 4096, "seed": 2},  # training prompts; the demo evaluates on others
+        }
+    )

@@ -1,0 +1,196 @@
+"""scikit-learn's 1,797 handwritten digits at 32x32, and the attributes that captions name, measured from the pixels.
+
+An attribute is relative to its digit: a seven's crossbar and a two's foot give their second moments a lean that no
+reader would call a slant, and a one has fewer edges to its ink than an eight. So the thresholds are per digit: the
+quartiles of the training images, which makes `regular` and `upright` the middle half.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+SIZE = 32
+TRAIN_IMAGES = 1437  # of 1,797; the other 360 are the test set
+WEIGHTS = ("thin", "regular", "bold")
+SLANTS = ("left", "upright", "right")
+
+INK_FLOOR = 0.1
+"""Ink below this is paper: a haze of 0.02 over a whole generated image would else weigh as much as a stroke."""
+
+CLEAR_MARGIN = 0.2
+"""Half-width of the dead band around a threshold, in units of the digit's interquartile range (about 0.27 sigma)."""
+
+# Lower and upper quartile per digit, written by `find_thresholds(*training set)`; a test finds them again.
+WEIGHT_THRESHOLDS = np.array(
+    [
+        [2.4191, 3.1728],
+        [3.8493, 5.0068],
+        [3.0791, 3.5571],
+        [2.6292, 3.3718],
+        [3.1473, 3.6785],
+        [2.7340, 3.4509],
+        [2.7853, 3.8388],
+        [3.1425, 3.6479],
+        [2.8674, 3.8455],
+        [2.6489, 3.3721],
+    ]
+)
+SLANT_THRESHOLDS = np.array(
+    [
+        [-0.0667, 0.0126],
+        [-0.0815, 0.0387],
+        [-0.1874, -0.0632],
+        [-0.1296, -0.0163],
+        [-0.0433, 0.0394],
+        [-0.0840, 0.0493],
+        [-0.2443, -0.1630],
+        [0.1055, 0.1864],
+        [-0.0604, 0.0542],
+        [-0.1516, -0.0146],
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """Images float32 (N, 32, 32, 3) in [-1, 1], white ink on black, three equal channels; labels int64 (N,) 0..9."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Attributes:
+    """What `attributes` measured; every field is (N,).
+
+    Attributes:
+      weight_value: float64, ink per length of stroke in pixels.
+      slant_value: float64, horizontal shear: pixels to the right per pixel upwards.
+      weight: int64 index into `WEIGHTS`, by the plain thresholds.
+      slant: int64 index into `SLANTS`, by the plain thresholds.
+      weight_clear: bool, the value lies outside the dead bands, so that a caption may name it.
+      slant_clear: bool, likewise.
+    """
+
+    weight_value: np.ndarray
+    slant_value: np.ndarray
+    weight: np.ndarray
+    slant: np.ndarray
+    weight_clear: np.ndarray
+    slant_clear: np.ndarray
+
+
+def cubic_matrix(inputs: int, outputs: int) -> np.ndarray:
+    """Keys' cubic convolution (1981, a = -1/2) as a float64 matrix (outputs, inputs), pixel centres aligned."""
+    centre = (np.arange(outputs) + 0.5) * inputs / outputs - 0.5
+    t = np.abs(centre[:, None] - np.arange(inputs)[None])
+    near = 1.5 * t**3 - 2.5 * t**2 + 1
+    far = -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+    return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
+
+
+def enlarge(images: np.ndarray) -> np.ndarray:
+    """8x8 ink (N, 8, 8) in [0, 1] -> float32 (N, 32, 32) in [0, 1].
+
+    A border of one empty pixel is added first: the data set crops its digits to the box, and a stroke cut by the
+    image's edge would have no edge of its own.
+    """
+    matrix = cubic_matrix(10, SIZE)[:, 1:9]
+    return np.clip(np.einsum("oi,nij,pj->nop", matrix, images, matrix), 0, 1).astype(np.float32)
+
+
+def to_ink(images: np.ndarray) -> np.ndarray:
+    """Any image batch -> float64 ink (N, H, W) in [0, 1].
+
+    Takes uint8 (N, H, W, 3) or (N, H, W), floats (N, H, W, 3) in [-1, 1], or floats (N, H, W) that are ink already.
+    """
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        ink = images.astype(np.float64) / 255
+    elif images.ndim == 4:
+        ink = images.astype(np.float64) / 2 + 0.5
+    else:
+        ink = images.astype(np.float64)
+    return np.clip(ink.mean(-1) if ink.ndim == 4 else ink, 0, 1)
+
+
+def to_images(ink: np.ndarray) -> np.ndarray:
+    """Ink (N, H, W) in [0, 1] -> float32 (N, H, W, 3) in [-1, 1]."""
+    return np.repeat((np.asarray(ink, np.float32) * 2 - 1)[..., None], 3, axis=-1)
+
+
+def load() -> tuple[Digits, Digits]:
+    """The training (1,437) and test (360) images, always the same ones in the same order."""
+    from sklearn.datasets import load_digits  # scikit-learn takes a second to import
+
+    source = load_digits()
+    images = to_images(enlarge(source.images / 16))
+    labels = source.target.astype(np.int64)
+    order = np.random.RandomState(0).permutation(len(labels))  # RandomState's stream is frozen, Generator's is not
+    train, test = order[:TRAIN_IMAGES], order[TRAIN_IMAGES:]
+    return Digits(images[train], labels[train]), Digits(images[test], labels[test])
+
+
+def weight_values(ink: np.ndarray) -> np.ndarray:
+    """Ink per length of stroke, float64 (N,), of ink (N, H, W) in [0, 1].
+
+    A stroke of length L, width w and brightness b has mass wLb and total variation 2Lb (each of its two flanks rises
+    by b). So 2 mass / variation is w whatever L, and times b, the mean brightness weighted by ink, it is the ink per
+    length: a thin pen on the scanner's 8x8 grid shows as a dim stroke rather than as a narrow one. 0 without ink.
+    """
+    ink = _above_floor(ink)
+    padded = np.pad(ink, ((0, 0), (1, 1), (1, 1)))
+    down = (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]) / 2
+    right = (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) / 2
+    variation = np.sqrt(down**2 + right**2).sum((1, 2))
+    return 2 * np.square(ink).sum((1, 2)) / np.maximum(variation, 1e-12)
+
+
+def slant_values(ink: np.ndarray) -> np.ndarray:
+    """Horizontal shear, float64 (N,), of ink (N, H, W) in [0, 1]: positive when the top leans to the right.
+
+    -mu11 / mu02 with central moments, y pointing down: shearing an image by x' = x - s y adds s. 0 without ink.
+    """
+    ink = _above_floor(ink)
+    mass = np.maximum(ink.sum((1, 2)), 1e-12)
+    y, x = np.arange(ink.shape[1]), np.arange(ink.shape[2])
+    dy = y[None] - (ink.sum(2) @ y / mass)[:, None]  # (N, H)
+    dx = x[None] - (ink.sum(1) @ x / mass)[:, None]  # (N, W)
+    mu11 = np.einsum("nhw,nh,nw->n", ink, dy, dx)
+    mu02 = np.einsum("nhw,nh->n", ink, dy**2)
+    return -mu11 / np.maximum(mu02, 1e-12)
+
+
+def attributes(images: np.ndarray, digits: np.ndarray) -> Attributes:
+    """Measures images in any form that `to_ink` takes; `digits` (N,) says by whose thresholds.
+
+    For generated images `digits` are those asked for.
+    """
+    ink = to_ink(images)
+    digits = np.asarray(digits)
+    weight_value, slant_value = weight_values(ink), slant_values(ink)
+    weight, weight_clear = _classify(weight_value, WEIGHT_THRESHOLDS[digits])
+    slant, slant_clear = _classify(slant_value, SLANT_THRESHOLDS[digits])
+    return Attributes(weight_value, slant_value, weight, slant, weight_clear, slant_clear)
+
+
+def find_thresholds(images: np.ndarray, digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The quartiles (10, 2) of weight and of slant per digit, rounded to 4 places: what the constants above hold."""
+    ink = to_ink(images)
+    values = weight_values(ink), slant_values(ink)
+    tables = [[np.quantile(value[digits == digit], [0.25, 0.75]) for digit in range(10)] for value in values]
+    return np.round(tables[0], 4), np.round(tables[1], 4)
+
+
+def _above_floor(ink: np.ndarray) -> np.ndarray:
+    return np.maximum(np.asarray(ink, np.float64) - INK_FLOOR, 0) / (1 - INK_FLOOR)
+
+
+def _classify(value: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Index 0..2 of value (N,) between thresholds (N, 2), and whether it lies outside both dead bands."""
+    index = (value[:, None] >= thresholds).sum(1)
+    margin = CLEAR_MARGIN * (thresholds[:, 1] - thresholds[:, 0])
+    clear = (np.abs(value[:, None] - thresholds) >= margin[:, None]).all(1)
+    return index, clear

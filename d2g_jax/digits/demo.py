@@ -1,0 +1,162 @@
+"""`d2g demo`: the whole job on the embedded digits teacher, measured: pairs, students, figures, report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from d2g_jax import mesh as meshes
+from d2g_jax import pairs, records, runs, sample
+from d2g_jax.digits import captions, evaluation
+from d2g_jax.grid import grid, save_png
+from d2g_jax.report import write_report
+from d2g_jax.train import train
+
+TEACHER, ONE_STEP = "teacher, 50 steps", "teacher, 1 step"
+STUDENTS = {
+    "mse": "MSE student, 1 step",
+    "pseudo_huber": "pseudo-Huber student, 1 step",
+    "latent_lpips": "LatentLPIPS student, 1 step",
+    "e_latent_lpips": "E-LatentLPIPS student, 1 step",
+    "full": "full student, 1 step",
+}
+ONLY_IN_FULL = ("pseudo_huber", "latent_lpips")
+SHOWN = 12
+
+
+def student_configs(config: ml_collections.ConfigDict, *, full: bool) -> dict[str, ml_collections.ConfigDict]:
+    """One config per student: the same pairs, images and seed; only the loss differs, and the rates that suit it."""
+    configs = {}
+    for name in STUDENTS:
+        if name in ONLY_IN_FULL and not full:
+            continue
+        c = copy.deepcopy(config)
+        c.name = name
+        if name != "full":
+            c.loss.name = name
+            c.adversarial.weight = 0.0
+        if name in ("mse", "pseudo_huber"):
+            c.loss.l1_weight = 0.0
+            c.optimizer.generator.learning_rate = config.demo.pointwise_learning_rate
+        configs[name] = c
+    return configs
+
+
+def demo(config: ml_collections.ConfigDict, workdir: Path, *, full: bool = False) -> str:
+    """Runs or resumes everything in `workdir` and returns the table of results as text.
+
+    Writes pairs/, students/NAME/, evaluation/, samples/, metrics.jsonl, result.json, report.html.
+    """
+    runs.claim(workdir, config)
+    clock = Clock(workdir)
+    with clock.stage("pairs"):
+        pairs_folder = pairs.make_pairs(config, workdir)
+    for name, student in student_configs(config, full=full).items():
+        with clock.stage(f"train {name}"):
+            train(student, workdir / "students" / name, pairs_folder)
+        _merge_metrics(workdir)
+    result = measure(config, workdir, pairs_folder, clock, full=full)
+    runs.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
+    report = write_report(workdir, finished=True)
+    return f"{evaluation.table(result)}\n\n{report}"
+
+
+class Clock:
+    """Seconds per stage, added up over interrupted runs."""
+
+    def __init__(self, workdir: Path):
+        self._file = workdir / "seconds.json"
+        self.seconds: dict[str, float] = json.loads(self._file.read_text()) if self._file.exists() else {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        print(f"d2g demo: {name}", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
+            runs.write_text(self._file, json.dumps(self.seconds))
+
+
+def _merge_metrics(workdir: Path) -> None:
+    """One metrics.jsonl of all students, each line with its run's name."""
+    files = [workdir / "students" / name / "metrics.jsonl" for name in STUDENTS]
+    runs.write_text(workdir / "metrics.jsonl", "".join(file.read_text() for file in files if file.exists()))
+
+
+def measure(
+    config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path, clock: Clock, *, full: bool
+) -> dict[str, Any]:
+    """Draws every system on the same held-out noise and prompts and scores it; see `result.json`."""
+    e = config.evaluation
+    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    prompts = captions.evaluation_prompts(e.samples, e.seed)
+    teacher = sample.Sampler.load(config.pipeline)
+    channels_first = tuple(teacher.pipeline.latent_shape[i] for i in (2, 0, 1))
+    drawn = sample.draw_noise(config.seed + 1 + config.pairs.seed, e.samples, channels_first)
+    ids = pairs.tokenize(teacher.pipeline.tokenizer, [p.prompt for p in prompts])
+    guidance = config.pairs.guidance_scale
+
+    def draw(sampler: sample.Sampler, steps: int | None) -> np.ndarray:
+        solver = sample.make_solver(sampler, mesh, steps=steps, guidance_scale=guidance)
+        return sample.solve(solver, mesh, drawn, ids, e.batch_size)
+
+    latents, calls = {}, {}
+    with clock.stage("teacher samples"):
+        latents[TEACHER] = _cached(workdir / "evaluation" / "teacher.npy", lambda: draw(teacher, config.pairs.steps))
+        calls[TEACHER] = 2 * config.pairs.steps  # both halves of guidance
+    with clock.stage("evaluate"):
+        latents[ONE_STEP], calls[ONE_STEP] = draw(teacher, 1), 2
+        for name in student_configs(config, full=full):
+            student = sample.Sampler.load(workdir / "students" / name)
+            latents[STUDENTS[name]], calls[STUDENTS[name]] = draw(student, None), 1
+        images = {name: sample.decode_all(teacher.pipeline, x, e.batch_size) for name, x in latents.items()}
+        source = records.PairSource(pairs_folder, fields=("latents",))
+        others = np.stack([source[i]["latents"] for i in range(min(e.samples, len(source)))]).astype(np.float32)
+        other_images = sample.decode_all(teacher.pipeline, others, e.batch_size)
+        result = evaluation.score(images, other_images, prompts, calls, latents, teacher=TEACHER)
+        _show(workdir, [p.prompt for p in prompts[:SHOWN]], images)
+    result["protocol"] |= {
+        "prompts": f"{e.samples} held-out prompts, seed {e.seed}",
+        "noise": f"held-out, seed {config.seed + 1 + config.pairs.seed}",
+        "guidance_scale": guidance,
+    }
+    result["environment"] = {
+        **runs.environment(),
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+    return {**result, "seconds": {**clock.seconds, "total": round(sum(clock.seconds.values()), 1)}}
+
+
+def _cached(file: Path, make: Any) -> np.ndarray:
+    """The array in `file`, made and written there first if need be."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp.npy")
+        np.save(temporary, make())
+        temporary.replace(file)
+    return np.load(file)
+
+
+def _show(workdir: Path, prompts: list[str], images: dict[str, np.ndarray]) -> None:
+    """Side by side for the same noise and prompt: single images for the report, one grid for the README."""
+    columns = []
+    for number, (name, drawn) in enumerate(images.items()):
+        files = [f"samples/{number}/{i:05d}.png" for i in range(len(prompts))]
+        for file, image in zip(files, drawn, strict=False):
+            save_png(workdir / file, image)
+        columns.append({"name": name, "images": files})
+    runs.write_text(workdir / "samples" / "comparison.json", json.dumps({"prompts": prompts, "columns": columns}))
+    rows = np.concatenate([drawn[: 2 * SHOWN] for drawn in images.values()])
+    save_png(workdir / "samples" / "grid.png", grid(rows, 2 * SHOWN))

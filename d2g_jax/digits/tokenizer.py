@@ -1,0 +1,95 @@
+"""A CLIP tokenizer of its own for the digits: byte-level BPE whose merges make each caption word one token.
+
+CLIP's byte-pair encoding (Radford et al. 2021; the byte alphabet is GPT-2's): text is lower-cased, split into words,
+letter runs and single numerals, and each word's last symbol carries `</w>`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+from d2g_jax.digits import captions
+
+MODEL_MAX_LENGTH = 16
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+
+
+def byte_symbols() -> list[str]:
+    """256 printable symbols, in CLIP's order: the printable bytes as themselves, then U+0100 upwards for the rest."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
+
+
+def bpe(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    """The symbols of one `word` of printable ASCII after merging by rank."""
+    symbols = [*word[:-1], word[-1] + WORD_END]
+    while len(symbols) > 1:
+        pairs = list(itertools.pairwise(symbols))
+        best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+        if best not in ranks:
+            break
+        at = pairs.index(best)
+        symbols[at : at + 2] = ["".join(best)]
+    return symbols
+
+
+def merges_for(words: list[str]) -> list[tuple[str, str]]:
+    """Merges that turn each word into one token.
+
+    Words are taken in turn; what the merges so far leave of a word is joined from the left. A later merge has a lower
+    priority than every earlier one, so it cannot undo a word that is already whole.
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        symbols = bpe(word, ranks)
+        while len(symbols) > 1:
+            ranks[(symbols[0], symbols[1])] = len(ranks)
+            symbols = bpe(word, ranks)
+    return list(ranks)
+
+
+def caption_words() -> list[str]:
+    """Every word of letters that a caption can hold, sorted."""
+    return sorted({word for text in captions.all_captions() for word in re.findall("[a-z]+", text)})
+
+
+def tokenizer_files() -> dict[str, str]:
+    """File name -> contents: vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json.
+
+    The end token has the highest id, so pooling at the highest id and pooling at the end token are the same.
+    """
+    merges = merges_for(caption_words())
+    symbols = byte_symbols()
+    tokens = [*symbols, *(symbol + WORD_END for symbol in symbols), *("".join(pair) for pair in merges), START, END]
+    special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
+    config = special | {
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "errors": "replace",
+        "model_max_length": MODEL_MAX_LENGTH,
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+    }
+
+
+def vocab_size() -> int:
+    """Rows of the text tower's embedding."""
+    return len(json.loads(tokenizer_files()["vocab.json"]))
+
+
+def write_tokenizer(folder: str | Path) -> None:
+    """Writes the four files into `folder`, which is made if it is missing."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in tokenizer_files().items():
+        (folder / name).write_text(text, encoding="utf-8")

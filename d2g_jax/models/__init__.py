@@ -1,0 +1,1 @@
+"""Networks only: nothing in this package knows of losses, files or meshes."""

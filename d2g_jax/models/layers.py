@@ -1,0 +1,412 @@
+"""The layers that the UNet, the VAE and the discriminator share: NHWC, float32 parameters, compute in `dtype`.
+
+Attribute names are those of diffusers' state dict. Two constants are easy to get wrong and are therefore said here: the
+GroupNorm at the entry of a transformer has eps 1e-6 (1e-5 in the UNet's resnets), and GEGLU uses the exact erf GELU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from d2g_jax.errors import UserError
+from d2g_jax.models.initializers import Initializer, full, torch_uniform
+from d2g_jax.models.network import Keys
+
+Padding = int | tuple[tuple[int, int], tuple[int, int]]
+
+ATTENTIONS = ("auto", "xla", "cudnn", "plain")
+
+
+def remat_call(remat: bool, module: nnx.Module, *args: Any) -> Any:
+    """`module(*args)`, with its activations recomputed in the backward pass when `remat`."""
+    if not remat:
+        return module(*args)
+    graphdef, state = nnx.split(module)
+    return jax.checkpoint(lambda state, *args: nnx.merge(graphdef, state)(*args))(state, *args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias over the last axis: (..., in) -> (..., out)."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, use_bias: bool = True, dtype: Any = jnp.float32, rngs: Keys
+    ):
+        self.kernel = nnx.Param(torch_uniform(rngs.params(), (in_features, out_features), jnp.float32))
+        self.bias = nnx.Param(full((out_features,), 0.0)) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple) -> jax.Array:
+    """Cross-correlation as XLA's convolution: (B, H, W, I), (kh, kw, I, O) -> (B, H', W', O)."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def convolve_by_matmul(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple) -> jax.Array:
+    """The same cross-correlation as one matrix product over the concatenated shifted inputs (im2col)."""
+    kh, kw, _, out = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = (x.shape[1] - kh) // stride + 1, (x.shape[2] - kw) // stride + 1
+    rows, columns = stride * (height - 1) + 1, stride * (width - 1) + 1
+    shifted = [x[:, i : i + rows : stride, j : j + columns : stride] for i in range(kh) for j in range(kw)]
+    patches = shifted[0] if len(shifted) == 1 else jnp.concatenate(shifted, axis=-1)  # (B, H', W', kh kw I)
+    return patches @ kernel.reshape(-1, out)
+
+
+def prefers_matmul(x_shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
+    """Whether im2col is the faster formulation: always for 1x1; else on CPU, for small maps of many channels.
+
+    XLA's CPU convolution runs at 50 GFLOP/s at 8x8x1280 on two cores where the product reaches 117; below some 500
+    channels, or above 16x16, copying the nine shifted inputs costs more than it saves.
+    """
+    if kernel_shape[:2] == (1, 1):
+        return True
+    small_and_wide = x_shape[1] * x_shape[2] <= 256 and kernel_shape[2] >= 512
+    return small_and_wide and jax.default_backend() == "cpu"
+
+
+class Conv(nnx.Module):
+    """2-D cross-correlation with an HWIO kernel: (B, H, W, in) -> (B, H', W', out).
+
+    `padding` is one number for every side, or ((top, bottom), (left, right)).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int = 3,
+        *,
+        stride: int = 1,
+        padding: Padding = 1,
+        kernel_init: Initializer = torch_uniform,
+        dtype: Any = jnp.float32,
+        rngs: Keys,
+    ):
+        shape = (kernel_size, kernel_size, in_features, out_features)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(full((out_features,), 0.0))
+        self.stride, self.dtype = stride, dtype
+        self.padding = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(self.dtype)
+        function = convolve_by_matmul if prefers_matmul(x.shape, kernel.shape) else convolve
+        return function(x.astype(self.dtype), kernel, self.stride, self.padding) + self.bias[...].astype(self.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norms: statistics in float32 whatever the compute dtype
+
+
+class GroupNorm(nnx.Module):
+    """Normalises (B, H, W, C) over H, W and the channels of each of `groups` groups.
+
+    Reduces over H and W first and over a group's channels after, so that the large array is never reshaped: 2 to 2.5
+    times faster with its gradient on CPU than the five-dimensional form.
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, *, dtype: Any = jnp.float32):
+        if channels % groups:
+            raise UserError(f"norm_num_groups {groups} does not divide {channels} channels; choose a divisor")
+        self.scale, self.bias = nnx.Param(full((channels,), 1.0)), nnx.Param(full((channels,), 0.0))
+        self.groups, self.eps, self.dtype = groups, eps, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, _, _, channels = x.shape
+
+        def group_mean(x: jax.Array) -> jax.Array:
+            means = x.mean((1, 2)).reshape(batch, self.groups, -1).mean(-1)  # (B, groups)
+            return jnp.repeat(means, channels // self.groups, axis=1)[:, None, None]  # (B, 1, 1, C)
+
+        x = x.astype(jnp.float32)
+        centred = x - group_mean(x)
+        normal = centred * (jax.lax.rsqrt(group_mean(centred**2) + self.eps) * self.scale[...])
+        return (normal + self.bias[...]).astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises over the last axis."""
+
+    def __init__(self, features: int, eps: float = 1e-5, *, dtype: Any = jnp.float32):
+        self.scale, self.bias = nnx.Param(full((features,), 1.0)), nnx.Param(full((features,), 0.0))
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + self.eps)
+        return (normal * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
+
+
+def sinusoidal_embedding(
+    timesteps: jax.Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0
+) -> jax.Array:
+    """Float32 (N, dim) of float or integer timesteps (N,): Vaswani et al. 2017 with the frequencies in two halves.
+
+    Sines first, or cosines first with `flip_sin_to_cos` (all SD models); an odd `dim` is padded with one zero.
+    """
+    half = dim // 2
+    frequencies = np.exp(-math.log(10_000) * np.arange(half) / (half - freq_shift)).astype(np.float32)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies  # (N, dim / 2)
+    halves = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.pad(jnp.concatenate(halves, axis=-1), ((0, 0), (0, dim % 2)))
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two linear layers with SiLU between: (B, in) -> (B, out)."""
+
+    def __init__(self, in_features: int, out_features: int, *, dtype: Any = jnp.float32, rngs: Keys):
+        self.linear_1 = Linear(in_features, out_features, dtype=dtype, rngs=rngs)
+        self.linear_2 = Linear(out_features, out_features, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Convolutional blocks
+
+
+class ResnetBlock2D(nnx.Module):
+    """GroupNorm-SiLU-conv twice with a residual; the time embedding enters between. (B, H, W, in) -> (B, H, W, out).
+
+    `temb_channels=None` builds the VAE's block, which takes no time embedding.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        temb_channels: int | None = None,
+        *,
+        groups: int = 32,
+        eps: float = 1e-5,
+        output_scale_factor: float = 1.0,
+        dtype: Any = jnp.float32,
+        rngs: Keys,
+    ):
+        kw = {"dtype": dtype, "rngs": rngs}
+        self.norm1 = GroupNorm(groups, in_channels, eps, dtype=dtype)
+        self.conv1 = Conv(in_channels, out_channels, **kw)
+        self.time_emb_proj = None if temb_channels is None else Linear(temb_channels, out_channels, **kw)
+        self.norm2 = GroupNorm(groups, out_channels, eps, dtype=dtype)
+        self.conv2 = Conv(out_channels, out_channels, **kw)
+        same = in_channels == out_channels
+        self.conv_shortcut = None if same else Conv(in_channels, out_channels, 1, padding=0, **kw)
+        self.output_scale_factor = output_scale_factor
+
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
+        hidden = self.conv1(jax.nn.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            hidden = hidden + self.time_emb_proj(jax.nn.silu(temb))[:, None, None]  # (B, 1, 1, C)
+        hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return (shortcut + hidden) / self.output_scale_factor
+
+
+class Downsample2D(nnx.Module):
+    """3x3 convolution of stride 2. `padding` 1 in the UNet; ((0, 1), (0, 1)) in the VAE."""
+
+    def __init__(self, channels: int, *, padding: Padding = 1, dtype: Any = jnp.float32, rngs: Keys):
+        self.conv = Conv(channels, channels, stride=2, padding=padding, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(x)  # (B, H / 2, W / 2, C)
+
+
+class Upsample2D(nnx.Module):
+    """Nearest-neighbour doubling and a 3x3 convolution.
+
+    `size` (H', W'), at most one less than double on each side, asks for the size of the skip tensors to come: nearest
+    interpolation to 2n - 1 is that to 2n without the last row.
+    """
+
+    def __init__(self, channels: int, *, dtype: Any = jnp.float32, rngs: Keys):
+        self.conv = Conv(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+        batch, height, width, channels = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+        x = x.reshape(batch, 2 * height, 2 * width, channels)
+        return self.conv(x if size is None else x[:, : size[0], : size[1]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attention_implementation(attention: str, head_dim: int, dtype: Any) -> str:
+    """One of "xla", "cudnn", "plain" for the switch "auto", "xla", "cudnn", "plain".
+
+    "auto" takes cuDNN's fused kernel where it exists on every GPU that has one: half precision, heads of at most 128
+    channels in multiples of 8. SD 1.x's 160-channel heads fall back to XLA. Raises `UserError` for another name.
+    """
+    if attention not in ATTENTIONS:
+        raise UserError(f"attention is {attention!r}; choose one of {', '.join(ATTENTIONS)}")
+    if attention != "auto":
+        return attention
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    fused = half and head_dim % 8 == 0 and head_dim <= 128 and jax.default_backend() == "gpu"
+    return "cudnn" if fused else "xla"
+
+
+def dot_product_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, attention: str = "auto", upcast: bool = False
+) -> jax.Array:
+    """softmax(query key^T / sqrt(d)) value with the softmax in float32: (B, T, N, d), (B, S, N, d) x 2 -> (B, T, N, d).
+
+    `upcast` computes the logits from float32 queries and keys (SD 2.1's `upcast_attention`); cuDNN accumulates them in
+    float32 anyway. "plain" is einsum and softmax: the one to differentiate twice.
+    """
+    dtype, head_dim = query.dtype, query.shape[-1]
+    implementation = attention_implementation(attention, head_dim, dtype)
+    if upcast and implementation != "cudnn":
+        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    if implementation != "plain":
+        return jax.nn.dot_product_attention(query, key, value, implementation=implementation).astype(dtype)
+    logits = jnp.einsum("btnd,bsnd->bnts", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits / math.sqrt(head_dim), axis=-1).astype(value.dtype)
+    return jnp.einsum("bnts,bsnd->btnd", weights, value).astype(dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of (B, T, C) on itself or on a context (B, S, D)."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        head_dim: int,
+        context_dim: int | None = None,
+        upcast: bool = False,
+        attention: str = "auto",
+        dtype: Any = jnp.float32,
+        rngs: Keys,
+    ):
+        inner, source = heads * head_dim, channels if context_dim is None else context_dim
+        self.to_q = Linear(channels, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_k = Linear(source, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_v = Linear(source, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.List([Linear(inner, channels, dtype=dtype, rngs=rngs)])
+        self.heads, self.upcast, self.attention = heads, upcast, attention
+
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        context = x if context is None else context
+        query, key, value = (
+            projection(source).reshape(*source.shape[:2], self.heads, -1)  # (B, T or S, N, d)
+            for projection, source in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        )
+        out = dot_product_attention(query, key, value, attention=self.attention, upcast=self.upcast)
+        return self.to_out[0](out.reshape(*x.shape[:2], -1))
+
+
+class GEGLU(nnx.Module):
+    """value * GELU(gate), both projected from x; the GELU is the exact erf form (Shazeer 2020)."""
+
+    def __init__(self, channels: int, inner: int, *, dtype: Any = jnp.float32, rngs: Keys):
+        self.proj = Linear(channels, 2 * inner, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return value * jax.nn.gelu(gate, approximate=False)
+
+
+class Identity(nnx.Module):
+    """Keeps the place of a PyTorch module without parameters, so that the ones after it keep their numbers."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+class FeedForward(nnx.Module):
+    """GEGLU and a linear layer, four times as wide inside: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, channels: int, *, dtype: Any = jnp.float32, rngs: Keys):
+        kw = {"dtype": dtype, "rngs": rngs}
+        self.net = nnx.List([GEGLU(channels, 4 * channels, **kw), Identity(), Linear(4 * channels, channels, **kw)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention, cross-attention and feed-forward, each after a LayerNorm and with a residual."""
+
+    def __init__(
+        self, channels: int, *, heads: int, context_dim: int, upcast: bool, attention: str, dtype: Any, rngs: Keys
+    ):
+        kw = {"heads": heads, "head_dim": channels // heads, "upcast": upcast, "attention": attention}
+        self.norm1 = LayerNorm(channels, dtype=dtype)
+        self.attn1 = Attention(channels, **kw, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(channels, dtype=dtype)
+        self.attn2 = Attention(channels, context_dim=context_dim, **kw, dtype=dtype, rngs=rngs)
+        self.norm3 = LayerNorm(channels, dtype=dtype)
+        self.ff = FeedForward(channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """Transformer blocks over the pixels of (B, H, W, C), with cross-attention to a context (B, S, D)."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        depth: int,
+        context_dim: int,
+        groups: int = 32,
+        use_linear_projection: bool = False,
+        upcast: bool = False,
+        attention: str = "auto",
+        remat: bool = False,
+        dtype: Any = jnp.float32,
+        rngs: Keys,
+    ):
+        kw = {"dtype": dtype, "rngs": rngs}
+        block = {"heads": heads, "context_dim": context_dim, "upcast": upcast, "attention": attention, **kw}
+
+        def project() -> nnx.Module:
+            return (
+                Linear(channels, channels, **kw)
+                if use_linear_projection
+                else Conv(channels, channels, 1, padding=0, **kw)
+            )
+
+        self.norm = GroupNorm(groups, channels, 1e-6, dtype=dtype)
+        self.proj_in = project()
+        self.transformer_blocks = nnx.List([BasicTransformerBlock(channels, **block) for _ in range(depth)])
+        self.proj_out = project()
+        self.remat = remat
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        hidden = self.proj_in(self.norm(x))
+        hidden = hidden.reshape(x.shape[0], -1, x.shape[-1])  # (B, H W, C)
+        for block in self.transformer_blocks:
+            hidden = remat_call(self.remat, block, hidden, context)
+        return self.proj_out(hidden.reshape(x.shape)) + x

@@ -1,0 +1,244 @@
+"""UNet2DConditionModel of Stable Diffusion 1.x, 2.x, XL and their pruned relatives, by config.
+
+Every block is written once; the discriminator builds on `UNetBackbone`, which is the network without its output layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from d2g_jax.errors import UserError
+from d2g_jax.models.layers import (
+    Conv,
+    Downsample2D,
+    GroupNorm,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Transformer2DModel,
+    Upsample2D,
+    remat_call,
+    sinusoidal_embedding,
+)
+from d2g_jax.models.network import Keys, Network
+from d2g_jax.models.unet_config import UNetConfig
+
+__all__ = ["UNet2DConditionModel", "UNetBackbone", "UNetConfig", "build"]
+
+
+class _Factory:
+    """Makes the layers of one UNet: what they have in common is said once."""
+
+    def __init__(self, config: UNetConfig, dtype: Any, attention: str, remat: bool, rngs: Keys):
+        self.config, self.attention, self.remat = config, attention, remat
+        self.kw = {"dtype": dtype, "rngs": rngs}
+
+    def resnet(self, in_channels: int, out_channels: int, scale: float = 1.0) -> ResnetBlock2D:
+        config = self.config
+        shape = (in_channels, out_channels, config.time_embed_dim)
+        norm = {"groups": config.norm_num_groups, "eps": config.norm_eps}
+        return ResnetBlock2D(*shape, **norm, output_scale_factor=scale, **self.kw)
+
+    def transformer(self, level: int) -> Transformer2DModel:
+        config = self.config
+        return Transformer2DModel(
+            config.block_out_channels[level],
+            heads=config.heads[level],
+            depth=config.depths[level],
+            context_dim=config.cross_attention_dim,
+            groups=config.norm_num_groups,
+            use_linear_projection=config.use_linear_projection,
+            upcast=config.upcast_attention,
+            attention=self.attention,
+            remat=self.remat,
+            **self.kw,
+        )
+
+
+class DownBlock(nnx.Module):
+    """One encoder level: resnets, in some levels each followed by a transformer, and a downsampler but at the last."""
+
+    def __init__(self, make: _Factory, level: int):
+        config = make.config
+        channels = config.block_out_channels[level]
+        layers = range(config.layers[level])
+        before = config.block_out_channels[max(level - 1, 0)]
+        self.resnets = nnx.List([make.resnet(channels if i else before, channels) for i in layers])
+        cross = config.down_block_types[level] == "CrossAttnDownBlock2D"
+        self.attentions = nnx.List([make.transformer(level) for _ in layers]) if cross else None
+        last = level == len(config.block_out_channels) - 1
+        down = [] if last else [Downsample2D(channels, padding=config.downsample_padding, **make.kw)]
+        self.downsamplers = nnx.List(down)
+        self.remat = make.remat
+
+    def __call__(self, hidden: jax.Array, temb: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Returns the hidden state for the next level and every skip tensor of this one, in order."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            hidden = remat_call(self.remat, resnet, hidden, temb)
+            if self.attentions is not None:
+                hidden = self.attentions[i](hidden, context)
+            skips.append(hidden)
+        for downsampler in self.downsamplers:
+            hidden = downsampler(hidden)
+            skips.append(hidden)
+        return hidden, skips
+
+
+class MidBlock(nnx.Module):
+    """UNetMidBlock2DCrossAttn: resnet, transformer, resnet at the lowest resolution."""
+
+    def __init__(self, make: _Factory):
+        channels, scale = make.config.block_out_channels[-1], make.config.mid_block_scale_factor
+        self.resnets = nnx.List([make.resnet(channels, channels, scale) for _ in range(2)])
+        self.attentions = nnx.List([make.transformer(-1)])
+        self.remat = make.remat
+
+    def __call__(self, hidden: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
+        hidden = remat_call(self.remat, self.resnets[0], hidden, temb)
+        return remat_call(self.remat, self.resnets[1], self.attentions[0](hidden, context), temb)
+
+
+class UpBlock(nnx.Module):
+    """One decoder level: one resnet more than the encoder's, each fed with a skip tensor; `upsample` comes apart."""
+
+    def __init__(self, make: _Factory, index: int):
+        config = make.config
+        widths, top = config.block_out_channels, len(config.block_out_channels) - 1
+        level = top - index
+        channels, after = widths[level], widths[max(level - 1, 0)]
+        count = config.layers[level] + 1
+        hidden = [widths[min(level + 1, top)]] + [channels] * (count - 1)
+        skip = [channels] * (count - 1) + [after]
+        self.resnets = nnx.List([make.resnet(a + b, channels) for a, b in zip(hidden, skip, strict=True)])
+        cross = config.up_block_types[index] == "CrossAttnUpBlock2D"
+        self.attentions = nnx.List([make.transformer(level) for _ in range(count)]) if cross else None
+        self.upsamplers = nnx.List([Upsample2D(channels, **make.kw)] if level else [])
+        self.remat = make.remat
+
+    def __call__(
+        self, hidden: jax.Array, skips: list[jax.Array], temb: jax.Array, context: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Uses up `skips` from its end. Returns the output before upsampling and the input of the last resnet."""
+        for i, resnet in enumerate(self.resnets):
+            joined = jnp.concatenate([hidden, skips[-1 - i]], axis=-1)
+            hidden = remat_call(self.remat, resnet, joined, temb)
+            if self.attentions is not None:
+                hidden = self.attentions[i](hidden, context)
+        return hidden, joined
+
+    def upsample(self, hidden: jax.Array, size: tuple[int, int]) -> jax.Array:
+        """To the size of the next level's skip tensors; does nothing at the last level."""
+        for upsampler in self.upsamplers:
+            hidden = upsampler(hidden, size)
+        return hidden
+
+
+class UNetBackbone(nnx.Module):
+    """The UNet without its output norm and convolution."""
+
+    def __init__(self, config: UNetConfig, *, dtype: Any, attention: str, remat: bool, rngs: Keys):
+        make = _Factory(config, dtype, attention, remat, rngs)
+        widths, width = config.block_out_channels, config.block_out_channels[0]
+        self.config, self.dtype = config, dtype
+        self.conv_in = Conv(config.in_channels, width, **make.kw)
+        self.time_embedding = TimestepEmbedding(width, config.time_embed_dim, **make.kw)
+        added = None
+        if config.addition_embed_type is not None:
+            added = TimestepEmbedding(config.projection_class_embeddings_input_dim, config.time_embed_dim, **make.kw)
+        self.add_embedding = added
+        self.down_blocks = nnx.List([DownBlock(make, level) for level in range(len(widths))])
+        self.mid_block = None if config.mid_block_type is None else MidBlock(make)
+        self.up_blocks = nnx.List([UpBlock(make, index) for index in range(len(widths))])
+
+    def embed(self, timesteps: jax.Array, added: dict[str, jax.Array] | None) -> jax.Array:
+        """The time embedding (B, 4 C0) of timesteps (B,), with SDXL's text_time conditioning in it."""
+        config = self.config
+
+        def wave(values: jax.Array, dim: int) -> jax.Array:
+            flip, shift = config.flip_sin_to_cos, config.freq_shift
+            return sinusoidal_embedding(values, dim, flip_sin_to_cos=flip, freq_shift=shift)
+
+        temb = self.time_embedding(wave(timesteps, config.block_out_channels[0]))
+        if self.add_embedding is None:
+            return temb
+        if added is None:
+            raise UserError("addition_embed_type 'text_time' needs added={'text_embeds': ..., 'time_ids': ...}")
+        text, ids = added["text_embeds"], added["time_ids"]  # (B, P), (B, 6)
+        ids = wave(ids.reshape(-1), config.addition_time_embed_dim).reshape(text.shape[0], -1)
+        return temb + self.add_embedding(jnp.concatenate([text.astype(jnp.float32), ids], axis=-1))
+
+    def encode(
+        self, latents: jax.Array, temb: jax.Array, context: jax.Array, additions: list[jax.Array | None] | None = None
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """The lowest hidden state and all skip tensors.
+
+        `additions`, one per level, are added to the hidden state that enters the level, and thereby to the skip tensor
+        that is the same state: at the first level conv_in's output, at the others the downsampler's.
+        """
+        hidden = self.conv_in(latents)
+        skips = [hidden]
+        for level, block in enumerate(self.down_blocks):
+            if additions is not None and additions[level] is not None:
+                hidden = skips[-1] = hidden + additions[level]
+            hidden, outputs = block(hidden, temb, context)
+            skips += outputs
+        return hidden, skips
+
+    def middle(self, hidden: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
+        return hidden if self.mid_block is None else self.mid_block(hidden, temb, context)
+
+    def decode(
+        self, hidden: jax.Array, skips: list[jax.Array], temb: jax.Array, context: jax.Array
+    ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array, jax.Array]]]:
+        """The output (B, h, w, C0), and per level from low to high resolution the three tensors around its last skip.
+
+        These are: the skip tensor itself, the last resnet's input (hidden state and skip tensor side by side), and the
+        level's output before upsampling.
+        """
+        taps = []
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            skips, own = skips[:-count], skips[-count:]
+            hidden, joined = block(hidden, own, temb, context)
+            taps.append((own[0], joined, hidden))
+            if skips:
+                hidden = block.upsample(hidden, skips[-1].shape[1:3])
+        return hidden, taps
+
+
+class UNet2DConditionModel(UNetBackbone):
+    """Predicts noise, velocity or sample, as the model was trained to."""
+
+    def __init__(self, config: UNetConfig, *, dtype: Any, attention: str, remat: bool, rngs: Keys):
+        super().__init__(config, dtype=dtype, attention=attention, remat=remat, rngs=rngs)
+        width = config.block_out_channels[0]
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, width, config.norm_eps, dtype=dtype)
+        self.conv_out = Conv(width, config.out_channels, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        encoder_hidden_states: jax.Array,
+        added: dict[str, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Latents (B, h, w, C), timesteps (B,), text states (B, L, D) -> (B, h, w, C_out) in the compute dtype.
+
+        `added` is SDXL's {"text_embeds": (B, P), "time_ids": (B, 6)}. h and w may be any: where a level's size is odd,
+        upsampling goes to the size of the skip tensors.
+        """
+        temb = self.embed(timesteps, added)
+        hidden, skips = self.encode(latents, temb, encoder_hidden_states)
+        hidden = self.middle(hidden, temb, encoder_hidden_states)
+        hidden, _ = self.decode(hidden, skips, temb, encoder_hidden_states)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(hidden)))
+
+
+def build(config: UNetConfig, dtype: Any = jnp.float32, attention: str = "auto", remat: bool = False) -> Network:
+    """The UNet as a `Network`; `remat` recomputes resnets and transformer blocks in the backward pass."""
+    kw = {"dtype": dtype, "attention": attention, "remat": remat}
+    return Network.build(config, lambda rngs: UNet2DConditionModel(config, **kw, rngs=rngs))

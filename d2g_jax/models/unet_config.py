@@ -1,0 +1,175 @@
+"""The UNet's `config.json`: diffusers' keys, with everything that we do not implement refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from d2g_jax.errors import UserError
+
+PerLevel = int | tuple[int, ...]
+
+# Keys of diffusers' UNet2DConditionModel that change the network in ways we do not implement, and the values at which
+# they change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "dropout": (0,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "num_attention_heads": (None,),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+}
+# Keys that say nothing once the keys above are neutral.
+_IGNORED = {"addition_embed_type_num_heads"}
+
+_DOWN, _UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+_MID = ("UNetMidBlock2DCrossAttn", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Architecture of a UNet2DConditionModel; names, meanings and defaults are diffusers'.
+
+    `attention_head_dim` is the number of heads (one, or one per level): diffusers' name for it is historical. The
+    defaults are those that diffusers takes for a key that a file leaves out.
+    """
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = (_DOWN[0], _DOWN[0], _DOWN[0], _DOWN[1])
+    mid_block_type: str | None = _MID[0]
+    up_block_types: tuple[str, ...] = (_UP[1], _UP[0], _UP[0], _UP[0])
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: PerLevel = 2
+    downsample_padding: int = 1
+    mid_block_scale_factor: float = 1
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    transformer_layers_per_block: PerLevel = 1
+    attention_head_dim: PerLevel = 8
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Resnets per encoder level."""
+        return self._per_level(self.layers_per_block)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads per level."""
+        return self._per_level(self.attention_head_dim)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Transformer blocks per transformer, per level."""
+        return self._per_level(self.transformer_layers_per_block)
+
+    @property
+    def time_embed_dim(self) -> int:
+        return 4 * self.block_out_channels[0]
+
+    def _per_level(self, value: PerLevel) -> tuple[int, ...]:
+        return (value,) * len(self.block_out_channels) if isinstance(value, int) else value
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], *, source: str) -> UNetConfig:
+        """From a parsed `config.json`; `source` is the file's name for messages.
+
+        Raises `UserError` for a key that is unknown, or not implemented and not neutral, or whose value is malformed.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        chosen = {}
+        for key, value in values.items():
+            if key.startswith("_") or key in _IGNORED:
+                continue
+            if key in names:
+                chosen[key] = tuple(value) if isinstance(value, list) else value
+            elif key not in _NEUTRAL:
+                raise UserError(f"{source}: unknown key {key!r}; this UNet cannot be one of SD 1.x, 2.x or XL")
+            elif not _is_neutral(value, _NEUTRAL[key]):
+                raise UserError(f"{source}: {key} = {value!r} is not implemented; only {_NEUTRAL[key][0]!r} is")
+        chosen["upcast_attention"] = bool(chosen.get("upcast_attention"))  # older files say null
+        config = cls(**chosen)
+        config._check(source)
+        return config
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of `config.json` that diffusers needs to build the same network."""
+        fields = dataclasses.asdict(self)
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+        return {"_class_name": "UNet2DConditionModel", **values}
+
+    def _check(self, source: str) -> None:
+        """Raises `UserError` for values that fit no network."""
+
+        def need(good: bool, key: str, remedy: str) -> None:
+            if not good:
+                raise UserError(f"{source}: {key} = {getattr(self, key)!r}; {remedy}")
+
+        widths = self.block_out_channels
+        need(isinstance(widths, tuple) and widths and _counts(*widths), "block_out_channels", "give positive integers")
+        for key in ("in_channels", "out_channels", "norm_num_groups", "cross_attention_dim"):
+            need(_counts(getattr(self, key)), key, "give one positive integer")
+        need(all(width % self.norm_num_groups == 0 for width in widths), "norm_num_groups", f"must divide {widths}")
+        for key in ("layers_per_block", "attention_head_dim", "transformer_layers_per_block"):
+            value = getattr(self, key)
+            remedy = f"give one positive integer, or one for each of the {len(widths)} levels"
+            need(
+                _counts(value) or (isinstance(value, tuple) and len(value) == len(widths) and _counts(*value)),
+                key,
+                remedy,
+            )
+        for key, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
+            kinds = getattr(self, key)
+            good = isinstance(kinds, tuple) and len(kinds) == len(widths) and set(kinds) <= set(known)
+            need(good, key, f"give {len(widths)} of {', '.join(known)}")
+        attends = [
+            _DOWN[0] in pair or _UP[0] in pair
+            for pair in zip(self.down_block_types, self.up_block_types[::-1], strict=True)
+        ]
+        attends[-1] |= self.mid_block_type is not None
+        for width, heads, used in zip(widths, self.heads, attends, strict=True):
+            need(not used or width % heads == 0, "attention_head_dim", f"that many heads must divide {width} channels")
+        need(self.mid_block_type in _MID, "mid_block_type", f"only {_MID[0]!r} or null is implemented")
+        need(self.downsample_padding == 1, "downsample_padding", "only 1 is implemented")
+        need(self.addition_embed_type in (None, "text_time"), "addition_embed_type", "only 'text_time' is implemented")
+        if self.addition_embed_type is not None:
+            for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+                need(_counts(getattr(self, key)), key, "text_time needs a positive integer")
+
+
+def _counts(*values: Any) -> bool:
+    """Whether all are positive integers."""
+    return all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
+
+
+def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Whether `value`, or every entry of a per-level list, is one of the neutral values."""
+    return all(v in neutral for v in value) if isinstance(value, list) else value in neutral

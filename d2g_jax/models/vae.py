@@ -1,0 +1,242 @@
+"""AutoencoderKL by config: the encoder and decoder between images and the latents of SD 1.x, 2.x and SDXL.
+
+The network is that of diffusers' `AutoencoderKL` (Rombach et al., "High-Resolution Image Synthesis with Latent
+Diffusion Models", 2022): all group norms have eps 1e-6, the mid blocks have one single-head attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from d2g_jax.errors import UserError
+from d2g_jax.models.layers import (
+    Conv,
+    Downsample2D,
+    GroupNorm,
+    Linear,
+    ResnetBlock2D,
+    Upsample2D,
+    dot_product_attention,
+)
+from d2g_jax.models.network import Network
+
+_EPS = 1e-6
+_BELOW_RIGHT = ((0, 1), (0, 1))
+_LOGVAR_RANGE = (-30.0, 20.0)
+_NEUTRAL = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeConfig:
+    """diffusers' `AutoencoderKL` configuration.
+
+    `force_upcast` says that half precision overflows in this VAE (SDXL's): run it in float32 or bfloat16.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @property
+    def downscale(self) -> int:
+        """Image pixels per latent pixel along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any], *, source: str) -> VaeConfig:
+        """From a `config.json`; raises `UserError` that names `source` and the key for what is not implemented."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        known = {}
+        for key, value in config.items():
+            if key in names:
+                known[key] = tuple(value) if isinstance(value, list) else value
+            elif not key.startswith("_") and value != _NEUTRAL.get(key):
+                raise UserError(f"{source}: {key} = {value!r} is not implemented for AutoencoderKL")
+        result = cls(**known)
+        levels = len(result.block_out_channels)
+        for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            if getattr(result, key) != (block,) * levels:
+                raise UserError(f"{source}: {key} must be {levels} times {block}, one for each of block_out_channels")
+        groups = result.norm_num_groups
+        if any(width % groups for width in result.block_out_channels):
+            raise UserError(f"{source}: block_out_channels must be multiples of norm_num_groups {groups}")
+        return result
+
+    def to_json(self) -> dict[str, Any]:
+        """The `config.json` that diffusers loads."""
+        fields = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
+        return {"_class_name": "AutoencoderKL", "act_fn": "silu", **fields}
+
+
+def scale_latents(config: VaeConfig, latents: jax.Array) -> jax.Array:
+    """The VAE's own latents -> the latents that the UNet sees and that files hold."""
+    return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+def unscale_latents(config: VaeConfig, latents: jax.Array) -> jax.Array:
+    """The inverse of `scale_latents`; what `decode` takes."""
+    return latents / config.scaling_factor + (config.shift_factor or 0.0)
+
+
+def _resnet(config: VaeConfig, inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> ResnetBlock2D:
+    return ResnetBlock2D(inputs, outputs, groups=config.norm_num_groups, eps=_EPS, dtype=dtype, rngs=rngs)
+
+
+class VaeAttention(nnx.Module):
+    """Group norm and single-head self-attention over the pixels, with a residual; softmax in float32."""
+
+    def __init__(self, channels: int, groups: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        self.group_norm = GroupNorm(groups, channels, _EPS, dtype=dtype)
+        self.to_q = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.to_k = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.to_v = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.List([Linear(channels, channels, dtype=dtype, rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, height, width, channels = x.shape
+        tokens = self.group_norm(x).reshape(batch, height * width, 1, channels)
+        out = dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + self.to_out[0](out).reshape(x.shape)
+
+
+class MidBlock(nnx.Module):
+    """resnet, attention, resnet at the lowest resolution."""
+
+    def __init__(self, config: VaeConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        channels = config.block_out_channels[-1]
+        resnet = lambda: _resnet(config, channels, channels, dtype, rngs)  # noqa: E731
+        self.with_attention = config.mid_block_add_attention
+        if self.with_attention:
+            self.attentions = nnx.List([VaeAttention(channels, config.norm_num_groups, dtype, rngs=rngs)])
+        self.resnets = nnx.List([resnet(), resnet()])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.resnets[0](x)
+        if self.with_attention:
+            x = self.attentions[0](x)
+        return self.resnets[1](x)
+
+
+class DownBlock(nnx.Module):
+    """Resnets, then a strided convolution unless it is the last level."""
+
+    def __init__(self, config: VaeConfig, level: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        widths = config.block_out_channels
+        inputs = [widths[max(level - 1, 0)]] + [widths[level]] * (config.layers_per_block - 1)
+        self.resnets = nnx.List([_resnet(config, width, widths[level], dtype, rngs) for width in inputs])
+        self.last = level == len(widths) - 1
+        if not self.last:
+            # SD's autoencoder pads below and to the right only
+            self.downsamplers = nnx.List([Downsample2D(widths[level], padding=_BELOW_RIGHT, dtype=dtype, rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x if self.last else self.downsamplers[0](x)
+
+
+class UpBlock(nnx.Module):
+    """One resnet more than on the way down, then nearest-neighbour upsampling unless it is the last level."""
+
+    def __init__(self, config: VaeConfig, level: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        widths = config.block_out_channels[::-1]
+        inputs = [widths[max(level - 1, 0)]] + [widths[level]] * config.layers_per_block
+        self.resnets = nnx.List([_resnet(config, width, widths[level], dtype, rngs) for width in inputs])
+        self.last = level == len(widths) - 1
+        if not self.last:
+            self.upsamplers = nnx.List([Upsample2D(widths[level], dtype=dtype, rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x if self.last else self.upsamplers[0](x)
+
+
+class Encoder(nnx.Module):
+    """Images to the mean and log-variance of latents, as 2 x latent_channels."""
+
+    def __init__(self, config: VaeConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        widths = config.block_out_channels
+        self.conv_in = Conv(config.in_channels, widths[0], dtype=dtype, rngs=rngs)
+        self.down_blocks = nnx.List([DownBlock(config, i, dtype, rngs=rngs) for i in range(len(widths))])
+        self.mid_block = MidBlock(config, dtype, rngs=rngs)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], _EPS, dtype=dtype)
+        self.conv_out = Conv(widths[-1], 2 * config.latent_channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nnx.Module):
+    """Latents to images."""
+
+    def __init__(self, config: VaeConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        widths = config.block_out_channels
+        self.conv_in = Conv(config.latent_channels, widths[-1], dtype=dtype, rngs=rngs)
+        self.mid_block = MidBlock(config, dtype, rngs=rngs)
+        self.up_blocks = nnx.List([UpBlock(config, i, dtype, rngs=rngs) for i in range(len(widths))])
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], _EPS, dtype=dtype)
+        self.conv_out = Conv(widths[0], config.out_channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nnx.Module):
+    """`encode` and `decode`; neither knows of `scaling_factor` (see `scale_latents`)."""
+
+    def __init__(self, config: VaeConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        channels = config.latent_channels
+        self.use_quant_conv, self.use_post_quant_conv = config.use_quant_conv, config.use_post_quant_conv
+        self.encoder = Encoder(config, dtype, rngs=rngs)
+        self.decoder = Decoder(config, dtype, rngs=rngs)
+        if self.use_quant_conv:
+            self.quant_conv = Conv(2 * channels, 2 * channels, 1, padding=0, dtype=dtype, rngs=rngs)
+        if self.use_post_quant_conv:
+            self.post_quant_conv = Conv(channels, channels, 1, padding=0, dtype=dtype, rngs=rngs)
+
+    def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """images (B, H, W, 3) in [-1, 1] -> mean and log-variance, each (B, h, w, C), unscaled."""
+        moments = self.encoder(images)
+        if self.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(logvar, *_LOGVAR_RANGE)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """unscaled latents (B, h, w, C) -> images (B, H, W, 3), about [-1, 1] and not clipped."""
+        if self.use_post_quant_conv:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents)
+
+
+def build(config: VaeConfig, dtype: jnp.dtype = jnp.float32) -> Network:
+    """The autoencoder as a `Network`; use `method="encode"` or `method="decode"`."""
+    return Network.build(config, lambda rngs: AutoencoderKL(config, dtype, rngs=rngs))

@@ -1,0 +1,344 @@
+"""LatentLPIPS and E-LatentLPIPS as frozen pure functions, and the regression losses that a student may train with.
+
+The metric's parameters live in a `LatentLPIPS`, which is no pytree: it cannot be put into a train state, an optimiser
+or `jax.grad`, so its heads cannot go negative by training (the known defect of the released code). Every loss returns
+one value per sample, which depends on no other sample of the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2g_jax import augment
+from d2g_jax.errors import UserError
+from d2g_jax.models import vgg
+from d2g_jax.models.network import Network, Params
+from d2g_jax.weights import load_state_dict, save_state_dict, to_params, to_state_dict
+
+UNIT_EPS = 1e-8  # inside the root, in float32: it would underflow in half precision
+
+RegressionLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(key, generated (B, h, w, C), target (B, h, w, C)), both scaled latents -> (B,) float32."""
+
+REGRESSION_LOSSES = ("mse", "pseudo_huber", "latent_lpips", "e_latent_lpips")
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSpace:
+    """How a VAE's own latents become the scaled latents that a metric reads: (raw - shift) * scale."""
+
+    name: str
+    channels: int
+    scale: float
+    shift: float = 0.0
+
+
+LATENT_SPACES = (
+    LatentSpace("sd15", 4, 0.18215),
+    LatentSpace("sd21", 4, 0.18215),
+    LatentSpace("sdxl", 4, 0.13025),
+    LatentSpace("sd3", 16, 1.5305, 0.0609),
+    LatentSpace("flux", 16, 0.3611, 0.1159),
+)
+
+
+def latent_space(name: str) -> LatentSpace:
+    """One of `LATENT_SPACES`; raises `UserError` for another name."""
+    for space in LATENT_SPACES:
+        if space.name == name:
+            return space
+    raise UserError(f"latent space {name!r} is unknown; choose one of {', '.join(s.name for s in LATENT_SPACES)}")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "heads"], meta_fields=["space", "network"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatentLPIPS:
+    """A frozen metric; methods are pure and may be jitted, vmapped and differentiated by their first latents.
+
+    It is a pytree of its arrays: passed as an argument to a jitted function it is no constant of the program.
+
+    Attributes:
+      space: the latent space that the metric was trained in.
+      network: the folded trunk (`vgg.build`).
+      params: its kernels and biases.
+      heads: of each tap the non-negative weights (C_k,).
+    """
+
+    space: LatentSpace
+    network: Network
+    params: Params
+    heads: tuple[jax.Array, ...]
+
+    @classmethod
+    def from_params(
+        cls,
+        config: vgg.VGGConfig,
+        params: Params,
+        heads: Sequence[Any],
+        space: LatentSpace,
+        dtype: Any = jnp.float32,
+        source: str = "metric",
+    ) -> LatentLPIPS:
+        """From a trunk with batch norm (`vgg.build_training`'s whole tree) and the heads' weights; folds it.
+
+        `dtype` is the trunk's compute dtype; feature normalisation and distances are float32 at least. Raises
+        `UserError` for heads that are negative, not finite or of the wrong length, and a space with other channels.
+        """
+        if config.in_channels != space.channels:
+            raise UserError(
+                f"{source}: in_channels is {config.in_channels} but latent space {space.name} has {space.channels}"
+            )
+        for i, (head, width) in enumerate(zip(heads, config.widths, strict=True)):
+            _check_head(np.asarray(head), width, f"{source}: tensor lin{i}.model.1.weight")
+        folded = jax.tree.map(jnp.asarray, vgg.fold_batch_norm(*vgg.split_statistics(params)))
+        return cls(space, vgg.build(config, dtype), folded, tuple(jnp.asarray(head) for head in heads))
+
+    @classmethod
+    def load(cls, path: str | Path, *, space: LatentSpace | None = None, dtype: Any = jnp.float32) -> LatentLPIPS:
+        """From a metric folder (`config.json`, `metric.safetensors`), or a safetensors file with the published names.
+
+        A lone file has the full-size topology and needs `space`. Raises `UserError` for a missing or damaged file, and
+        for tensors that are missing, extra, wrongly shaped, NaN, or negative where they are heads.
+        """
+        path = Path(path)
+        if path.is_dir():
+            config, space, file = *_read_config(path / "config.json"), path / "metric.safetensors"
+        elif space is None:
+            raise UserError(f"{path}: not a metric folder; give one with config.json, or a file and its latent space")
+        else:
+            config, file = vgg.VGGConfig(in_channels=space.channels), path
+        tree = to_params(_without_duplicates(load_state_dict(file)), _abstract(config), source=str(file))
+        heads = [tree[f"lin{i}"]["model"]["1"]["kernel"].reshape(-1) for i in range(len(config.widths))]
+        return cls.from_params(config, tree["net"], heads, space, dtype, source=str(file))
+
+    def channel_differences(self, a: jax.Array, b: jax.Array, *, scaled: bool) -> list[jax.Array]:
+        """Of each tap the squared difference of unit features, averaged over locations: (B, C_k) each.
+
+        Everything of the metric but its heads, which are linear in it: what calibration trains on.
+        """
+        self._check(a, b)
+        a, b = (x if scaled else (x - self.space.shift) * self.space.scale for x in (a, b))
+        # Apart, not concatenated: the target's half then has no backward pass at all.
+        # Behind a barrier, because XLA would fold a closed-over trunk's constants, for minutes at full size.
+        params = jax.lax.optimization_barrier(jax.lax.stop_gradient(self.params))
+        features_a = self.network.apply(params, a)
+        features_b = self.network.apply(params, jax.lax.stop_gradient(b))
+        pairs = zip(features_a, features_b, strict=True)
+        return [jnp.square(_unit(x) - _unit(y)).mean((1, 2)) for x, y in pairs]
+
+    def layer_distances(self, a: jax.Array, b: jax.Array, *, scaled: bool) -> jax.Array:
+        """The terms of `distance` by tap: (B, K)."""
+        differences = self.channel_differences(a, b, scaled=scaled)
+        heads = jax.lax.stop_gradient(self.heads)
+        terms = [(d * w.astype(d.dtype)).sum(-1) for d, w in zip(differences, heads, strict=True)]
+        return jnp.stack(terms, axis=-1)
+
+    def distance(self, a: jax.Array, b: jax.Array, *, scaled: bool) -> jax.Array:
+        """LatentLPIPS between latents (B, h, w, C): (B,), float32 (float64 for float64), zero for equal inputs.
+
+        Gradients flow to `a` alone. `scaled` says whether the latents have been through the VAE's scaling, as all
+        latents in this project's files have. Raises `UserError` for unlike shapes or another channel count.
+        """
+        return self.layer_distances(a, b, scaled=scaled).sum(-1)
+
+    def _check(self, a: jax.Array, b: jax.Array) -> None:
+        if a.shape != b.shape:
+            raise UserError(f"latents have shapes {a.shape} and {b.shape}; a distance needs two of one shape")
+        if a.ndim != 4 or a.shape[-1] != self.space.channels:
+            raise UserError(
+                f"latents have shape {a.shape}; latent space {self.space.name} is (B, h, w, {self.space.channels})"
+            )
+        smallest = 2 ** sum(self.network.config.pools)
+        if min(a.shape[1:3]) < smallest:
+            raise UserError(f"latents have shape {a.shape}; this metric needs at least {smallest}x{smallest}")
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Features (B, h, w, C) at unit length over channels.
+
+    A quotient: a product would be contracted with the subtraction that follows, and equal inputs would differ by it.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + UNIT_EPS)
+
+
+def _check_head(head: np.ndarray, width: int, where: str) -> None:
+    if head.shape != (width,):
+        raise UserError(f"{where} has {head.size} weights; its tap has {width} channels")
+    if not np.isfinite(head).all():
+        raise UserError(f"{where} holds NaN or infinity; fetch or train the metric again")
+    if head.min() < 0:
+        raise UserError(f"{where} has negative weights ({head.min():.3g}), so distances could be negative; clamp at 0")
+
+
+def check_latents(metric: LatentLPIPS, latents: np.ndarray, *, scaled: bool, source: str) -> None:
+    """For values at hand (not under jit): raises `UserError` for NaN; warns when the scale looks like the other kind.
+
+    Scaled latents have a standard deviation near 1; a VAE's own are larger or smaller by the factor of its scaling.
+    """
+    latents = np.asarray(latents, np.float32)
+    if not np.isfinite(latents).all():
+        raise UserError(f"{source}: holds NaN or infinity; a distance needs finite latents")
+    std, factor = float(latents.std()), metric.space.scale
+    expected, other = (1.0, 1 / factor) if scaled else (1 / factor, 1.0)
+    if std > 0 and abs(math.log(std / other)) < abs(math.log(std / expected)):
+        told, meant = ("scaled", "raw") if scaled else ("raw", "scaled")
+        warnings.warn(f"{source}: standard deviation {std:.2f} looks {meant}, but was given as {told}", stacklevel=2)
+
+
+def mean_absolute(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Mean absolute difference of each sample: (B, ...) twice -> (B,) float32."""
+    dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    return jnp.abs(a.astype(dtype) - b.astype(dtype)).mean(tuple(range(1, a.ndim)))
+
+
+def e_latent_lpips(
+    metric: LatentLPIPS,
+    key: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    preset: str = "bgo",
+    *,
+    scaled: bool,
+    l1_weight: float = 0.0,
+) -> jax.Array:
+    """E-LatentLPIPS with one draw per sample, shared by both inputs: (B,); gradients flow to `a` alone.
+
+    Args:
+      key: one typed key for the batch, or one per sample (B,).
+      preset: one of `augment.PRESETS`; "none" is plain LatentLPIPS.
+      l1_weight: adds that much of the mean absolute difference of the scaled latents, not augmented (the released
+        code's default is 1; the paper speaks of none).
+
+    Raises:
+      UserError: as `LatentLPIPS.distance`, and for an unknown preset.
+    """
+    metric._check(a, b)
+    a, b = (x if scaled else (x - metric.space.shift) * metric.space.scale for x in (a, b))
+    b = jax.lax.stop_gradient(b)
+    transform = augment.draw(key, preset, a.shape[0])
+    augmented_a, augmented_b = (augment.apply(transform, x, stream=i) for i, x in enumerate((a, b)))
+    distance = metric.distance(augmented_a, augmented_b, scaled=True)
+    return distance + l1_weight * mean_absolute(a, b) if l1_weight else distance
+
+
+def expected_distance(
+    metric: LatentLPIPS, key: jax.Array, a: jax.Array, b: jax.Array, preset: str = "bgo", *, draws: int, scaled: bool
+) -> jax.Array:
+    """The mean of `e_latent_lpips` over `draws` draws, for evaluation: (B,); one key, one value."""
+    keys = jax.random.split(key, draws)
+    one = lambda key: e_latent_lpips(metric, key, a, b, preset, scaled=scaled)  # noqa: E731
+    return jax.lax.map(one, keys).mean(0)
+
+
+def mse(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Mean squared difference of each sample: (B, ...) twice -> (B,) float32."""
+    dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    return jnp.square(a.astype(dtype) - b.astype(dtype)).mean(tuple(range(1, a.ndim)))
+
+
+def pseudo_huber(a: jax.Array, b: jax.Array, c: float = 0.00054) -> jax.Array:
+    """sqrt(|a - b|^2 + k^2) - k with k = c sqrt(d) for d elements a sample: (B, ...) twice -> (B,) float32.
+
+    Song and Dhariwal, "Improved techniques for training consistency models", 2023, equation 8, with their c.
+    """
+    elements = math.prod(a.shape[1:])
+    k = c * math.sqrt(elements)
+    return jnp.sqrt(elements * mse(a, b) + k * k) - k
+
+
+def regression_loss(
+    name: str,
+    metric: LatentLPIPS | None = None,
+    preset: str = "bgo",
+    *,
+    l1_weight: float = 0.0,
+    pseudo_huber_c: float = 0.00054,
+) -> RegressionLoss:
+    """The loss called `name`, one of `REGRESSION_LOSSES`; gradients flow to the generated latents alone.
+
+    `metric`, `preset` and `l1_weight` are for the perceptual losses, `pseudo_huber_c` for its own. Raises `UserError`
+    for an unknown name or preset, a perceptual loss without a metric and a negative weight.
+    """
+    if name not in REGRESSION_LOSSES:
+        raise UserError(f"regression loss {name!r} is unknown; choose one of {', '.join(REGRESSION_LOSSES)}")
+    if l1_weight < 0:
+        raise UserError(f"l1_weight is {l1_weight}; give 0 or more")
+    if name == "mse":
+        return lambda key, generated, target: mse(generated, jax.lax.stop_gradient(target))
+    if name == "pseudo_huber":
+        return lambda key, generated, target: pseudo_huber(generated, jax.lax.stop_gradient(target), pseudo_huber_c)
+    augment.check_preset(preset)
+    if metric is None:
+        raise UserError(f"regression loss {name!r} needs a metric; give the folder of one")
+    preset = preset if name == "e_latent_lpips" else "none"
+
+    def perceptual(key: jax.Array, generated: jax.Array, target: jax.Array) -> jax.Array:
+        return e_latent_lpips(metric, key, generated, target, preset, scaled=True, l1_weight=l1_weight)
+
+    return perceptual
+
+
+def save_metric(
+    folder: str | Path, config: vgg.VGGConfig, params: Params, heads: Sequence[Any], space: LatentSpace
+) -> None:
+    """Writes a metric folder that `LatentLPIPS.load` reads, with the published tensor names and batch norm unfolded.
+
+    Args:
+      params: `vgg.build_training`'s whole tree, running statistics included.
+      heads: of each tap the non-negative weights (C_k,).
+
+    Raises:
+      UserError: as `LatentLPIPS.from_params`, and when the folder cannot be written.
+    """
+    folder = Path(folder)
+    LatentLPIPS.from_params(config, params, heads, space, source=str(folder))
+    lins = {f"lin{i}": {"model": {"1": {"kernel": np.reshape(head, (1, 1, -1, 1))}}} for i, head in enumerate(heads)}
+    save_state_dict(to_state_dict({"net": params, **lins}), folder / "metric.safetensors")
+    text = json.dumps({**config.to_json(), "latent_space": dataclasses.asdict(space)}, indent=2)
+    temporary = folder / ".config.json.tmp"
+    try:
+        temporary.write_text(text + "\n")
+        temporary.replace(folder / "config.json")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; give a writable place") from error
+
+
+def _read_config(file: Path) -> tuple[vgg.VGGConfig, LatentSpace]:
+    try:
+        config = json.loads(file.read_text())
+        space = LatentSpace(**config.pop("latent_space"))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}; a metric folder holds one") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not a metric's config with a latent_space ({error})") from error
+    return vgg.VGGConfig.from_json(config, source=str(file)), space
+
+
+def _abstract(config: vgg.VGGConfig) -> Params:
+    """The tree of a metric file: the trunk with batch norm as `net`, the heads as 1x1 convolutions `lin{k}.model.1`."""
+    head = lambda width: {"model": {"1": {"kernel": jax.ShapeDtypeStruct((1, 1, width, 1), jnp.float32)}}}  # noqa: E731
+    lins = {f"lin{i}": head(width) for i, width in enumerate(config.widths)}
+    return {"net": vgg.build_training(config).abstract(), **lins}
+
+
+def _without_duplicates(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Published files hold every head twice, as `lin0.` and as `lins.0.`; the copies go when they are copies."""
+    kept = {}
+    for key, value in state.items():
+        number, dot, rest = key.removeprefix("lins.").partition(".")
+        twin = f"lin{number}{dot}{rest}"
+        if not (key.startswith("lins.") and twin in state and np.array_equal(state[twin], value)):
+            kept[key] = value
+    return kept

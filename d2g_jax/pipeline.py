@@ -1,0 +1,346 @@
+"""One diffusers folder as one object: tokenizers, text towers, UNet, VAE, noise schedule; and back to a folder.
+
+`StableDiffusionPipeline` (one text tower) and `StableDiffusionXLPipeline` (two, of which the second is pooled).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2g_jax import weights
+from d2g_jax.errors import UserError
+from d2g_jax.models import clip, unet, vae
+from d2g_jax.models.network import Network, Params
+
+SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+SKIPPED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Components that drawing does not need; never loaded."""
+
+_CLASSES = {
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+}
+_COMPONENTS = {
+    SD: ("tokenizer", "text_encoder", "unet", "vae", "scheduler"),
+    SDXL: ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae", "scheduler"),
+}
+_WEIGHTS_STEM = {"text_encoder": "model", "text_encoder_2": "model"}
+
+
+class TextConditioning(NamedTuple):
+    """What the UNet takes from the prompts: hidden states (N, L, D) and, for SDXL only, pooled (N, P)."""
+
+    encoder_hidden_states: jax.Array
+    pooled: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A loaded folder.
+
+    Attributes:
+      folder: where it was read from.
+      index: `model_index.json`.
+      tokenizer, tokenizer_2: transformers' `CLIPTokenizer`; the second for SDXL only.
+      text_encoder, text_encoder_2, unet, vae: networks; each holds its config.
+      params: float32 trees under the names of the networks.
+      scheduler: `scheduler_config.json`.
+      scaling_factor: UNet latents = VAE latents x this.
+      latent_shape: (h, w, C) of the model's native size.
+    """
+
+    folder: Path
+    index: dict[str, Any]
+    tokenizer: Any
+    text_encoder: Network
+    unet: Network
+    vae: Network
+    params: dict[str, Params]
+    scheduler: dict[str, Any]
+    tokenizer_2: Any = None
+    text_encoder_2: Network | None = None
+
+    @property
+    def scaling_factor(self) -> float:
+        return self.vae.config.scaling_factor
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return _latent_shape(self.unet.config)
+
+    @property
+    def tokenizers(self) -> tuple[Any, ...]:
+        return (self.tokenizer,) if self.tokenizer_2 is None else (self.tokenizer, self.tokenizer_2)
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: jnp.dtype = jnp.float32) -> Pipeline:
+        """Reads a diffusers folder; networks compute in `dtype`, parameters are float32.
+
+        Raises `UserError`, one line that names the file and key, for anything missing, unknown or inconsistent.
+        """
+        folder = Path(folder)
+        index = _read_index(folder)
+        networks = {
+            name: _build(folder, name, index[name][1], dtype, upcast_vae=index["_class_name"] == SDXL)
+            for name in _components(index)
+            if name in ("text_encoder", "text_encoder_2", "unet", "vae")
+        }
+        _check_widths(folder, networks)
+        tokenizers = {
+            name: load_tokenizer(folder / name, networks[name.replace("tokenizer", "text_encoder")].config)
+            for name in _components(index)
+            if name.startswith("tokenizer")
+        }
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        params = {
+            name: jax.tree.map(jnp.asarray, weights.load_params(folder / name, network.abstract()))
+            for name, network in networks.items()
+        }
+        return cls(folder=folder, index=index, params=params, scheduler=scheduler, **networks, **tokenizers)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; `UserError` when the file is missing, unreadable or something else."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise UserError(f"{file} {reason}; expected a diffusers pipeline folder") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return value
+
+
+def load_tokenizer(folder: Path, text_config: clip.ClipTextConfig | None = None) -> Any:
+    """transformers' `CLIPTokenizer` of a folder; `UserError` without merges or when it does not fit the text tower."""
+    _check_merges(folder)
+    from transformers import CLIPTokenizer  # 1.5 s to import, and no torch
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if text_config is not None:
+        length, positions = tokenizer.model_max_length, text_config.max_position_embeddings
+        if length > positions:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length must be at most {positions}")
+        if len(tokenizer) > text_config.vocab_size:
+            raise UserError(
+                f"{folder}: {len(tokenizer)} tokens, but the text tower's vocab_size is {text_config.vocab_size}"
+            )
+    return tokenizer
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
+    """Prompts as int32 (N, L) with L = `model_max_length`, padded; what is too long is cut off with a warning."""
+    if not prompts:
+        return np.zeros((0, tokenizer.model_max_length), np.int32)
+    length = tokenizer.model_max_length
+    whole = tokenizer(list(prompts))["input_ids"]
+    for prompt, ids in zip(prompts, whole, strict=True):
+        if len(ids) > length:
+            lost = tokenizer.decode(ids[length - 1 : -1])
+            warnings.warn(f"prompt longer than {length} tokens, cut off {lost!r}: {prompt!r}", stacklevel=2)
+    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"]
+    return np.asarray(ids, np.int32)
+
+
+def encode_text(pipeline: Pipeline, params: Mapping[str, Params], *input_ids: jax.Array) -> TextConditioning:
+    """Token ids (N, L), one array for each of `pipeline.tokenizers`, as the UNet's conditioning; pure."""
+    first = pipeline.text_encoder.apply(params["text_encoder"], input_ids[0])
+    if pipeline.text_encoder_2 is None:
+        return TextConditioning(first.last_hidden_state, None)
+    second = pipeline.text_encoder_2.apply(params["text_encoder_2"], input_ids[1])
+    hidden = jnp.concatenate([first.penultimate_hidden_state, second.penultimate_hidden_state], axis=-1)
+    return TextConditioning(hidden, second.text_embeds)
+
+
+def decode(pipeline: Pipeline, params: Mapping[str, Params], latents: jax.Array) -> jax.Array:
+    """Scaled latents (N, h, w, C) -> uint8 images (N, H, W, 3); pure."""
+    unscaled = vae.unscale_latents(pipeline.vae.config, latents)
+    return to_uint8(pipeline.vae.apply(params["vae"], unscaled, method="decode"))
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """[-1, 1] -> uint8, rounded as diffusers' `VaeImageProcessor` does."""
+    unit = jnp.clip(images.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
+    return jnp.round(unit * 255.0).astype(jnp.uint8)
+
+
+def tokenizer_files(vocab: Mapping[str, int], merges: Sequence[str], model_max_length: int) -> dict[str, bytes]:
+    """The files of a CLIP tokenizer folder, for `save_pipeline`; `merges` are lines such as `"i n</w>"`."""
+    special = {"bos_token": "<|startoftext|>"} | {
+        key: "<|endoftext|>" for key in ("eos_token", "pad_token", "unk_token")
+    }
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": model_max_length,
+        "do_lower_case": True,
+        **special,
+    }
+    return {
+        "vocab.json": _json_bytes(vocab),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
+        "special_tokens_map.json": _json_bytes(special),
+        "tokenizer_config.json": _json_bytes(config),
+    }
+
+
+def read_tokenizer_files(folder: str | Path) -> dict[str, bytes]:
+    """The files of an existing tokenizer folder, for `save_pipeline`."""
+    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
+
+
+def save_pipeline(
+    folder: str | Path,
+    configs: Mapping[str, Any],
+    params: Mapping[str, Params],
+    tokenizers: Mapping[str, Mapping[str, bytes]],
+    dtype: Any = np.float16,
+) -> None:
+    """Writes a folder that diffusers' `StableDiffusionPipeline` / `StableDiffusionXLPipeline.from_pretrained` loads.
+
+    `configs` holds the config objects `text_encoder` (`text_encoder_2`), `unet`, `vae` and the dict `scheduler`;
+    `params` the trees of the same names; `tokenizers` file contents under `tokenizer` (`tokenizer_2`). With
+    `text_encoder_2` it is an SDXL folder. `model_index.json` comes last: a folder without it was not finished.
+    """
+    folder = Path(folder)
+    class_name = SDXL if "text_encoder_2" in configs else SD
+    index: dict[str, Any] = {"_class_name": class_name, **{name: [None, None] for name in SKIPPED}}
+    index |= {"force_zeros_for_empty_prompt": True} if class_name == SDXL else {"requires_safety_checker": False}
+    try:
+        (folder / "model_index.json").unlink(missing_ok=True)
+        for name in _COMPONENTS[class_name]:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            if name == "scheduler":
+                index[name] = ["diffusers", configs[name]["_class_name"]]
+                _write(folder / name / "scheduler_config.json", _json_bytes(configs[name]))
+            elif name.startswith("tokenizer"):
+                index[name] = ["transformers", "CLIPTokenizer"]
+                for file, content in tokenizers[name].items():
+                    _write(folder / name / file, content)
+            else:
+                index[name] = _save_network(folder / name, name, configs[name], params[name], dtype)
+        _write(folder / "model_index.json", _json_bytes(dict(sorted(index.items()))))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; give a writable place") from error
+
+
+def _save_network(folder: Path, name: str, config: Any, params: Params, dtype: Any) -> list[str]:
+    library = "transformers" if name.startswith("text_encoder") else "diffusers"
+    class_name = config.architecture if library == "transformers" else _CLASSES[name][0]
+    fields = config.to_json()
+    if library == "diffusers":
+        fields = {"_class_name": class_name, **fields}
+    _write(folder / "config.json", _json_bytes(fields))
+    stem = _WEIGHTS_STEM.get(name, "diffusion_pytorch_model")
+    weights.save_state_dict(weights.to_state_dict(params), folder / f"{stem}.safetensors", dtype)
+    return [library, class_name]
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """`model_index.json`, checked: a known pipeline class and known classes of its components."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected a diffusers pipeline folder")
+    file = folder / "model_index.json"
+    index = read_json(file)
+    if index.get("_class_name") not in _COMPONENTS:
+        raise UserError(f"{file}: _class_name {index.get('_class_name')!r} is unknown; expected {SD} or {SDXL}")
+    known = _components(index)
+    for name, value in index.items():
+        if not isinstance(value, list) or name in SKIPPED or value == [None, None]:
+            continue
+        if len(value) != 2:
+            raise UserError(f"{file}: {name} must be [library, class], not {value!r}")
+        if name not in known:
+            raise UserError(f"{file}: component {name} is unknown to {index['_class_name']}; expected {known}")
+        if name in _CLASSES and value[1] not in _CLASSES[name]:
+            raise UserError(f"{file}: {name} of class {value[1]!r} is unknown; expected {' or '.join(_CLASSES[name])}")
+    for name in known:
+        if not isinstance(index.get(name), list) or index[name] == [None, None]:
+            raise UserError(f"{file}: component {name} is missing; {index['_class_name']} needs it")
+        if not (folder / name).is_dir():
+            raise UserError(f"{folder / name}: folder is missing; {file.name} names it")
+    return index
+
+
+def _components(index: Mapping[str, Any]) -> tuple[str, ...]:
+    return _COMPONENTS[index["_class_name"]]
+
+
+def _build(folder: Path, name: str, class_name: str, dtype: jnp.dtype, *, upcast_vae: bool) -> Network:
+    source = folder / name / "config.json"
+    values = read_json(source)
+    if name == "unet":
+        return unet.build(unet.UNetConfig.from_json(values, source=str(source)), dtype)
+    if name == "vae":
+        config = vae.VaeConfig.from_json(values, source=str(source))
+        overflows = upcast_vae and config.force_upcast and dtype == jnp.float16
+        return vae.build(config, jnp.float32 if overflows else dtype)
+    # model_index.json decides the class, as in diffusers: the config may name the model it was cut out of
+    return clip.build(
+        clip.ClipTextConfig.from_json({**values, "architectures": [class_name]}, source=str(source)), dtype
+    )
+
+
+def _check_widths(folder: Path, networks: Mapping[str, Network]) -> None:
+    unet_config, vae_config = networks["unet"].config, networks["vae"].config
+    source = folder / "unet" / "config.json"
+    towers = [network.config for name, network in networks.items() if name.startswith("text_encoder")]
+    width, expected = sum(config.hidden_size for config in towers), unet_config.cross_attention_dim
+    if width != expected:
+        raise UserError(f"{source}: cross_attention_dim {expected} does not fit the text tower's width {width}")
+    if "text_encoder_2" in networks:
+        width = networks["text_encoder_2"].config.projection_dim + 6 * (unet_config.addition_time_embed_dim or 0)
+        key, expected = "projection_class_embeddings_input_dim", unet_config.projection_class_embeddings_input_dim
+        if width != expected:
+            raise UserError(f"{source}: {key} {expected} does not fit the pooled text and six ids, {width}")
+    if unet_config.in_channels != vae_config.latent_channels:
+        raise UserError(
+            f"{source}: in_channels {unet_config.in_channels} does not fit the VAE's "
+            f"latent_channels {vae_config.latent_channels}"
+        )
+    if unet_config.sample_size is None:
+        raise UserError(f"{source}: sample_size is missing; set it to the latents' height and width")
+
+
+def _latent_shape(config: Any) -> tuple[int, int, int]:
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width, config.in_channels
+
+
+def _check_merges(folder: Path) -> None:
+    if (folder / "tokenizer.json").is_file():
+        merges = read_json(folder / "tokenizer.json").get("model", {}).get("merges")
+    elif not (folder / "vocab.json").is_file():
+        raise UserError(f"{folder / 'vocab.json'} is missing; a CLIP tokenizer needs vocab.json and merges.txt")
+    elif not (folder / "merges.txt").is_file():
+        raise UserError(f"{folder / 'merges.txt'} is missing; a CLIP tokenizer needs vocab.json and merges.txt")
+    else:
+        read_json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+    if not merges:
+        raise UserError(f"{folder}: the tokenizer has no merges, it would spell every word; fetch merges.txt again")
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write(file: Path, content: bytes) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)

@@ -1,0 +1,56 @@
+"""Progress of a long job: a bar on a terminal, plain lines elsewhere; both show rate and time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """A context manager; `advance` counts units done."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0):
+        self._label, self._total, self._unit = label, total, unit
+        self._first = self._done = done
+        self._start = self._last_line = time.monotonic()
+        self._bar = tqdm(desc=label, total=total, initial=done, unit=unit) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, failure: object, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif failure is None:
+            self._line()
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """Counts `units` more; `note` is shown behind the rate."""
+        self._done += units
+        if self._bar is not None:
+            self._bar.update(units)
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._line(note)
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """Passes `items` on, counting one unit each."""
+        for item in items:
+            yield item
+            self.advance()
+
+    def _line(self, note: str = "") -> None:
+        self._last_line = time.monotonic()
+        rate = (self._done - self._first) / max(self._last_line - self._start, 1e-9)
+        left = (self._total - self._done) / rate if rate else float("inf")
+        text = f"{self._label}: {self._done}/{self._total} {self._unit}, {rate:.1f} {self._unit}/s, {left:.0f} s left"
+        print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)

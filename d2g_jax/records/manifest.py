@@ -1,0 +1,178 @@
+"""What made the pairs: written before the first shard, compared by every rerun, checked before training."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2g_jax import noise
+from d2g_jax.errors import UserError
+from d2g_jax.records.files import read_json, write_atomic, write_json
+from d2g_jax.records.schema import LATENT_DTYPES, PairSchema
+from d2g_jax.records.shards import DATASET, SPLIT, VERSION, read_shard_info
+
+FILE = "manifest.json"
+
+# What turns a noise level into alpha and sigma: these must be the teacher's own, or z and x0 do not belong together.
+_SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What made a folder of pairs. Record i is a pure function of these, of the prompts and of i.
+
+    `config_hash` covers every setting that changes a record, the prompts too; two manifests that differ in any field
+    belong in two folders.
+    """
+
+    teacher: str  # name of the pipeline folder, for people
+    teacher_hash: str  # of its weights and configs, for machines
+    solver: str  # "ddim"
+    num_inference_steps: int
+    guidance_scale: float
+    prediction_type: str
+    first_timestep: int  # at which the teacher saw the noise
+    scheduler: dict[str, Any]  # the teacher's scheduler_config.json
+    noise_implementation: str  # d2g_jax.noise.IMPLEMENTATION
+    seed: int  # of the noise
+    scaling_factor: float  # latents on disk are multiplied by it
+    latent_shape: tuple[int, int, int]  # (C, h, w)
+    token_length: int
+    latent_dtype: str
+    store_noise: bool
+    num_records: int
+    num_shards: int
+    config_hash: str
+
+    def schema(self) -> PairSchema:
+        """What a record of this folder holds."""
+        return PairSchema(self.latent_shape, self.token_length, self.latent_dtype, self.store_noise)
+
+    def write(self, folder: Path) -> None:
+        """Writes `manifest.json`, unless the folder has the same one already.
+
+        Raises `UserError` when the folder holds pairs that were made otherwise, and on values that no pair can have.
+        """
+        _check_values(self, folder / FILE)
+        if (folder / FILE).exists():
+            _check_same(self, Manifest.read(folder), folder)
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
+        if any(folder.glob("*.tfrecord-*")):
+            raise UserError(f"{folder}: holds shards but no {FILE}; choose another folder")
+        write_json(folder / FILE, self)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a folder. Raises `UserError` when there is none, or one with unknown or missing fields."""
+        folder = Path(folder)
+        if not (folder / FILE).is_file():
+            raise UserError(f"{folder}: not a folder of pairs, {FILE} is missing; expected .../{DATASET}/{VERSION}")
+        manifest = read_json(folder / FILE, cls)
+        _check_values(manifest, folder / FILE)
+        return manifest
+
+
+def config_hash(settings: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of settings as canonical JSON."""
+    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_fits(
+    manifest: Manifest,
+    *,
+    source: str | Path,
+    latent_shape: tuple[int, int, int],
+    token_length: int,
+    scaling_factor: float,
+    scheduler: Mapping[str, Any],
+    teacher_hash: str | None = None,
+) -> None:
+    """Refuses pairs that do not belong to a teacher.
+
+    Args:
+        source: the pairs folder, for the message.
+        latent_shape: (C, h, w) of the teacher.
+        scheduler: the teacher's scheduler_config.json; an absent key counts as None.
+        teacher_hash: also demands the very weights that made the pairs, when given.
+
+    Raises:
+        UserError: names the first field that differs and both values.
+    """
+    pairs = {"latent_shape": manifest.latent_shape, "token_length": manifest.token_length}
+    pairs |= {"scaling_factor": manifest.scaling_factor, "noise_implementation": manifest.noise_implementation}
+    teacher = {"latent_shape": tuple(latent_shape), "token_length": token_length, "scaling_factor": scaling_factor}
+    teacher |= {"noise_implementation": noise.IMPLEMENTATION}
+    for key in _SCHEDULE_KEYS:
+        pairs[f"scheduler.{key}"] = manifest.scheduler.get(key)
+        teacher[f"scheduler.{key}"] = scheduler.get(key)
+    if teacher_hash is not None:
+        pairs["teacher_hash"], teacher["teacher_hash"] = manifest.teacher_hash, teacher_hash
+    for name, value in pairs.items():
+        if value != teacher[name]:
+            raise UserError(
+                f"{source}: pairs do not fit the teacher: {name} is {value!r}, the teacher has {teacher[name]!r}; "
+                f"make pairs with this teacher or train from {manifest.teacher!r}"
+            )
+
+
+def write_metadata(folder: Path, manifest: Manifest) -> None:
+    """Writes `features.json` and `dataset_info.json`, so that `tfds.builder_from_directory(folder)` reads the shards.
+
+    Call it when all shards are done; raises `UserError` when one is not. The files hold no dates: the same shards give
+    the same bytes.
+    """
+    import tensorflow_datasets as tfds  # a second of import that only the end of the pair job needs
+
+    shards = [read_shard_info(folder, manifest, index) for index in range(manifest.num_shards)]
+    identity = tfds.core.DatasetIdentity(
+        name=DATASET, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=""
+    )
+    description = f"Noise, prompts and {manifest.num_inference_steps}-step latents of {manifest.teacher}."
+    info = tfds.core.DatasetInfo(builder=identity, features=manifest.schema().features(), description=description)
+    info.set_file_format("tfrecord")
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=DATASET, split=SPLIT, filetype_suffix="tfrecord"
+    )
+    split = tfds.core.SplitInfo(
+        name=SPLIT,
+        shard_lengths=[shard.count for shard in shards],
+        num_bytes=sum(shard.bytes for shard in shards),
+        filename_template=template,
+    )
+    info.set_splits(tfds.core.SplitDict([split]))
+    with tempfile.TemporaryDirectory() as scratch:  # TFDS writes in place; whole files move from here
+        info.write_to_directory(scratch)
+        for name in ("features.json", "dataset_info.json"):
+            write_atomic(folder / name, [Path(scratch, name).read_bytes()])
+
+
+def _check_values(manifest: Manifest, path: Path) -> None:
+    if manifest.latent_dtype not in LATENT_DTYPES:
+        raise UserError(f"{path}: latent_dtype = {manifest.latent_dtype!r}, expected one of {', '.join(LATENT_DTYPES)}")
+    for name in ("seed", "num_records"):  # both enter the noise as 32-bit integers
+        if not 0 <= getattr(manifest, name) < 2**31:
+            raise UserError(f"{path}: {name} = {getattr(manifest, name)}, expected 0 to {2**31 - 1}")
+    if not 1 <= manifest.num_shards <= min(manifest.num_records, 99999):
+        raise UserError(f"{path}: num_shards = {manifest.num_shards}, expected 1 to num_records and at most 99999")
+    if manifest.token_length < 1 or min(manifest.latent_shape) < 1:
+        raise UserError(f"{path}: token_length and every side of latent_shape must be at least 1")
+
+
+def _check_same(new: Manifest, old: Manifest, folder: Path) -> None:
+    for field in dataclasses.fields(Manifest):
+        before, now = getattr(old, field.name), getattr(new, field.name)
+        if before != now:
+            raise UserError(
+                f"{folder}: holds pairs of another run ({field.name} is {before!r}, this run has {now!r}); "
+                "choose another folder"
+            )

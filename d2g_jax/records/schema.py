@@ -1,0 +1,111 @@
+"""What a record holds, and its bytes: one `tf.train.Example` per pair, tensors as raw little-endian bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+from google.protobuf.message import DecodeError
+from tensorflow_datasets.proto import tf_example_pb2
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+LATENT_DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+_INTEGERS = ("id", "noise_seed", "noise_hash")
+
+
+@dataclass(frozen=True)
+class PairSchema:
+    """The fields of a record.
+
+    `id`, `noise_seed`, `noise_hash` int64; `prompt` text; `input_ids` int32 (L,); `latents` (C, h, w) in
+    `latent_dtype`, scaled by the VAE's factor; and, if `store_noise`, `noise` float16 (C, h, w). Bits of the noise are
+    drawn in the shape (C, h, w); `noise_hash` is `d2g_jax.noise.bits_hash` of them.
+    """
+
+    latent_shape: tuple[int, int, int]  # (C, h, w)
+    token_length: int  # L
+    latent_dtype: str = "float16"  # or "bfloat16"
+    store_noise: bool = False
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of every field that is stored as bytes."""
+        fields = {
+            "input_ids": ((self.token_length,), np.dtype(np.int32)),
+            "latents": (self.latent_shape, LATENT_DTYPES[self.latent_dtype]),
+        }
+        if self.store_noise:
+            fields["noise"] = (self.latent_shape, np.dtype(np.float16))
+        return fields
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all fields."""
+        return (*_INTEGERS, "prompt", *self.tensors())
+
+    def bytes_per_record(self) -> int:
+        """Bytes of the tensors of one record; prompt, keys and framing add about 150 and the prompt's length."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors().values())
+
+    def features(self) -> tfds.features.FeaturesDict:
+        """The same as a TFDS feature tree."""
+        import tensorflow_datasets as tfds  # a second of import that only the end of the pair job needs
+
+        features = {name: tfds.features.Scalar(np.int64) for name in _INTEGERS}
+        features["prompt"] = tfds.features.Text()
+        for name, (shape, dtype) in self.tensors().items():
+            features[name] = tfds.features.Tensor(shape=shape, dtype=dtype.type, encoding="bytes")
+        return tfds.features.FeaturesDict(features)
+
+    def encode(self, record: Mapping[str, Any]) -> bytes:
+        """A record as a serialized Example: the same record gives the same bytes.
+
+        Raises `ValueError` on a missing or unknown field, and on a tensor of another shape or dtype: nothing is cast.
+        """
+        if set(record) != set(self.names()):
+            raise ValueError(f"a record with fields {sorted(record)}, expected {sorted(self.names())}")
+        example = tf_example_pb2.Example()
+        feature = example.features.feature
+        for name in _INTEGERS:
+            feature[name].int64_list.value.append(int(record[name]))
+        feature["prompt"].bytes_list.value.append(str(record["prompt"]).encode())
+        for name, (shape, dtype) in self.tensors().items():
+            value = np.asarray(record[name])
+            if value.shape != shape or value.dtype != dtype:
+                raise ValueError(f"{name} is {value.dtype} {value.shape}, expected {dtype} {shape}")
+            feature[name].bytes_list.value.append(value.tobytes())
+        return example.SerializeToString(deterministic=True)
+
+    def decode(self, data: bytes, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """A record from its bytes: integers and `prompt` as 0-d arrays, tensors read-only without a copy.
+
+        `names` picks the fields to decode, all by default. Raises `ValueError` on bytes that are no such record.
+        """
+        try:
+            feature = tf_example_pb2.Example.FromString(data).features.feature
+        except DecodeError as error:
+            raise ValueError(f"not an Example: {error}") from None
+        tensors = self.tensors()
+        record = {}
+        for name in self.names() if names is None else names:
+            kind = "int64_list" if name in _INTEGERS else "bytes_list"
+            values = getattr(feature[name], kind).value
+            if len(values) != 1:
+                raise ValueError(f"field {name!r} holds {len(values)} values, expected 1")
+            record[name] = _tensor(name, values[0], *tensors[name]) if name in tensors else _scalar(values[0])
+        return record
+
+
+def _scalar(value: int | bytes) -> np.ndarray:
+    return np.asarray(value.decode()) if isinstance(value, bytes) else np.asarray(value, np.int64)
+
+
+def _tensor(name: str, value: bytes, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    if len(value) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"field {name!r} holds {len(value)} bytes, {dtype} {shape} needs another number")
+    return np.frombuffer(value, dtype).reshape(shape)

@@ -1,0 +1,135 @@
+"""Random access to the records of a folder: any thread, any process, any order, every checksum checked."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2g_jax.errors import UserError
+from d2g_jax.records.framing import FrameError, scan, unframe
+from d2g_jax.records.manifest import Manifest
+from d2g_jax.records.shards import index_path, read_shard_info, repair_command, shard_range, write_index
+
+_MAX_OPEN_FILES = 64  # per process; a folder may have more shards than a process may have open files
+
+
+class PairSource:
+    """The pairs of a folder as a sequence; item i is the record with id i.
+
+    Args:
+        folder: `.../pairs/1.0.0`.
+        fields: which fields to decode, all by default.
+
+    Items are dicts of arrays as `PairSchema.decode` gives them; tensors are read-only. Safe to share between threads
+    and to pickle (to workers). Memory is 8 bytes per record.
+
+    Raises:
+        UserError: no folder of pairs, a shard missing or of another size, an unknown field; and, on reading, a corrupt
+            record, with its file, byte offset and the command that repairs.
+    """
+
+    def __init__(self, folder: str | Path, fields: Sequence[str] | None = None):
+        self.folder = Path(folder)
+        self.manifest = Manifest.read(self.folder)
+        self._schema = self.manifest.schema()
+        self._fields = tuple(self._schema.names() if fields is None else fields)
+        if unknown := [name for name in self._fields if name not in self._schema.names()]:
+            raise UserError(f"{folder}: pairs have no field {unknown[0]!r}, only {', '.join(self._schema.names())}")
+        total, count = self.manifest.num_shards, self.manifest.num_records
+        infos = [read_shard_info(self.folder, self.manifest, shard) for shard in range(total)]
+        self._paths = [self.folder / info.name for info in infos]
+        self._firsts = np.asarray([shard_range(shard, total, count).start for shard in range(total)], np.int64)
+        self._offsets: list[np.ndarray | None] = [None] * total  # indexes are loaded when first needed
+        self._files = _Files(_MAX_OPEN_FILES)
+
+    def __len__(self) -> int:
+        return self.manifest.num_records
+
+    def __repr__(self) -> str:
+        return f"PairSource({str(self.folder)!r}, {len(self)} records)"
+
+    def __getitem__(self, record_id: int) -> dict[str, np.ndarray]:
+        if not 0 <= record_id < len(self):
+            raise IndexError(f"record {record_id} of {len(self)}")
+        shard = int(np.searchsorted(self._firsts, record_id, side="right")) - 1
+        path, offsets = self._paths[shard], self._index(shard)
+        place = record_id - int(self._firsts[shard])
+        start, end = int(offsets[place]), int(offsets[place + 1])
+        try:
+            record = self._schema.decode(unframe(self._files.read(path, start, end - start)), ("id", *self._fields))
+            if record["id"] != record_id:
+                raise ValueError(f"holds id {record['id']} where {record_id} belongs")
+        except (ValueError, OSError) as error:
+            raise UserError(_corrupt(path, start, error)) from error
+        return {name: record[name] for name in self._fields}
+
+    def _index(self, shard: int) -> np.ndarray:
+        if self._offsets[shard] is None:
+            first, path = shard_range(shard, self.manifest.num_shards, self.manifest.num_records), self._paths[shard]
+            self._offsets[shard] = _load_index(path, len(first))
+        return self._offsets[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": None}  # descriptors stay in their process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _files=_Files(_MAX_OPEN_FILES))
+
+
+class _Files:
+    """Open files, the least recently used given up first. A descriptor closes when its last reader is done."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        with self._lock:
+            file = self._open.pop(path, None) or _Descriptor(path)
+            self._open[path] = file
+            if len(self._open) > self._limit:
+                self._open.popitem(last=False)
+        return os.pread(file.number, size, offset)
+
+
+class _Descriptor:
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "number"):  # absent when the file could not be opened
+            os.close(self.number)
+
+
+def _load_index(path: Path, count: int) -> np.ndarray:
+    """The shard's index; made from the shard itself, and written, when it is absent or belongs to another file."""
+    size = path.stat().st_size
+    try:
+        offsets = np.load(index_path(path), allow_pickle=False)
+        if offsets.dtype == np.int64 and offsets.shape == (count + 1,) and offsets[-1] == size:
+            return offsets
+    except (OSError, ValueError, EOFError):
+        offsets = None  # no index, or half of one: the shard knows better
+    try:
+        offsets = scan(path)
+    except FrameError as error:
+        raise UserError(_corrupt(path, error.offset, error)) from error
+    if len(offsets) != count + 1:
+        raise UserError(_corrupt(path, int(offsets[-1]), f"{len(offsets) - 1} records, expected {count}"))
+    try:
+        write_index(path, offsets)
+    except UserError as error:  # a read-only folder or a full disk reads all the same, only scans each time
+        logging.getLogger(__name__).warning("index not kept: %s", error)
+    return offsets
+
+
+def _corrupt(path: Path, offset: int, reason: Any) -> str:
+    return f"{path}: corrupt record at byte {offset} ({reason}); run {repair_command(path.parent)}, then `d2g pairs`"

@@ -1,0 +1,127 @@
+"""Records as an endless stream of shuffled batches whose place is one number: images so far, over all processes."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from d2g_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import grain
+
+_ROUNDS = 4
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def dataset(
+    source: Sequence[dict[str, np.ndarray]],
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    shuffle: bool = True,
+    num_threads: int = 2,
+    prefetch: int = 4,
+) -> grain.IterDataset:
+    """Endless batches of `source`, read ahead by grain's threads.
+
+    Image p of the run is record `record_index(seed, p, len(source))`: every epoch holds each record once in an order
+    of its own, and a batch may span two epochs, so none is dropped. The n-th item holds this process's contiguous part
+    of the images start + n * batch_size, ..., so a run stopped at image N goes on with `start=N`, on any number of
+    processes, with the same global batches.
+
+    Args:
+        source: items as dicts of arrays, such as `PairSource`.
+        batch_size: images per step over all processes.
+        start: images that the run has consumed already.
+        shuffle: False reads in order of id.
+        num_threads: that read and decode; 0 reads in the calling thread.
+        prefetch: batches read ahead.
+
+    Returns:
+        `grain.IterDataset` of dicts of arrays with leading dimension batch_size // process_count.
+
+    Raises:
+        UserError: batch_size is not a positive multiple of process_count, or start is negative.
+    """
+    import grain  # two seconds of import that only the readers need
+
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"batch_size = {batch_size} is not a positive multiple of the {process_count} processes")
+    if start < 0:
+        raise UserError(f"start = {start}: a position counts images from 0")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process {process_index} of {process_count}")
+    local = batch_size // process_count
+    batches = _Batches(source, seed if shuffle else None, start + process_index * local, batch_size, local)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads))
+    return grain.MapDataset.source(batches).to_iter_dataset(options)
+
+
+def record_index(seed: int | None, positions: np.ndarray, count: int) -> np.ndarray:
+    """Which record each image of a run is: int64 like `positions`, a pure function of (seed, position, count).
+
+    Epoch = position // count; inside it a keyed Feistel network permutes the cells of a grid of about sqrt(count) rows
+    and columns, and walks on from the few cells past `count` (Black and Rogaway, "Ciphers with Arbitrary Finite
+    Domains", 2002). It needs no memory, starts anywhere at once, and unlike a library's shuffle never changes with the
+    library. `seed` None gives the order of ids.
+    """
+    positions = np.asarray(positions, np.int64)
+    epochs, places = np.divmod(positions, count)
+    if seed is None:
+        return places
+    keys = _mix(_mix(np.full(positions.shape, seed & (2**64 - 1), np.uint64) + _GOLDEN) + epochs.astype(np.uint64))
+    columns = math.isqrt(count - 1) + 1
+    grid = np.uint64(-(-count // columns)), np.uint64(columns)
+    index = _feistel(places.astype(np.uint64), keys, *grid)
+    while (outside := index >= count).any():
+        index[outside] = _feistel(index[outside], keys[outside], *grid)
+    return index.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Local batch n of a run, for every n."""
+
+    source: Sequence[dict[str, np.ndarray]]
+    seed: int | None
+    first: int  # position of the first image of local batch 0
+    stride: int  # images from one local batch to the next
+    size: int
+
+    def __len__(self) -> int:
+        return (sys.maxsize - self.first) // self.stride
+
+    def __getitem__(self, number: Any) -> dict[str, np.ndarray]:
+        positions = self.first + int(number) * self.stride + np.arange(self.size)
+        ids = record_index(self.seed, positions, len(self.source))
+        records = [self.source[int(record_id)] for record_id in ids]
+        return {name: np.stack([record[name] for record in records]) for name in records[0]}
+
+
+def _feistel(cells: np.ndarray, keys: np.ndarray, rows: np.uint64, columns: np.uint64) -> np.ndarray:
+    """A keyed permutation of the integers below rows * columns, elementwise; all uint64.
+
+    Each round shifts the row by a hash of the column and then the column by a hash of the row: both can be undone.
+    """
+    row, column = np.divmod(cells, columns)
+    for _ in range(_ROUNDS):
+        keys = keys + _GOLDEN
+        row = (row + _mix(column ^ keys) % rows) % rows
+        column = (column + _mix(row ^ ~keys) % columns) % columns
+    return row * columns + column
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 in which every bit depends on every other (the finaliser of splitmix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,192 @@
+"""Re-reads everything and names what is wrong; repair removes just the bad shards, so that a rerun remakes them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import google_crc32c
+import jax
+import numpy as np
+
+from d2g_jax import noise
+from d2g_jax.errors import UserError
+from d2g_jax.records.files import TEMPORARY
+from d2g_jax.records.framing import FrameError, scan, unframe
+from d2g_jax.records.manifest import Manifest
+from d2g_jax.records.shards import (
+    ForeignShard,
+    ShardInfo,
+    index_path,
+    info_path,
+    read_shard_info,
+    shard_name,
+    shard_range,
+)
+
+_REDRAWN = 128  # records whose noise is drawn in one call
+_LEFTOVER_SECONDS = 3600  # a temporary file that nobody wrote to for so long belongs to a dead process
+
+_draw_bits = jax.jit(noise.record_bits, static_argnames="shape")
+
+
+class _Record(NamedTuple):
+    place: int  # in the shard
+    offset: int
+    fields: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong in a folder of pairs."""
+
+    file: str
+    offset: int  # bytes into the file; 0 when it is the file as a whole
+    reason: str
+    shard: int | None  # None when it is not about a shard: `repair` leaves it
+
+    def __str__(self) -> str:
+        return f"{self.file}: byte {self.offset}: {self.reason}"
+
+
+def verify(folder: str | Path, redraw_noise: bool = True) -> list[Problem]:
+    """Checks every byte of a folder; an empty list means that all is well. `verify_shard` says what is checked.
+
+    Raises `UserError` when the folder has no readable manifest.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    problems = []
+    for name in ("features.json", "dataset_info.json"):
+        if not (folder / name).is_file():
+            problems.append(Problem(name, 0, "missing; run `d2g pairs` again", None))
+    for shard in range(manifest.num_shards):
+        problems += verify_shard(folder, manifest, shard, redraw_noise)
+    return problems
+
+
+def verify_shard(folder: Path, manifest: Manifest, shard: int, redraw_noise: bool = True) -> list[Problem]:
+    """Size, CRC of the file and of every record, count, shapes, finite values, ids, seeds and hashes of one shard.
+
+    `redraw_noise` draws every record's noise anew and compares its hash (and, if stored, the noise itself).
+    """
+    path = Path(folder, shard_name(shard, manifest.num_shards))
+    ids = shard_range(shard, manifest.num_shards, manifest.num_records)
+    try:
+        info = read_shard_info(folder, manifest, shard)
+    except ForeignShard as error:
+        return [Problem(path.name, 0, str(error), None)]
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        return [Problem(path.name, 0, reason, shard), *_frame_problems(path, shard)]
+    records, problems = _read_all(path, manifest, shard)
+    if not problems:
+        problems += _info_problems(path, info, ids, shard, records)
+    for record in records:
+        if reason := _wrong(record, ids, manifest.seed):
+            problems.append(Problem(path.name, record.offset, reason, shard))
+    if redraw_noise:
+        for start in range(0, len(records), _REDRAWN):
+            problems += _noise_problems(path, manifest, shard, records[start : start + _REDRAWN])
+    return problems
+
+
+def repair(folder: str | Path, problems: list[Problem]) -> list[Path]:
+    """Removes the shards that `problems` name, with JSON and index, and what dead writers left; returns the files.
+
+    `d2g pairs` then makes just these shards anew. Shards of another run stay: they may be somebody's only copy.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    bad = sorted({problem.shard for problem in problems if problem.shard is not None})
+    doomed = []
+    for shard in bad:
+        path = folder / shard_name(shard, manifest.num_shards)
+        doomed += [info_path(path), index_path(path), path]  # the JSON first: without it the shard is not done
+    doomed += [path for path in folder.glob(f".*{TEMPORARY}") if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS]
+    removed = [path for path in doomed if path.exists()]
+    for path in removed:
+        path.unlink()
+    return removed
+
+
+def _frame_problems(path: Path, shard: int) -> list[Problem]:
+    """Where a file of the wrong size breaks."""
+    if not path.is_file():
+        return []
+    try:
+        scan(path)
+    except FrameError as error:
+        return [Problem(path.name, error.offset, str(error), shard)]
+    return []
+
+
+def _read_all(path: Path, manifest: Manifest, shard: int) -> tuple[list[_Record], list[Problem]]:
+    """Every readable record, and a problem for every other."""
+    try:
+        offsets = scan(path)
+    except FrameError as error:
+        return [], [Problem(path.name, error.offset, str(error), shard)]
+    schema, records, problems = manifest.schema(), [], []
+    with path.open("rb") as file:
+        for place, (start, size) in enumerate(zip(offsets[:-1].tolist(), np.diff(offsets).tolist(), strict=True)):
+            try:
+                records.append(_Record(place, start, schema.decode(unframe(file.read(size)))))
+            except ValueError as error:
+                problems.append(Problem(path.name, start, str(error), shard))
+    return records, problems
+
+
+def _info_problems(path: Path, info: ShardInfo, ids: range, shard: int, records: list[_Record]) -> list[Problem]:
+    """What the JSON says against what the file holds, for a file whose records can all be read."""
+    hashes = np.asarray([record.fields["noise_hash"] for record in records], "<i8")
+    found = {"count": len(records), "crc32c": _file_crc(path), "first_id": ids[0], "last_id": ids[-1]}
+    found |= {"noise_digest": hashlib.sha256(hashes.tobytes()).hexdigest()}
+    problems = [
+        Problem(info_path(path).name, 0, f"{name} is {getattr(info, name)}, the shard has {value}", shard)
+        for name, value in found.items()
+        if getattr(info, name) != value
+    ]
+    if len(records) != len(ids):
+        problems.append(Problem(path.name, 0, f"{len(records)} records, expected {len(ids)}", shard))
+    return problems
+
+
+def _file_crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = google_crc32c.extend(crc, block)
+    return crc
+
+
+def _wrong(record: _Record, ids: range, seed: int) -> str | None:
+    fields, expected = record.fields, ids.start + record.place
+    if fields["id"] != expected or expected not in ids:
+        return f"id {fields['id']} at place {record.place} of {ids}"
+    if fields["noise_seed"] != seed:
+        return f"noise_seed is {fields['noise_seed']}, the manifest has {seed}"
+    for name in fields.keys() & {"latents", "noise"}:
+        if not np.isfinite(fields[name].astype(np.float32)).all():
+            return f"{name} of record {fields['id']} are not finite"
+    return None
+
+
+def _noise_problems(path: Path, manifest: Manifest, shard: int, records: list[_Record]) -> list[Problem]:
+    ids = np.zeros(_REDRAWN, np.uint32)  # always the same size: one compilation
+    ids[: len(records)] = [record.fields["id"] & 0xFFFFFFFF for record in records]
+    drawn = np.asarray(_draw_bits(manifest.seed, ids, shape=manifest.latent_shape))  # (B, C, h, w)
+    problems = []
+    for record, bits in zip(records, drawn[: len(records)], strict=True):
+        fields = record.fields
+        if noise.bits_hash(bits) != fields["noise_hash"]:
+            reason = f"noise of record {fields['id']} has another hash than the noise drawn anew"
+        elif "noise" in fields and not np.array_equal(fields["noise"], noise.quantiles()[bits]):
+            reason = f"noise of record {fields['id']} is not the noise drawn anew"
+        else:
+            continue
+        problems.append(Problem(path.name, record.offset, reason, shard))
+    return problems

@@ -1,0 +1,172 @@
+"""What a workdir holds for its page, read once and checked. Nothing here knows of HTML."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2g_jax.errors import UserError
+
+_NOT_METRICS = ("run", "images", "step", "seconds")
+_LOOKED_FOR = "config.json, metrics.jsonl, result.json or samples/"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of metrics.jsonl. `seconds` is the run's own clock, NaN where the line has none."""
+
+    images: float
+    step: float
+    seconds: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.jsonl by run, in order of first appearance; a run without a name is called ''."""
+
+    runs: dict[str, list[Row]]
+    broken: int  # lines that are not a JSON object with a number "images"
+    broken_tail: bool  # the last line is one of them: the writer was killed
+    replaced: int  # lines that a resumed run has written again
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same prompts and noise through several systems. images[column][prompt], None where a file is missing."""
+
+    prompts: list[str]
+    names: list[str]
+    images: list[list[Path | None]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a page is made of; None or empty where the workdir does not have it."""
+
+    workdir: Path
+    config: dict[str, Any] | None
+    metrics: Metrics
+    result: dict[str, Any] | None
+    comparison: Comparison | None
+    timelines: dict[str, list[tuple[int, Path]]]  # run -> (step, sample grid) in order of step
+
+
+def read_inputs(workdir: Path) -> Inputs:
+    """Read config.json, metrics.jsonl, result.json, samples/comparison.json and samples/[RUN/]step_XXXXXXXX.png.
+
+    Raises UserError when the folder is missing or has none of them, and for a file that is not what it should be.
+    """
+    if not workdir.is_dir():
+        raise UserError(f"{workdir}: no such workdir; give --workdir=DIR of a run")
+    inputs = Inputs(
+        workdir=workdir,
+        config=_read_object(workdir / "config.json"),
+        metrics=read_metrics(workdir / "metrics.jsonl"),
+        result=_read_object(workdir / "result.json"),
+        comparison=_read_comparison(workdir),
+        timelines=_find_timelines(workdir / "samples"),
+    )
+    found = (inputs.config, inputs.metrics.runs, inputs.result, inputs.comparison, inputs.timelines)
+    if not any(found) and inputs.metrics.broken == 0:
+        raise UserError(f"{workdir}: nothing to report on, it has no {_LOOKED_FOR}; give --workdir=DIR of a run")
+    return inputs
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read metrics.jsonl; an absent file is an empty one.
+
+    A line that is not whole is counted, not raised: a killed run leaves one. A resumed run goes back to its last
+    checkpoint and counts images from there, so a line makes those of its run with as many images or more obsolete.
+    """
+    runs: dict[str, list[Row]] = {}
+    broken = replaced = 0
+    broken_tail = False
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    for line in filter(str.strip, lines):
+        parsed = _parse_line(line)
+        broken_tail = parsed is None
+        if parsed is None:
+            broken += 1
+            continue
+        name, row = parsed
+        rows = runs.setdefault(name, [])
+        while rows and rows[-1].images >= row.images:
+            rows.pop()
+            replaced += 1
+        rows.append(row)
+    return Metrics(runs, broken, broken_tail, replaced)
+
+
+def _parse_line(line: str) -> tuple[str, Row] | None:
+    try:
+        data = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(data, dict) or not _is_number(data.get("images")) or not math.isfinite(data["images"]):
+        return None
+    values = {key: _number_or_nan(value) for key, value in data.items() if value is None or _is_number(value)}
+    metrics = {key: value for key, value in values.items() if key not in _NOT_METRICS}
+    row = Row(values["images"], values.get("step", math.nan), values.get("seconds", math.nan), metrics)
+    return str(data.get("run", "")), row
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number_or_nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); write it again or remove it") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds a {type(data).__name__}, expected a JSON object; write it again or remove it")
+    return data
+
+
+def _read_comparison(workdir: Path) -> Comparison | None:
+    source = workdir / "samples" / "comparison.json"
+    data = _read_object(source)
+    if data is None:
+        return None
+    prompts, columns = data.get("prompts"), data.get("columns")
+    if not isinstance(prompts, list) or not isinstance(columns, list):
+        raise UserError(f"{source}: keys 'prompts' and 'columns' must be lists; write it again or remove it")
+    names, images = [], []
+    for column in columns:
+        paths = column.get("images") if isinstance(column, dict) else None
+        if not isinstance(paths, list) or len(paths) != len(prompts) or "name" not in column:
+            need = f"a 'name' and 'images', one for each of the {len(prompts)} prompts"
+            raise UserError(f"{source}: every entry of 'columns' needs {need}; write it again or remove it")
+        names.append(str(column["name"]))
+        images.append([_inside(workdir, path) for path in paths])
+    return Comparison([str(prompt) for prompt in prompts], names, images)
+
+
+def _inside(workdir: Path, relative: object) -> Path | None:
+    """The file of that name, None where it is missing or outside of the workdir: a page shows its own run only."""
+    if not isinstance(relative, str):
+        return None
+    path = (workdir / relative).resolve()
+    return path if path.is_file() and path.is_relative_to(workdir.resolve()) else None
+
+
+def _find_timelines(samples: Path) -> dict[str, list[tuple[int, Path]]]:
+    timelines: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted([*samples.glob("step_*.png"), *samples.glob("*/step_*.png")]):
+        match = re.fullmatch(r"step_(\d+)\.png", path.name)
+        if match:
+            name = "" if path.parent == samples else path.parent.name
+            timelines.setdefault(name, []).append((int(match[1]), path))
+    return {name: sorted(found) for name, found in timelines.items()}

@@ -1,0 +1,103 @@
+"""What training carries from step to step, the optimisers, and the moving average of the generator."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from d2g_jax.models.network import Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a checkpoint holds. Nothing random is carried: keys come from (seed, purpose, step).
+
+    Attributes:
+      step: int32 (), optimiser steps of the generator so far.
+      images: int32 (), images seen so far; also the position in the data.
+      generator: float32 parameters of the student.
+      ema: their moving average, which is what is sampled, evaluated and exported.
+      generator_optimizer: optax state.
+      discriminator, discriminator_optimizer: the same for D; empty dicts in a regression-only run.
+    """
+
+    step: jax.Array
+    images: jax.Array
+    generator: Params
+    ema: Params
+    generator_optimizer: Any
+    discriminator: Any
+    discriminator_optimizer: Any
+
+
+def _warmup(learning_rate: float, warmup_steps: int) -> optax.Schedule:
+    return (
+        optax.linear_schedule(0.0, learning_rate, warmup_steps)
+        if warmup_steps
+        else optax.constant_schedule(learning_rate)
+    )
+
+
+def _adam(config: ml_collections.ConfigDict, learning_rate: float, batch_size: int) -> optax.GradientTransformation:
+    b1, b2 = config.betas
+    # The first update already moves: a schedule that starts at exactly zero wastes a step.
+    schedule = _warmup(learning_rate, config.warmup_images // batch_size)
+    return optax.adamw(lambda count: schedule(count + 1), b1, b2, weight_decay=config.weight_decay)
+
+
+def generator_optimizer(config: ml_collections.ConfigDict, batch_size: int) -> optax.GradientTransformation:
+    """AdamW with warm-up and a cap on the global gradient norm, from `config.optimizer.generator`."""
+    return optax.chain(optax.clip_by_global_norm(config.gradient_clip), _adam(config, config.learning_rate, batch_size))
+
+
+def discriminator_optimizer(config: ml_collections.ConfigDict, batch_size: int) -> optax.GradientTransformation:
+    """As the generator's, with its own rate for the layers that the teacher does not have (path not under `unet`)."""
+
+    def labels(params: Params) -> Params:
+        return {
+            name: jax.tree.map(lambda _, n=name: "teacher" if n == "unet" else "new", params[name]) for name in params
+        }
+
+    groups = {
+        "teacher": _adam(config, config.learning_rate, batch_size),
+        "new": _adam(config, config.new_learning_rate, batch_size),
+    }
+    return optax.chain(optax.clip_by_global_norm(config.gradient_clip), optax.multi_transform(groups, labels))
+
+
+def ema_decay(images: jax.Array, batch_size: int, half_life_images: float) -> jax.Array:
+    """Decay of one step for a half-life counted in images; the half-life ramps up with 5% of the images seen.
+
+    The ramp keeps the teacher's weights, which are blurry at one step, from lingering in short runs (EDM, arXiv
+    2206.00364, appendix F.2).
+    """
+    half_life = jnp.minimum(half_life_images, 0.05 * images.astype(jnp.float32))
+    return 0.5 ** (batch_size / jnp.maximum(half_life, 1e-8))
+
+
+def update_ema(ema: Params, params: Params, decay: jax.Array) -> Params:
+    return jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, params)
+
+
+def create_state(
+    generator: Params,
+    optimizer: optax.GradientTransformation,
+    discriminator: Params | None = None,
+    d_optimizer: optax.GradientTransformation | None = None,
+) -> TrainState:
+    """The state before the first step; the average starts as the generator itself."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        images=jnp.zeros((), jnp.int32),
+        generator=generator,
+        ema=jax.tree.map(jnp.copy, generator),
+        generator_optimizer=optimizer.init(generator),
+        discriminator={} if discriminator is None else discriminator,
+        discriminator_optimizer={} if discriminator is None else d_optimizer.init(discriminator),
+    )

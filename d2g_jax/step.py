@@ -1,0 +1,224 @@
+"""Pure training steps: (frozen, state, batch) -> (state, metrics). The loop owns every effect.
+
+One iteration is `g_step`, which also returns the latents it generated, then `d_step` on those latents, then every
+`r1_interval` iterations `r1_step`. Reusing the generator's latents saves a forward pass of the generator per iteration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from d2g_jax import adversarial, noise
+from d2g_jax.diffusion import Schedule, one_step
+from d2g_jax.models.network import Network, Params
+from d2g_jax.state import TrainState, ema_decay, update_ema
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+RegressionLoss = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+"""(metric parameters, key, generated (B, h, w, C), target) -> (B,)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Distillation:
+    """The static half of training: networks, schedule, losses and constants. No arrays but the schedule's.
+
+    Attributes:
+      unet, text_encoder: the generator's network and the frozen text tower.
+      discriminator: D's network; None in a regression-only run.
+      discriminator_plain: D with attention that has second derivatives, for R1.
+      schedule, timestep: where in the noise schedule the generator's one call happens.
+      regression: d(generated, target) per sample.
+      adversarial_weight: the paper's lambda_GAN.
+      r1_gamma, r1_interval, mix_and_match: the discriminator's regularisers.
+      groups: logical groups of the batch (see mesh.py).
+      batch_size: images per step, all processes together.
+      ema_half_life_images: of the generator's average.
+      seed: training seed; noise_seed: the seed that the pairs were made with.
+    """
+
+    unet: Network
+    text_encoder: Network
+    discriminator: Network | None
+    discriminator_plain: Network | None
+    schedule: Schedule
+    timestep: int
+    regression: RegressionLoss
+    generator_optimizer: optax.GradientTransformation
+    discriminator_optimizer: optax.GradientTransformation | None
+    adversarial_weight: float
+    r1_gamma: float
+    r1_interval: int
+    mix_and_match: float
+    groups: int
+    batch_size: int
+    ema_half_life_images: float
+    seed: int
+    noise_seed: int
+
+    def key(self, purpose: str, step: jax.Array) -> jax.Array:
+        return jax.random.fold_in(noise.purpose_key(self.seed, purpose), step)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Parameters that no optimiser ever sees, passed as arguments so that they are no constants of the program."""
+
+    text_encoder: Params
+    metric: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What the generator is given, and what it should give.
+
+    Attributes:
+      noise, target: float32 (B, h, w, C); the target is the teacher's scaled latent.
+      text: (B, L, D) text tower output.
+      input_ids: (B, L).
+    """
+
+    noise: jax.Array
+    target: jax.Array
+    text: jax.Array
+    input_ids: jax.Array
+
+
+def condition(d: Distillation, frozen: Frozen, batch: Batch) -> Condition:
+    """Redraws the records' noise from their ids, encodes their captions, and turns NCHW into NHWC."""
+    drawn = noise.record_noise(d.noise_seed, batch["id"], batch["latents"].shape[1:])  # (B, C, h, w)
+    text = d.text_encoder.apply(frozen.text_encoder, batch["input_ids"]).last_hidden_state
+    to_nhwc = lambda x: jnp.transpose(x, (0, 2, 3, 1)).astype(jnp.float32)  # noqa: E731
+    return Condition(to_nhwc(drawn), to_nhwc(batch["latents"]), jax.lax.stop_gradient(text), batch["input_ids"])
+
+
+def generate(d: Distillation, params: Params, noise: jax.Array, text: jax.Array) -> jax.Array:
+    """The student: one network call; float32 scaled latents (B, h, w, C)."""
+
+    def denoise(latents: jax.Array, t: jax.Array) -> jax.Array:
+        return d.unet.apply(params, latents, jnp.broadcast_to(t, latents.shape[:1]), text)
+
+    return one_step(denoise, d.schedule, d.timestep, noise)
+
+
+def g_step(
+    d: Distillation, with_adversary: bool, frozen: Frozen, state: TrainState, batch: Batch
+) -> tuple[TrainState, jax.Array, Metrics]:
+    """One update of the generator.
+
+    The gradient of each loss is taken at the generator's output and pulled back once, so that their norms there, the
+    quantity by which lambda_GAN is tuned, cost nothing.
+
+    Returns:
+      The new state, the generated latents (B, h, w, C) without gradient, and float32 scalars.
+    """
+    c = condition(d, frozen, batch)
+    generated, pull_back = jax.vjp(lambda params: generate(d, params, c.noise, c.text), state.generator)
+
+    key = d.key("augmentation", state.step)
+    regress = lambda x: jnp.mean(d.regression(frozen.metric, key, x, c.target))  # noqa: E731
+    regression, output_gradient = jax.value_and_grad(regress)(generated)
+    metrics = {
+        "loss_regression": regression,
+        "gradient_regression": optax.global_norm(output_gradient),
+        "latent_mse": jnp.mean(jnp.square(generated - c.target)),
+        "latent_std": jnp.std(generated),
+        "target_std": jnp.std(c.target),
+    }
+    if with_adversary:
+        convince = lambda x: jnp.mean(  # noqa: E731
+            adversarial.generator_loss(d.discriminator.apply(state.discriminator, x, c.noise, c.text))
+        )
+        fooling, fooling_gradient = jax.value_and_grad(convince)(generated)
+        output_gradient = output_gradient + d.adversarial_weight * fooling_gradient
+        metrics["loss_adversarial"] = fooling
+        metrics["gradient_adversarial"] = d.adversarial_weight * optax.global_norm(fooling_gradient)
+
+    (gradient,) = pull_back(output_gradient)
+    metrics["gradient_generator"] = optax.global_norm(gradient)
+    updates, optimizer_state = d.generator_optimizer.update(gradient, state.generator_optimizer, state.generator)
+    params = optax.apply_updates(state.generator, updates)
+    images = state.images + d.batch_size
+    decay = ema_decay(images, d.batch_size, d.ema_half_life_images)
+    state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        images=images,
+        generator=params,
+        ema=update_ema(state.ema, params, decay),
+        generator_optimizer=optimizer_state,
+    )
+    return state, jax.lax.stop_gradient(generated), metrics
+
+
+def _update_discriminator(d: Distillation, state: TrainState, gradient: Params) -> TrainState:
+    updates, optimizer_state = d.discriminator_optimizer.update(
+        gradient, state.discriminator_optimizer, state.discriminator
+    )
+    params = optax.apply_updates(state.discriminator, updates)
+    return dataclasses.replace(state, discriminator=params, discriminator_optimizer=optimizer_state)
+
+
+def d_step(
+    d: Distillation, frozen: Frozen, state: TrainState, batch: Batch, generated: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """One update of the discriminator on the teacher's latents against `generated` and mismatched triples.
+
+    Real and fake halves go through the network in one call.
+    """
+    c = condition(d, frozen, batch)
+    fake, fake_noise, fake_text = adversarial.mix_and_match(
+        d.key("mix and match", state.step), d.mix_and_match, d.groups, generated, c.target, c.noise, c.text, c.input_ids
+    )
+    triples = [_interleave(a, b, d.groups) for a, b in ((c.target, fake), (c.noise, fake_noise), (c.text, fake_text))]
+
+    def loss(params: Params) -> tuple[jax.Array, Metrics]:
+        maps = d.discriminator.apply(params, *triples)
+        real_maps, fake_maps = zip(*(_separate(m, d.groups) for m in maps), strict=True)
+        value = jnp.mean(adversarial.discriminator_loss(real_maps, fake_maps))
+        real, fake = adversarial.realness(real_maps), adversarial.realness(fake_maps)
+        return value, {
+            "loss_discriminator": value,
+            "logit_real": jnp.mean(real),
+            "logit_fake": jnp.mean(fake),
+            "discriminator_wins": 0.5 * (jnp.mean(real > 0.0) + jnp.mean(fake < 0.0)),
+        }
+
+    gradient, metrics = jax.grad(loss, has_aux=True)(state.discriminator)
+    metrics["gradient_discriminator"] = optax.global_norm(gradient)
+    return _update_discriminator(d, state, gradient), metrics
+
+
+def _interleave(real: jax.Array, fake: jax.Array, groups: int) -> jax.Array:
+    """(B, ...) twice to (2B, ...), group by group: a plain concatenation would move half the batch between devices."""
+    split = lambda x: x.reshape(groups, -1, *x.shape[1:])  # noqa: E731
+    return jnp.concatenate([split(real), split(fake)], axis=1).reshape(-1, *real.shape[1:])
+
+
+def _separate(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `_interleave`."""
+    real, fake = jnp.split(x.reshape(groups, -1, *x.shape[1:]), 2, axis=1)
+    return real.reshape(-1, *x.shape[1:]), fake.reshape(-1, *x.shape[1:])
+
+
+def r1_step(d: Distillation, frozen: Frozen, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """The lazy R1 update: gamma / 2 times the penalty, times the interval, on one real sample of each group."""
+    one = {name: adversarial.first_of_each_group(value, d.groups) for name, value in batch.items()}
+    c = condition(d, frozen, one)
+
+    def loss(params: Params) -> jax.Array:
+        realness_of = lambda x: adversarial.realness(  # noqa: E731
+            d.discriminator_plain.apply(params, x, c.noise, c.text)
+        )
+        return 0.5 * d.r1_gamma * d.r1_interval * jnp.mean(adversarial.r1_penalty(realness_of, c.target))
+
+    value, gradient = jax.value_and_grad(loss)(state.discriminator)
+    return _update_discriminator(d, state, gradient), {"loss_r1": value / d.r1_interval}

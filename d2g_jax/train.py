@@ -1,0 +1,302 @@
+"""The distillation job, in the order in which things happen.
+
+Read the config, the teacher, the pairs; build networks, losses, optimisers; take up the newest checkpoint or start from
+the teacher; then step, log, draw, save until `train.images` images have been seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from d2g_jax import mesh as meshes
+from d2g_jax import records, runs
+from d2g_jax.checkpoint import Checkpoints
+from d2g_jax.diffusion import Schedule
+from d2g_jax.errors import UserError
+from d2g_jax.grid import grid, save_png
+from d2g_jax.models import discriminator as discriminators
+from d2g_jax.models import unet as unets
+from d2g_jax.perceptual import LatentLPIPS, regression_loss
+from d2g_jax.pipeline import Pipeline, decode
+from d2g_jax.progress import Progress
+from d2g_jax.report import write_report
+from d2g_jax.state import TrainState, create_state, discriminator_optimizer, generator_optimizer
+from d2g_jax.step import Distillation, Frozen, condition, d_step, g_step, generate, r1_step
+
+PERCEPTUAL = ("latent_lpips", "e_latent_lpips")
+SAMPLES_IN_GRID = 32
+_FIELDS = ("id", "input_ids", "latents")
+
+
+def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) -> None:
+    """Trains until `config.train.images`; the same call goes on where an earlier one stopped.
+
+    Args:
+      config: see `d2g_jax/digits/config.py` for every field.
+      workdir: gets `checkpoints/`, `metrics.jsonl`, `samples/`, `report.html`, `config.json`.
+      pairs_folder: a finished `pairs/1.0.0`.
+
+    Raises:
+      UserError: bad config, pairs that do not fit the teacher, a workdir of another config, a loss that is not finite.
+    """
+    pipeline = Pipeline.load(config.pipeline)
+    source = records.PairSource(pairs_folder, fields=_FIELDS)
+    check_pairs(pairs_folder, source.manifest, pipeline)
+    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    meshes.check_batch(mesh, config.train.batch_size, config.train.groups)
+    d, frozen = build(config, pipeline, source.manifest)
+    runs.claim(workdir, config)
+    state, frozen = initial_state(config, d, pipeline, mesh), meshes.place(frozen, mesh)
+    with Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints) as checkpoints:
+        if checkpoints.latest() is not None:
+            state = checkpoints.restore(state)
+        runs.truncate_metrics(workdir, int(state.images))
+        if int(state.images) < config.train.images:
+            loop(config, d, frozen, state, source, mesh, checkpoints, workdir, pipeline)
+    write_report(workdir)
+
+
+def check_pairs(folder: Path, manifest: records.Manifest, pipeline: Pipeline) -> None:
+    """Raises `UserError` unless these pairs were made by this teacher."""
+    height, width, channels = pipeline.latent_shape
+    records.check_fits(
+        manifest,
+        source=folder,
+        latent_shape=(channels, height, width),
+        token_length=pipeline.tokenizer.model_max_length,
+        scaling_factor=pipeline.scaling_factor,
+        scheduler=pipeline.scheduler,
+    )
+
+
+def build(
+    config: ml_collections.ConfigDict, pipeline: Pipeline, manifest: records.Manifest
+) -> tuple[Distillation, Frozen]:
+    """Networks, losses and optimisers by config, and the parameters that are never trained."""
+    dtype = jnp.dtype(config.train.dtype)
+    unet_config = pipeline.unet.config
+    adversary: dict[str, Any] = {"discriminator": None, "discriminator_plain": None, "discriminator_optimizer": None}
+    if config.adversarial.weight:
+        c = config.discriminator
+        d_config = discriminators.DiscriminatorConfig(
+            unet=unet_config,
+            timestep=c.timestep,
+            head_channels=c.head_channels,
+            z_conditioning=c.z_conditioning,
+            multiscale_inputs=c.multiscale_inputs,
+            multiscale_heads=c.multiscale_heads,
+        )
+        adversary = {
+            "discriminator": discriminators.build(d_config, dtype, remat=config.train.remat),
+            # R1 is taken in float32 and needs attention that can be differentiated twice.
+            "discriminator_plain": discriminators.build(d_config, jnp.float32, "plain", remat=config.train.remat),
+            "discriminator_optimizer": discriminator_optimizer(config.optimizer.discriminator, config.train.batch_size),
+        }
+    metric = LatentLPIPS.load(config.loss.metric) if config.loss.name in PERCEPTUAL else None
+    schedule = Schedule.from_config(pipeline.scheduler)
+    timestep = manifest.first_timestep if config.generator.timestep is None else config.generator.timestep
+    if not 0 <= timestep < schedule.num_train_timesteps:
+        raise UserError(f"generator.timestep={timestep}; the schedule has 0 to {schedule.num_train_timesteps - 1}")
+    d = Distillation(
+        unet=unets.build(unet_config, dtype, remat=config.train.remat),
+        text_encoder=pipeline.text_encoder,
+        schedule=schedule,
+        timestep=timestep,
+        regression=make_regression(config.loss, metric),
+        generator_optimizer=generator_optimizer(config.optimizer.generator, config.train.batch_size),
+        adversarial_weight=config.adversarial.weight,
+        r1_gamma=config.adversarial.r1_gamma,
+        r1_interval=config.adversarial.r1_interval,
+        mix_and_match=config.adversarial.mix_and_match,
+        groups=config.train.groups,
+        batch_size=config.train.batch_size,
+        ema_half_life_images=config.train.ema_half_life_images,
+        seed=config.seed,
+        noise_seed=manifest.seed,
+        **adversary,
+    )
+    return d, Frozen(pipeline.params["text_encoder"], metric)
+
+
+def make_regression(config: ml_collections.ConfigDict, metric: LatentLPIPS | None) -> Any:
+    """(metric, key, generated, target) -> (B,), by `config.loss`; `UserError` for an unknown name or preset."""
+
+    def regression(metric: LatentLPIPS | None, key: jax.Array, generated: jax.Array, target: jax.Array) -> jax.Array:
+        loss = regression_loss(
+            config.name,
+            metric,
+            config.preset,
+            l1_weight=config.l1_weight,
+            pseudo_huber_c=config.pseudo_huber_c,
+        )
+        return loss(key, generated, target)
+
+    regression_loss(config.name, metric, config.preset)  # refuses a wrong name before anything compiles
+    return regression
+
+
+def initial_state(
+    config: ml_collections.ConfigDict, d: Distillation, pipeline: Pipeline, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Generator and discriminator from the teacher, on the mesh."""
+    teacher = pipeline.params["unet"]
+    adversary: Any = None
+    if d.discriminator is not None:
+        key = jax.random.key(config.seed)
+        adversary = discriminators.init_from_teacher(d.discriminator, key, teacher)
+    state = create_state(teacher, d.generator_optimizer, adversary, d.discriminator_optimizer)
+    return meshes.place(state, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled steps; the state's buffers are donated to the next state."""
+
+    g_regression: Any
+    g_adversarial: Any
+    d: Any
+    r1: Any
+
+    @classmethod
+    def compile(cls, d: Distillation) -> Programs:
+        jit = functools.partial(jax.jit, donate_argnums=1)
+        return cls(
+            jit(functools.partial(g_step, d, False)),
+            jit(functools.partial(g_step, d, True)),
+            jit(functools.partial(d_step, d)),
+            jit(functools.partial(r1_step, d)),
+        )
+
+
+def loop(
+    config: ml_collections.ConfigDict,
+    d: Distillation,
+    frozen: Frozen,
+    state: TrainState,
+    source: records.PairSource,
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    workdir: Path,
+    pipeline: Pipeline,
+) -> TrainState:
+    """Steps until `train.images`, with every effect: metrics, pictures, checkpoints."""
+    programs, t = Programs.compile(d), config.train
+    images = int(state.images)
+    painter = Painter(d, frozen, source, mesh, pipeline, workdir)
+    metadata = {"name": config.name, "pipeline": str(pipeline.folder.absolute()), "timestep": d.timestep}
+    log = runs.MetricsLog(workdir, config.name, images)
+    batches = read_batches(config, source, images)
+    try:
+        with Progress(f"train {config.name}", t.images, "img", done=images) as progress:
+            while images < t.images:
+                state, metrics = iteration(
+                    config, programs, frozen, state, meshes.place_batch(next(batches), mesh), images
+                )
+                images += t.batch_size
+                log.add(images, metrics)
+                if _crosses(images, t.log_every, t) and (problem := log.write()):
+                    checkpoints.save(state, {**metadata, "problem": problem})
+                    raise UserError(f"{workdir}: {problem}; lower a learning rate, then run with another --workdir")
+                if _crosses(images, t.sample_every, t):
+                    painter.draw(state.ema, images)
+                if _crosses(images, t.checkpoint_every, t):
+                    checkpoints.save(state, metadata)
+                progress.advance(t.batch_size)
+    finally:
+        log.close()
+    return state
+
+
+def iteration(
+    config: ml_collections.ConfigDict,
+    programs: Programs,
+    frozen: Frozen,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    images: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of G and, once the adversary has started, of D; `images` seen before it decide the phase."""
+    a, step = config.adversarial, images // config.train.batch_size
+    discriminates = bool(a.weight) and images >= a.start_images
+    fools = discriminates and images >= a.start_images + a.warmup_images
+    g = programs.g_adversarial if fools else programs.g_regression
+    state, generated, metrics = g(frozen, state, batch)
+    if discriminates:
+        state, d_metrics = programs.d(frozen, state, batch, generated)
+        metrics |= d_metrics
+        if a.r1_gamma and step % a.r1_interval == 0:
+            state, r1_metrics = programs.r1(frozen, state, batch)
+            metrics |= r1_metrics
+    # Simulated CPU devices abort when the host runs ahead of them; elsewhere the host may run ahead.
+    if jax.default_backend() == "cpu":
+        jax.block_until_ready(state)
+    return state, metrics
+
+
+def _crosses(images: int, every: int, t: ml_collections.ConfigDict) -> bool:
+    """Whether the step that ended at `images` passed a multiple of `every`, or ended the run."""
+    return images >= t.images or images // every > (images - t.batch_size) // every
+
+
+def read_batches(
+    config: ml_collections.ConfigDict, source: records.PairSource, images: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process' part of every global batch from image `images` on."""
+    stream = records.dataset(
+        source,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        start=images,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    for batch in stream:
+        # Record ids enter threefry as 32-bit words.
+        yield {**batch, "id": batch["id"].astype(np.uint32)}
+
+
+class Painter:
+    """Draws the same conditions again and again: teacher above, student below, for the same noise and prompt."""
+
+    def __init__(
+        self,
+        d: Distillation,
+        frozen: Frozen,
+        source: records.PairSource,
+        mesh: jax.sharding.Mesh,
+        pipeline: Pipeline,
+        workdir: Path,
+    ):
+        count = min(SAMPLES_IN_GRID, len(source)) // meshes.batch_shards(mesh) * meshes.batch_shards(mesh)
+        self._workdir, self._count = workdir, count
+        if not count:
+            return
+        batch = {name: np.stack([source[i][name] for i in range(count)]) for name in _FIELDS}
+        self._batch = meshes.place_batch({**batch, "id": batch["id"].astype(np.uint32)}, mesh)
+        self._frozen, self._pipeline = frozen, pipeline
+
+        @jax.jit
+        def students(params: Any, frozen: Frozen, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            c = condition(d, frozen, batch)
+            return c.target, generate(d, params, c.noise, c.text)
+
+        self._students = students
+
+    def draw(self, params: Any, images: int) -> None:
+        """Writes samples/step_XXXXXXXX.png, named by images seen."""
+        if not self._count:
+            return
+        pair = jax.device_get(self._students(params, self._frozen, self._batch))
+        teacher, student = (np.asarray(decode(self._pipeline, self._pipeline.params, latents)) for latents in pair)
+        columns = 16
+        rows = [part[i : i + columns] for i in range(0, self._count, columns) for part in (teacher, student)]
+        save_png(self._workdir / "samples" / f"step_{images:08d}.png", grid(np.concatenate(rows), columns))

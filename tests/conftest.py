@@ -1,0 +1,100 @@
+"""Fixtures that several test files share. torch is imported inside them: torch-free tests run without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from d2g_jax import mesh
+
+mesh.use_cpu_devices(2)  # as the demo has
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+MERGES = ["c a", "ca t</w>", "d o", "do g</w>", "t h", "th e</w>"]
+
+
+def tiny_vocab() -> dict[str, int]:
+    """A CLIP vocabulary: letters, letters at the end of a word, the merges' results, the two special tokens."""
+    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), *(merge.replace(" ", "") for merge in MERGES)]
+    return {word: index for index, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+
+
+@pytest.fixture(scope="session")
+def tiny_vocabulary() -> tuple[dict[str, int], list[str]]:
+    """`vocab` and `merges` of a CLIP tokenizer that knows three words and spells the others."""
+    return tiny_vocab(), MERGES
+
+
+def _torch():
+    """torch, diffusers and transformers, seeded; skips the test where they are not installed."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return torch, diffusers, pytest.importorskip("transformers")
+
+
+def _tokenizer_and_text_config(**fields):
+    _, _, transformers = _torch()
+    vocab = tiny_vocab()
+    tokenizer = transformers.CLIPTokenizer(
+        vocab=vocab, merges=[tuple(merge.split()) for merge in MERGES], model_max_length=16
+    )
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(vocab), intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, eos_token_id=len(vocab) - 1, bos_token_id=len(vocab) - 2, **fields,
+    )  # fmt: skip
+    return tokenizer, config
+
+
+def _vae():
+    _, diffusers, _ = _torch()
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    )  # fmt: skip
+
+
+def _scheduler():
+    _, diffusers, _ = _torch()
+    return diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random miniature Stable Diffusion folder, written by diffusers: (8, 8, 4) latents, 32x32 images."""
+    _, diffusers, transformers = _torch()
+    tokenizer, text_config = _tokenizer_and_text_config(hidden_size=16)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny_sd")
+    diffusers.StableDiffusionPipeline(
+        _vae(), transformers.CLIPTextModel(text_config), tokenizer, unet, _scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random miniature SDXL folder, written by diffusers: two text towers, (8, 8, 4) latents, 32x32 images."""
+    _, diffusers, transformers = _torch()
+    tokenizer, text_config = _tokenizer_and_text_config(hidden_size=16)
+    tokenizer_2, text_config_2 = _tokenizer_and_text_config(hidden_size=8, projection_dim=12, hidden_act="gelu")
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=24,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=12 + 6 * 4,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny_sdxl")
+    diffusers.StableDiffusionXLPipeline(
+        _vae(), transformers.CLIPTextModel(text_config), transformers.CLIPTextModelWithProjection(text_config_2),
+        tokenizer, tokenizer_2, unet, _scheduler(), add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

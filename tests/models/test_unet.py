@@ -1,0 +1,182 @@
+"""The UNet against diffusers' PyTorch class: small ones in numbers, full-size ones in names and shapes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d2g_jax import weights
+from d2g_jax.errors import UserError
+from d2g_jax.models import unet
+from d2g_jax.models.unet_config import UNetConfig
+
+SOURCE = "unet/config.json"
+CROSS_DOWN, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
+CROSS_UP, UP = "CrossAttnUpBlock2D", "UpBlock2D"
+SD1 = dict(
+    block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=12,
+    down_block_types=(CROSS_DOWN, CROSS_DOWN, DOWN), up_block_types=(UP, CROSS_UP, CROSS_UP), attention_head_dim=2,
+)  # fmt: skip
+SD2 = dict(
+    block_out_channels=(20, 28), layers_per_block=(2, 1), norm_num_groups=4, cross_attention_dim=10,
+    down_block_types=(CROSS_DOWN, DOWN), up_block_types=(UP, CROSS_UP), attention_head_dim=(2, 4),
+    use_linear_projection=True, upcast_attention=True, in_channels=5, out_channels=3,
+)  # fmt: skip
+SDXL = dict(
+    block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=12,
+    down_block_types=(DOWN, CROSS_DOWN), up_block_types=(CROSS_UP, UP), attention_head_dim=(2, 4),
+    transformer_layers_per_block=(1, 2), use_linear_projection=True,
+    addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 + 6 * 4,
+)  # fmt: skip
+PRUNED = dict(
+    block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=12, attention_head_dim=2,
+    down_block_types=(CROSS_DOWN, CROSS_DOWN), up_block_types=(CROSS_UP, CROSS_UP), mid_block_type=None,
+)  # fmt: skip
+FULL_SD15 = dict(cross_attention_dim=768)
+FULL_SD21 = dict(
+    cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True, upcast_attention=True
+)
+FULL_SDXL = dict(
+    block_out_channels=(320, 640, 1280), down_block_types=(DOWN, CROSS_DOWN, CROSS_DOWN),
+    up_block_types=(CROSS_UP, CROSS_UP, UP), attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10),
+    cross_attention_dim=2048, use_linear_projection=True, sample_size=128,
+    addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+)  # fmt: skip
+BK_SDM_TINY = dict(
+    cross_attention_dim=768, block_out_channels=(320, 640, 1280), layers_per_block=1, mid_block_type=None,
+    down_block_types=(CROSS_DOWN,) * 3, up_block_types=(CROSS_UP,) * 3,
+)  # fmt: skip
+
+
+def oracle(fields):
+    """A random PyTorch UNet, our network, and its parameters in our layout."""
+    from torch_oracle import diffusers, params_of, randomised, torch
+
+    torch.manual_seed(0)
+    model = randomised(diffusers.UNet2DConditionModel(**fields))
+    network = unet.build(UNetConfig.from_json(dict(model.config), source=SOURCE))
+    return model, network, params_of(model, network)
+
+
+def batch(config: UNetConfig, height: int, width: int):
+    """Random latents, timesteps, text states and SDXL's conditions."""
+    rng = np.random.default_rng(1)
+    latents = rng.normal(size=(2, height, width, config.in_channels)).astype(np.float32)
+    text = rng.normal(size=(2, 5, config.cross_attention_dim)).astype(np.float32)
+    added = None
+    if config.addition_embed_type:
+        added = {"text_embeds": rng.normal(size=(2, 6)), "time_ids": rng.integers(0, 1024, (2, 6))}
+        added = {key: value.astype(np.float32) for key, value in added.items()}
+    return latents, np.array([999, 3], np.int32), text, added
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [(SD1, (9, 6)), (SD2, (4, 7)), (SDXL, (6, 4)), (PRUNED, (4, 4))],
+    ids=["sd1", "sd2", "sdxl", "pruned"],
+)
+def test_output_and_gradients_equal_diffusers(fields, size):
+    from torch_oracle import error, nchw, nhwc, normal, quick_jit, torch
+
+    model, network, params = oracle(fields)
+    latents, timesteps, text, added = batch(network.config, *size)
+    cotangent = normal(2, *latents.shape[:3], network.config.out_channels)
+
+    @quick_jit
+    def run(params, latents, text):
+        output, pull = jax.vjp(lambda p, x, c: network.apply(p, x, timesteps, c, added), params, latents, text)
+        return output, *pull(cotangent)
+
+    output, of_params, of_latents, of_text = run(params, latents, text)
+    x, c = nchw(latents).requires_grad_(), torch.from_numpy(text).requires_grad_()
+    conditions = added and {key: torch.from_numpy(value) for key, value in added.items()}
+    theirs = model(x, torch.from_numpy(timesteps), c, added_cond_kwargs=conditions).sample
+    (theirs * nchw(cotangent)).sum().backward()
+    assert error(output, nhwc(theirs)) < 1e-5
+    assert error(of_latents, nhwc(x.grad)) < 1e-4
+    assert error(of_text, c.grad.numpy()) < 1e-4
+    gradients = {key: value.grad.numpy() for key, value in model.named_parameters()}
+    # A bias before a norm has almost no gradient, and rounding is most of it: measure that against the others
+    floor = 1e-3 * max(np.abs(value).max() for value in gradients.values())
+    ours = weights.to_state_dict(of_params)
+    worst = max((error(ours[key], value, floor), key) for key, value in gradients.items())
+    assert worst[0] < 1e-4, worst
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [(FULL_SD15, 859_520_964), (FULL_SD21, 865_910_724), (FULL_SDXL, 2_567_463_684), (BK_SDM_TINY, 323_384_964)],
+    ids=["sd15", "sd21", "sdxl", "bk-sdm-tiny"],
+)
+def test_full_size_names_and_shapes_equal_diffusers(fields, count):
+    from torch_oracle import diffusers, torch
+
+    with torch.device("meta"):
+        model = diffusers.UNet2DConditionModel(**fields)
+    network = unet.build(UNetConfig.from_json(dict(model.config), source=SOURCE))
+    theirs = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert weights.torch_shapes(network.abstract()) == theirs
+    assert sum(leaf.size for leaf in jax.tree.leaves(network.abstract())) == count
+
+
+def test_config_survives_json_and_diffusers_takes_it():
+    from torch_oracle import diffusers
+
+    config = UNetConfig(**SDXL)
+    values = config.to_json()
+    assert UNetConfig.from_json(values, source=SOURCE) == config
+    theirs = dict(diffusers.UNet2DConditionModel.from_config(values).config)
+    assert UNetConfig.from_json(theirs, source=SOURCE) == config
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"class_embed_type": "timestep"},
+        {"time_cond_proj_dim": 256},
+        {"only_cross_attention": [True, False]},
+        {"act_fn": "gelu"},
+        {"num_attention_heads": 8},
+        {"num_frames": 16},
+        {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]},
+        {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
+        {"block_out_channels": [16, -32]},
+        {"attention_head_dim": [2, 2, 2]},
+        {"attention_head_dim": 3},
+        {"norm_num_groups": 7},
+        {"addition_embed_type": "text_time"},
+        {"cross_attention_dim": [12, 12]},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_what_is_not_implemented_is_refused_by_name(wrong):
+    values = UNetConfig(
+        block_out_channels=(16, 32), norm_num_groups=8, down_block_types=(CROSS_DOWN, DOWN), attention_head_dim=2,
+        up_block_types=(UP, CROSS_UP), cross_attention_dim=12,
+    ).to_json()  # fmt: skip
+    UNetConfig.from_json(values, source=SOURCE)
+    with pytest.raises(UserError) as caught:
+        UNetConfig.from_json({**values, **wrong}, source=SOURCE)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert SOURCE in message
+    assert next(iter(wrong)) in message or "addition_time_embed_dim" in message
+
+
+def test_sdxl_without_its_conditions_is_refused():
+    network = unet.build(UNetConfig(**SDXL))
+    latents, timesteps, text, _ = batch(network.config, 4, 4)
+    with pytest.raises(UserError, match="time_ids"):
+        jax.eval_shape(network.apply, network.abstract(), latents, timesteps, text)
+
+
+def test_bfloat16_remat_and_int_timesteps_keep_the_interface():
+    network = unet.build(UNetConfig(**SD1), dtype=jnp.bfloat16, remat=True)
+    latents, timesteps, text, _ = batch(network.config, 8, 8)
+    assert {leaf.dtype for leaf in jax.tree.leaves(network.abstract())} == {jnp.dtype(jnp.float32)}
+    jaxpr = jax.make_jaxpr(network.apply)(network.abstract(), latents, timesteps, text)
+    assert [value.dtype for value in jaxpr.out_avals] == [jnp.bfloat16]
+    # two resnets and a transformer block in the middle, twelve layers around
+    assert sum(equation.primitive.name in ("remat", "checkpoint", "remat2") for equation in jaxpr.eqns) >= 12

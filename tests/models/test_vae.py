@@ -1,0 +1,139 @@
+"""AutoencoderKL against diffusers' PyTorch class."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d2g_jax import weights
+from d2g_jax.errors import UserError
+from d2g_jax.models import vae
+
+SOURCE = "vae/config.json"
+TINY = dict(
+    block_out_channels=(8, 12), layers_per_block=1, norm_num_groups=4, sample_size=16, latent_channels=3,
+    down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+)  # fmt: skip
+FULL = dict(
+    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+)  # fmt: skip
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def nhwc(tensor) -> np.ndarray:
+    return tensor.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def tiny(**fields):
+    """A random PyTorch autoencoder and our network with its parameters."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(**TINY | fields).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms too: at their initial 0 and 1 they would hide errors
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    network = vae.build(vae.VaeConfig.from_json(dict(model.config), source=SOURCE))
+    state = {key: value.numpy() for key, value in model.state_dict().items()}
+    return model, network, weights.to_params(state, network.abstract(), source=SOURCE)
+
+
+def inputs() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (2, 6, 8, 3)).astype(np.float32)
+    return images, rng.normal(size=(2, 3, 4, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, dict(use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False)]
+)
+def test_both_ways_equal_diffusers(fields):
+    torch = pytest.importorskip("torch")
+    model, network, params = tiny(**fields)
+    images, latents = inputs()
+    mean, logvar = jax.jit(lambda p, x: network.apply(p, x, method="encode"))(params, images)
+    decoded = jax.jit(lambda p, z: network.apply(p, z, method="decode"))(params, latents)
+    with torch.no_grad():
+        posterior = model.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latent_dist
+        theirs = model.decode(torch.tensor(latents.transpose(0, 3, 1, 2))).sample
+    assert decoded.shape == (2, 6, 8, 3)
+    assert relative(mean, nhwc(posterior.mean)) <= 1e-5
+    assert relative(logvar, nhwc(posterior.logvar)) <= 1e-5
+    assert relative(decoded, nhwc(theirs)) <= 1e-5
+
+
+def test_gradients_equal_torch():
+    torch = pytest.importorskip("torch")
+    model, network, params = tiny()
+    images, latents = inputs()
+
+    def loss(params):
+        mean, logvar = network.apply(params, images, method="encode")
+        return (
+            jnp.sum(mean**2) + jnp.sum(jnp.sin(logvar)) + jnp.sum(network.apply(params, latents, method="decode") ** 2)
+        )
+
+    ours = weights.to_state_dict(jax.jit(jax.grad(loss))(params))
+    posterior = model.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latent_dist
+    decoded = model.decode(torch.tensor(latents.transpose(0, 3, 1, 2))).sample
+    ((posterior.mean**2).sum() + posterior.logvar.sin().sum() + (decoded**2).sum()).backward()
+    theirs = {key: value.grad.numpy() for key, value in model.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    whole = max(np.abs(value).max() for value in theirs.values())
+    for key, value in theirs.items():
+        # adding the same number to all keys changes no softmax: the gradient of that bias is rounding error only
+        scale = whole if key.endswith("to_k.bias") else np.abs(value).max()
+        assert np.abs(ours[key] - value).max() <= 1e-4 * scale, key
+
+
+def test_full_size_names_and_shapes():
+    """SD 1.x, SD 2.x and SDXL share this network: 83,653,863 parameters."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        model = diffusers.AutoencoderKL(**FULL)
+    theirs = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    ours = weights.torch_shapes(vae.build(vae.VaeConfig(**FULL)).abstract())
+    assert ours == theirs
+    assert sum(int(np.prod(shape)) for shape in ours.values()) == 83_653_863
+
+
+def test_scaling_is_invertible():
+    config = vae.VaeConfig(scaling_factor=0.13025, shift_factor=0.25)
+    latents = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
+    scaled = vae.scale_latents(config, latents)
+    np.testing.assert_allclose(scaled, (latents - 0.25) * 0.13025, rtol=1e-6)
+    np.testing.assert_allclose(vae.unscale_latents(config, scaled), latents, rtol=1e-5, atol=1e-6)
+
+
+def test_config_round_trip():
+    config = vae.VaeConfig(**FULL, shift_factor=0.5, force_upcast=False)
+    assert vae.VaeConfig.from_json(config.to_json(), source=SOURCE) == config
+    assert config.downscale == 8
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"act_fn": "gelu"}, "act_fn = 'gelu'"),
+        ({"latents_mean": [0.1]}, "latents_mean"),
+        ({"surprise": 1}, "surprise"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"]}, "down_block_types"),
+        ({"up_block_types": ["UpDecoderBlock2D"] * 2}, "up_block_types"),
+        ({"block_out_channels": [50]}, "norm_num_groups 32"),
+    ],
+)
+def test_bad_config_is_one_line(values, word):
+    with pytest.raises(UserError) as error:
+        vae.VaeConfig.from_json(values, source=SOURCE)
+    assert word in str(error.value)
+    assert str(error.value).startswith(SOURCE)
+    assert "\n" not in str(error.value)

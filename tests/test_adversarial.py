@@ -1,0 +1,85 @@
+"""GAN losses, R1 and mix-and-match against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d2g_jax import adversarial
+
+RNG = np.random.default_rng(0)
+
+
+def test_losses_at_known_logits():
+    zero = [jnp.zeros((2, 4, 4)), jnp.zeros((2, 1, 1))]
+    np.testing.assert_allclose(adversarial.discriminator_loss(zero, zero), 2 * np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(adversarial.generator_loss(zero), np.log(2), rtol=1e-6)
+    sure = [jnp.full((1, 2, 2), 3.0)]
+    assert float(adversarial.generator_loss(sure)[0]) == pytest.approx(np.log1p(np.exp(-3.0)), rel=1e-5)
+
+
+def test_loss_is_a_mean_over_locations_then_heads():
+    maps = [jnp.asarray([[[0.0, 2.0], [4.0, 6.0]]]), jnp.asarray([[[9.0]]])]
+    assert float(adversarial.realness(maps)[0]) == pytest.approx((3.0 + 9.0) / 2)
+
+
+def test_r1_of_a_quadratic_form():
+    """realness = sum w x^2 / 2 has the gradient w x, whose squared norm is known."""
+    x, w = RNG.standard_normal((3, 2, 2, 4)).astype(np.float32), RNG.standard_normal((2, 2, 4)).astype(np.float32)
+    found = adversarial.r1_penalty(lambda x: jnp.sum(0.5 * w * x**2, axis=(1, 2, 3)), x)
+    np.testing.assert_allclose(found, ((w * x) ** 2).sum((1, 2, 3)), rtol=1e-5)
+
+
+def test_r1_has_a_second_derivative():
+    x = RNG.standard_normal((2, 2, 2, 1)).astype(np.float32)
+
+    def penalty(w):
+        return adversarial.r1_penalty(lambda x: jnp.sum(jnp.tanh(w * x), axis=(1, 2, 3)), x).sum()
+
+    step = 1e-3
+    expected = (penalty(0.8 + step) - penalty(0.8 - step)) / (2 * step)
+    assert float(jax.grad(penalty)(0.8)) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_groups():
+    x = jnp.arange(12).reshape(6, 2)
+    assert adversarial.first_of_each_group(x, 2).tolist() == [[0, 1], [6, 7]]
+    assert adversarial.roll_in_groups(x, 2)[:, 0].tolist() == [4, 0, 2, 10, 6, 8]
+
+
+def _mixed(portion, captions=None, batch=4096, groups=8):
+    """Latents, noise and texts whose value says where they came from."""
+    index = jnp.arange(batch, dtype=jnp.float32).reshape(batch, 1, 1, 1)
+    ids = jnp.arange(batch)[:, None] if captions is None else captions
+    out = adversarial.mix_and_match(jax.random.key(0), portion, groups, -1 - index, index, index, index[..., 0], ids)
+    return [np.asarray(x).reshape(batch) for x in out]
+
+
+def test_mix_and_match_shares_and_kinds():
+    latents, noise, text = _mixed(0.25)
+    own = np.arange(4096)
+    generated = latents < 0
+    np.testing.assert_array_equal(latents[generated], -1 - own[generated])
+    foreign_latents = ~generated & (latents != own)
+    assert np.mean(foreign_latents) == pytest.approx(0.125, abs=0.02)
+    assert np.mean(text != own) == pytest.approx(0.0625, abs=0.015)
+    assert np.mean(noise != own) == pytest.approx(0.0625, abs=0.015)
+    # Exactly one of the three is wrong in every replaced triple, and nothing leaves its group of 512.
+    wrong = foreign_latents.astype(int) + (text != own) + (noise != own)
+    np.testing.assert_array_equal(wrong, (~generated).astype(int))
+    for swapped in (np.where(generated, own, latents), noise, text):
+        np.testing.assert_array_equal(swapped // 512, own // 512)
+
+
+def test_equal_captions_are_never_called_mismatched():
+    latents, _, text = _mixed(1.0, captions=jnp.zeros((4096, 3), jnp.int32))
+    np.testing.assert_array_equal(text, np.arange(4096))
+    assert np.mean(latents < 0) == pytest.approx(0.25, abs=0.03)  # the share that would have swapped texts
+
+
+def test_portion_zero_changes_nothing():
+    latents, noise, text = _mixed(0.0)
+    own = np.arange(4096)
+    np.testing.assert_array_equal(latents, -1 - own)
+    np.testing.assert_array_equal(noise, own)
+    np.testing.assert_array_equal(text, own)

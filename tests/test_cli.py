@@ -1,0 +1,93 @@
+"""The `d2g` command as a stranger meets it: exit codes and one line for whatever is wrong."""
+
+import subprocess
+import sys
+
+import pytest
+
+from d2g_jax.__main__ import JOBS, main, read_config
+from d2g_jax.errors import UserError
+
+
+def run(capsys, *arguments):
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def one_line(capsys, *arguments):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert err.startswith("d2g: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_help_names_every_job(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(job in out for job in JOBS)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_has_help(job, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([job, "--help"])
+    assert stop.value.code == 0
+    assert f"d2g {job}" in capsys.readouterr().out
+
+
+def test_unknown_job(capsys):
+    assert "unknown job 'distil'" in one_line(capsys, "distil")
+
+
+def test_unknown_flag(capsys, tmp_path):
+    assert "--wrokdir" in one_line(capsys, "demo", f"--wrokdir={tmp_path}")
+
+
+@pytest.mark.parametrize("value", ["--config.train.imagse=5", "--config.no.such=1"])
+def test_unknown_config_key(value, capsys, tmp_path):
+    assert value.split("=")[0].rpartition(".")[2] in one_line(capsys, "train", f"--workdir={tmp_path}", value)
+
+
+def test_config_value_of_the_wrong_type(capsys, tmp_path):
+    assert "train.images" in one_line(capsys, "train", f"--workdir={tmp_path}", "--config.train.images=many")
+
+
+def test_missing_config_file(capsys, tmp_path):
+    assert "nowhere.py" in one_line(capsys, "train", f"--workdir={tmp_path}", "--config=nowhere.py")
+
+
+def test_config_overrides_and_files():
+    assert read_config([]).train.batch_size == read_config(["--config=configs/digits.py"]).train.batch_size
+    changed = read_config(["--config.train.batch_size=16", "--config.loss.name=mse", "--config.generator.timestep=399"])
+    assert (changed.train.batch_size, changed.loss.name, changed.generator.timestep) == (16, "mse", 399)
+    with pytest.raises(UserError):
+        read_config(["--config.train.batch_size=1.5"])
+
+
+def test_unwritable_workdir(capsys, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    assert str(blocker) in one_line(capsys, "pairs", f"--workdir={blocker}")
+
+
+def test_missing_pipeline(capsys, tmp_path):
+    assert "nowhere" in one_line(capsys, "pairs", f"--workdir={tmp_path}", f"--config.pipeline={tmp_path}/nowhere")
+
+
+def test_runtime_imports_neither_torch_nor_tensorflow():
+    """Every module of the package, and the teacher loaded, in a fresh process."""
+    code = """
+import pkgutil, sys
+import d2g_jax
+for module in pkgutil.walk_packages(d2g_jax.__path__, "d2g_jax."):
+    if not module.name.endswith("__main__"):
+        __import__(module.name)
+from d2g_jax.pipeline import Pipeline
+from d2g_jax.digits.config import get_config
+Pipeline.load(get_config().pipeline)
+loaded = {"torch", "tensorflow", "diffusers"} & set(sys.modules)
+assert not loaded, loaded
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

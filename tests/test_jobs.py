@@ -1,0 +1,250 @@
+"""The jobs one after another on the embedded teacher, small: pairs, training, resuming, drawing."""
+
+import copy
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from d2g_jax import pairs, records
+from d2g_jax.__main__ import main
+from d2g_jax.checkpoint import Checkpoints
+from d2g_jax.digits.config import WEIGHTS, get_config
+from d2g_jax.errors import UserError
+from d2g_jax.train import train
+
+
+def small_config():
+    c = get_config()
+    with c.unlocked():
+        c.pairs.update({"count": 20, "records_per_shard": 8, "steps": 3, "batch_size": 8})
+        c.train.update({"images": 48, "batch_size": 8, "log_every": 8, "sample_every": 24, "checkpoint_every": 24})
+        c.adversarial.update({"start_images": 16, "warmup_images": 8, "r1_interval": 2})
+        c.optimizer.generator.warmup_images = c.optimizer.discriminator.warmup_images = 16
+    return c
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(config, pairs folder)"""
+    workdir = tmp_path_factory.mktemp("pairs")
+    return small_config(), pairs.make_pairs(small_config(), workdir)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_pairs_hold_what_the_manifest_says(made):
+    _, folder = made
+    source = records.PairSource(folder)
+    assert len(source) == 20
+    assert source.manifest.first_timestep == 999
+    assert source[11]["prompt"] == (WEIGHTS / "prompts.txt").read_text().splitlines()[11]
+    assert records.verify(folder) == []
+
+
+def test_a_missing_shard_is_made_again_to_the_byte(made, tmp_path):
+    config, folder = made
+    copied = tmp_path / pairs.FOLDER
+    shutil.copytree(folder, copied)
+    for file in copied.glob("*00001-of-00003*"):
+        file.unlink()
+    assert records.missing_shards(copied, records.Manifest.read(copied)) == [1]
+    pairs.make_pairs(config, tmp_path)
+    assert files(copied) == files(folder)
+
+
+def test_pairs_of_another_config_are_left_alone(made, tmp_path):
+    config, folder = made
+    shutil.copytree(folder, tmp_path / pairs.FOLDER)
+    other = copy.deepcopy(config)
+    other.pairs.guidance_scale = 5.0
+    with pytest.raises(UserError, match="guidance_scale"):
+        pairs.make_pairs(other, tmp_path)
+    assert files(tmp_path / pairs.FOLDER) == files(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": "nowhere.txt"}, "nowhere.txt"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 1001}, "steps=1001"),
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"count": 0}, "count"),
+        ({"batch_size": 7}, "batch_size"),
+        ({"pairs_per_prompt": 0}, "pairs_per_prompt"),
+    ],
+)
+def test_bad_pair_settings(change, message, tmp_path):
+    config = small_config()
+    config.pairs.update(change)
+    with pytest.raises(UserError, match=message):
+        pairs.make_pairs(config, tmp_path)
+    assert not list(tmp_path.rglob("*tfrecord*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "no prompts"), (b"one\n\ntwo\n", "line 2"), (b"\xff\n", "UTF-8")]
+)
+def test_bad_prompt_files(content, message, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        pairs.read_prompts(file)
+
+
+def test_the_teacher_in_diffusers_draws_the_same_digits(tmp_path):
+    """Unmodified `StableDiffusionPipeline` on the shipped folder, 20 guided steps, within one level of 255."""
+    torch = pytest.importorskip("torch")
+    from diffusers import StableDiffusionPipeline
+
+    prompts = ["a bold handwritten seven slanted to the right", "the digit 3, thin strokes, upright", "0"]
+    out = tmp_path / "ours"
+    code = main(
+        ["sample", f"--model={WEIGHTS / 'pipeline'}", "--steps=20", "--guidance=3", "--seed=4", f"--out={out}"]
+        + [f"--prompt={p}" for p in prompts]
+    )
+    assert code == 0
+    oracle = StableDiffusionPipeline.from_pretrained(WEIGHTS / "pipeline", torch_dtype=torch.float32)
+    oracle.set_progress_bar_config(disable=True)
+    drawn = oracle(
+        prompts,
+        num_inference_steps=20,
+        guidance_scale=3.0,
+        latents=torch.from_numpy(np.load(out / "noise.npy")),
+        output_type="np",
+    ).images
+    theirs = np.round(drawn * 255).astype(int)
+    ours = np.stack([np.asarray(Image.open(out / f"{i:05d}.png")) for i in range(3)]).astype(int)
+    assert np.abs(ours - theirs).max() <= 1
+    assert ours.std() > 40  # there is something in the pictures
+    # The saved noise draws the same again.
+    again = tmp_path / "again"
+    assert (
+        main(
+            ["sample", f"--model={WEIGHTS / 'pipeline'}", "--steps=20", "--guidance=3", f"--out={again}"]
+            + [f"--latents={out / 'noise.npy'}"]
+            + [f"--prompt={p}" for p in prompts]
+        )
+        == 0
+    )
+    np.testing.assert_array_equal(np.load(again / "latents.npy"), np.load(out / "latents.npy"))
+
+
+def state_of(workdir):
+    """Every array of the newest checkpoint, by path."""
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        tree = checkpoints.restore_any()
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def metrics_of(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def trained(made, tmp_path_factory):
+    """(workdir of an uninterrupted full run, its config, the pairs folder)"""
+    config, folder = made
+    workdir = tmp_path_factory.mktemp("trained")
+    train(config, workdir, folder)
+    return workdir, config, folder
+
+
+def test_training_passes_through_its_phases(trained):
+    workdir, _, _ = trained
+    rows = metrics_of(workdir)
+    assert [row["images"] for row in rows] == [8, 16, 24, 32, 40, 48]
+    assert ["loss_discriminator" in row for row in rows] == [False, False, True, True, True, True]
+    assert ["loss_adversarial" in row for row in rows] == [False, False, False, True, True, True]
+    assert all(np.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+    assert (workdir / "report.html").exists()
+    assert [p.name for p in sorted((workdir / "samples").glob("step_*.png"))] == [
+        "step_00000024.png",
+        "step_00000048.png",
+    ]
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(trained, tmp_path):
+    """Stopped after a checkpoint with metrics written past it, as a kill leaves them; same parameters, same metrics."""
+    workdir, config, folder = trained
+    shorter = copy.deepcopy(config)
+    shorter.train.images = 24
+    train(shorter, tmp_path, folder)
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"run": "digits", "images": 32, "seconds": 1.0, "loss_regression": 99.0}\n{"run": "dig')
+    train(config, tmp_path, folder)
+    whole, resumed = state_of(workdir), state_of(tmp_path)
+    assert whole.keys() == resumed.keys()
+    assert len(whole) > 500
+    for path, value in whole.items():
+        np.testing.assert_array_equal(resumed[path], value, err_msg=path)
+    assert metrics_of(tmp_path) == metrics_of(workdir)
+
+
+def test_student_draws_in_one_step(trained, tmp_path, capsys):
+    workdir, _, _ = trained
+    command = ["sample", f"--model={workdir}", "--prompt=a thin 4", "--images=3", f"--out={tmp_path}"]
+    assert main(command) == 0
+    assert set(json.loads(capsys.readouterr().out)["seconds"]) == {"compile", "text_and_unet", "vae"}
+    assert Image.open(tmp_path / "00002.png").size == (32, 32)
+    assert main([*command, "--steps=4"]) == 2
+    assert "one-step student" in capsys.readouterr().err
+
+
+def test_a_workdir_of_another_config_is_refused(trained):
+    workdir, config, folder = trained
+    other = copy.deepcopy(config)
+    other.adversarial.weight = 0.5
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"adversarial\.weight=0\.1.*0\.5"):
+        train(other, workdir, folder)
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_pairs_that_do_not_fit_the_teacher_are_refused(made, tmp_path):
+    config, folder = made
+    copied = tmp_path / pairs.FOLDER
+    shutil.copytree(folder, copied)
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["scaling_factor"] *= 2
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="scaling_factor"):
+        train(config, tmp_path / "run", copied)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.groups", 3, "groups"),
+        ("train.batch_size", 9, "batch_size"),
+        ("loss.name", "l7", "l7"),
+        ("loss.preset", "xyz", "xyz"),
+        ("mesh.fsdp", 3, "mesh.fsdp"),
+        ("generator.timestep", 1000, "generator.timestep"),
+    ],
+)
+def test_bad_training_settings(made, tmp_path, key, value, message):
+    config, folder = copy.deepcopy(made[0]), made[1]
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path, folder)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_missing_model_and_bad_latents(tmp_path, capsys):
+    assert main(["sample", f"--model={tmp_path}", "--prompt=1", f"--out={tmp_path}"]) == 2
+    assert "neither a pipeline folder" in capsys.readouterr().err
+    np.save(tmp_path / "wrong.npy", np.zeros((1, 4, 9, 8), np.float32))
+    command = ["sample", f"--model={WEIGHTS / 'pipeline'}", "--prompt=1", f"--out={tmp_path / 'out'}"]
+    assert main([*command, f"--latents={tmp_path / 'wrong.npy'}"]) == 2
+    assert "shape (1, 4, 9, 8)" in capsys.readouterr().err
+    assert main([*command, "--steps=0"]) == 2
+    assert main(["sample", f"--model={WEIGHTS / 'pipeline'}", f"--out={tmp_path / 'out'}"]) == 2
+    assert not (tmp_path / "out").exists()
