@@ -1,8 +1,8 @@
 """LatentLPIPS and E-LatentLPIPS as frozen pure functions, and the regression losses that a student may train with.
 
-The metric's parameters live in a `LatentLPIPS`, which is no pytree: it cannot be put into a train state, an optimiser
-or `jax.grad`, so its heads cannot go negative by training (the known defect of the released code). Every loss returns
-one value per sample, which depends on no other sample of the batch.
+The metric's parameters live in a frozen `LatentLPIPS` of their own and no gradient reaches them, so its heads cannot go
+negative by training (the known defect of the released code). Every loss returns one value per sample, which depends on
+no other sample of the batch.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class LatentLPIPS:
         features_a = self.network.apply(params, a)
         features_b = self.network.apply(params, jax.lax.stop_gradient(b))
         pairs = zip(features_a, features_b, strict=True)
-        return [jnp.square(_unit(x) - _unit(y)).mean((1, 2)) for x, y in pairs]
+        return [jnp.square(_unit_difference(x, y)).mean((1, 2)) for x, y in pairs]
 
     def layer_distances(self, a: jax.Array, b: jax.Array, *, scaled: bool) -> jax.Array:
         """The terms of `distance` by tap: (B, K)."""
@@ -164,13 +164,16 @@ class LatentLPIPS:
             raise UserError(f"latents have shape {a.shape}; this metric needs at least {smallest}x{smallest}")
 
 
-def _unit(x: jax.Array) -> jax.Array:
-    """Features (B, h, w, C) at unit length over channels.
+def _unit_difference(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The difference of features (B, h, w, C) after each is brought to unit length over channels.
 
-    A quotient: a product would be contracted with the subtraction that follows, and equal inputs would differ by it.
+    x r - y s is written as ((x - y) (r + s) + (x + y) (r - s)) / 2: compilers contract the short form to a fused
+    multiply-add, whose rounding makes equal inputs differ. This one is exactly zero for them and changes sign exactly
+    when they swap.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + UNIT_EPS)
+    x, y = (z.astype(jnp.promote_types(z.dtype, jnp.float32)) for z in (x, y))
+    r, s = (jax.lax.rsqrt(jnp.square(z).sum(-1, keepdims=True) + UNIT_EPS) for z in (x, y))
+    return ((x - y) * (r + s) + (x + y) * (r - s)) / 2
 
 
 def _check_head(head: np.ndarray, width: int, where: str) -> None:

@@ -52,7 +52,10 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     file = workdir / "config.json"
     mine = json.loads(config.to_json())
     if file.exists():
-        theirs = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            theirs = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{file}: not JSON ({error}); choose another --workdir") from error
         for key, (here, there) in _differences(mine, theirs).items():
             if key not in ("train.images",):
                 raise UserError(
@@ -102,12 +105,13 @@ class MetricsLog:
         self._stream = file.open("a", encoding="utf-8")
 
     def add(self, images: int, metrics: dict[str, jax.Array]) -> None:
-        """Keeps device scalars without waiting for them; what an iteration does not measure keeps its last value."""
+        """Keeps device scalars without waiting for them; the newest of each name since the last line is written."""
         self._latest = images, self._latest[1] | metrics
 
     def write(self) -> str | None:
         """Writes the newest values. Returns what is wrong when one is not finite, naming the image count and metric."""
         images, metrics = self._latest
+        self._latest = images, {}
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         seconds = round(self._before + time.monotonic() - self._start, 3)
         row = {"run": self._run, "images": images, "seconds": seconds, **values}

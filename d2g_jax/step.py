@@ -128,7 +128,7 @@ def g_step(
     regression, output_gradient = jax.value_and_grad(regress)(generated)
     metrics = {
         "loss_regression": regression,
-        "gradient_regression": optax.global_norm(output_gradient),
+        "gradient_regression": optax.tree.norm(output_gradient),
         "latent_mse": jnp.mean(jnp.square(generated - c.target)),
         "latent_std": jnp.std(generated),
         "target_std": jnp.std(c.target),
@@ -140,10 +140,10 @@ def g_step(
         fooling, fooling_gradient = jax.value_and_grad(convince)(generated)
         output_gradient = output_gradient + d.adversarial_weight * fooling_gradient
         metrics["loss_adversarial"] = fooling
-        metrics["gradient_adversarial"] = d.adversarial_weight * optax.global_norm(fooling_gradient)
+        metrics["gradient_adversarial"] = d.adversarial_weight * optax.tree.norm(fooling_gradient)
 
     (gradient,) = pull_back(output_gradient)
-    metrics["gradient_generator"] = optax.global_norm(gradient)
+    metrics["gradient_generator"] = optax.tree.norm(gradient)
     updates, optimizer_state = d.generator_optimizer.update(gradient, state.generator_optimizer, state.generator)
     params = optax.apply_updates(state.generator, updates)
     images = state.images + d.batch_size
@@ -193,7 +193,7 @@ def d_step(
         }
 
     gradient, metrics = jax.grad(loss, has_aux=True)(state.discriminator)
-    metrics["gradient_discriminator"] = optax.global_norm(gradient)
+    metrics["gradient_discriminator"] = optax.tree.norm(gradient)
     return _update_discriminator(d, state, gradient), metrics
 
 

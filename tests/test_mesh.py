@@ -1,0 +1,57 @@
+"""Sharding rules as path patterns, and the checks of batch and mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from d2g_jax import mesh
+from d2g_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "fsdp", "spec"),
+    [
+        ("generator/conv_in/kernel", (3, 3, 4, 320), 2, P()),  # small
+        ("generator/mid/kernel", (3, 3, 320, 640), 4, P(None, None, None, "fsdp")),  # the largest dimension
+        ("generator/mid/kernel", (3, 3, 320, 642), 4, P(None, None, "fsdp")),  # the largest that fits
+        ("generator/mid/kernel", (641, 641), 4, P()),  # none fits
+        ("generator/norm/scale", (2**15,), 4, P()),  # by name
+        ("generator/mid/kernel", (3, 3, 320, 640), 1, P()),
+    ],
+)
+def test_leaf_spec(path, shape, fsdp, spec):
+    assert mesh.leaf_spec(path, shape, fsdp) == spec
+
+
+def test_place_keeps_values_and_splits_large_leaves():
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    m = mesh.make_mesh(fsdp=2)
+    tree = {"a": {"kernel": np.arange(2**15, dtype=np.float32).reshape(128, 256)}, "step": np.int32(3)}
+    placed = mesh.place(tree, m)
+    np.testing.assert_array_equal(placed["a"]["kernel"], tree["a"]["kernel"])
+    assert placed["a"]["kernel"].sharding.spec == P(None, "fsdp")
+    assert placed["a"]["kernel"].addressable_shards[0].data.shape == (128, 128)
+    batch = mesh.place_batch({"x": np.arange(8.0, dtype=np.float32)}, m)
+    assert [s.data.tolist() for s in batch["x"].addressable_shards] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert float(jnp.sum(batch["x"])) == 28
+
+
+def test_mesh_must_be_the_devices():
+    with pytest.raises(UserError, match="mesh.fsdp=7"):
+        mesh.make_mesh(fsdp=7)
+    with pytest.raises(UserError, match="mesh.data=5"):
+        mesh.make_mesh(data=5)
+
+
+def test_batches_and_groups_must_divide():
+    m = mesh.make_mesh()
+    shards = mesh.batch_shards(m)
+    mesh.check_batch(m, 4 * shards, shards)
+    with pytest.raises(UserError, match="train.batch_size"):
+        mesh.check_batch(m, 4 * shards + 1, shards)
+    if shards > 1:
+        with pytest.raises(UserError, match="train.groups"):
+            mesh.check_batch(m, 4 * shards, 1)
