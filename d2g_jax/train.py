@@ -62,7 +62,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
         runs.truncate_metrics(workdir, int(state.images))
         if int(state.images) < config.train.images:
             loop(config, d, frozen, state, source, mesh, checkpoints, workdir, pipeline)
-    write_report(workdir)
+    write_report(workdir, finished=True)
 
 
 def check_pairs(folder: Path, manifest: records.Manifest, pipeline: Pipeline) -> None:
@@ -292,11 +292,11 @@ class Painter:
         self._students = students
 
     def draw(self, params: Any, images: int) -> None:
-        """Writes samples/step_XXXXXXXX.png, named by images seen."""
+        """Writes samples/images_XXXXXXXX.png, named by images seen."""
         if not self._count:
             return
         pair = jax.device_get(self._students(params, self._frozen, self._batch))
         teacher, student = (np.asarray(decode(self._pipeline, self._pipeline.params, latents)) for latents in pair)
         columns = 16
         rows = [part[i : i + columns] for i in range(0, self._count, columns) for part in (teacher, student)]
-        save_png(self._workdir / "samples" / f"step_{images:08d}.png", grid(np.concatenate(rows), columns))
+        save_png(self._workdir / "samples" / f"images_{images:08d}.png", grid(np.concatenate(rows), columns))

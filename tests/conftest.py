@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import pytest
+# Compilation, not computation, takes the tests' time: LLVM's optimiser halves its share. Read when jax starts.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-from d2g_jax import mesh
+import pytest  # noqa: E402
+
+from d2g_jax import mesh  # noqa: E402
 
 mesh.use_cpu_devices(2)  # as the demo has
 

@@ -165,9 +165,9 @@ def test_training_passes_through_its_phases(trained):
     assert ["loss_adversarial" in row for row in rows] == [False, False, False, True, True, True]
     assert all(np.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
     assert (workdir / "report.html").exists()
-    assert [p.name for p in sorted((workdir / "samples").glob("step_*.png"))] == [
-        "step_00000024.png",
-        "step_00000048.png",
+    assert [p.name for p in sorted((workdir / "samples").glob("images_*.png"))] == [
+        "images_00000024.png",
+        "images_00000048.png",
     ]
 
 

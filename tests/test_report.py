@@ -116,7 +116,7 @@ def workdir(tmp_path):
     for name in ("teacher", "full"):
         save_png(folder / "samples" / name / "00000.png", image)
     for step in (0, 5, 10):
-        save_png(folder / "samples" / f"step_{step:08d}.png", grid(image[None].repeat(8, 0), 4))
+        save_png(folder / "samples" / f"images_{step:08d}.png", grid(image[None].repeat(8, 0), 4))
     columns = [
         {"name": "teacher, 50 steps", "images": ["samples/teacher/00000.png", "samples/teacher/00000.png"]},
         {"name": "student, 1 step", "images": ["samples/full/00000.png", "samples/full/missing.png"]},
@@ -254,10 +254,10 @@ def test_images_outside_of_the_workdir_are_not_shown(workdir):
 
 def test_large_images_are_made_smaller(workdir):
     noise = np.random.default_rng(0).integers(0, 255, (1200, 1200, 3), np.uint8)
-    save_png(workdir / "samples" / "step_00000010.png", noise)
+    save_png(workdir / "samples" / "images_00000010.png", noise)
     text = page_of(workdir)
     assert "data:image/webp;base64," in text
-    assert len(text) < (workdir / "samples" / "step_00000010.png").stat().st_size
+    assert len(text) < (workdir / "samples" / "images_00000010.png").stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_large_images_are_made_smaller(workdir):
         ("result.json", '{"systems": []}', r"result\.json: key 'systems'"),
         ("samples/comparison.json", '{"prompts": ["a"], "columns": [{"name": "x", "images": []}]}', "every entry"),
         ("samples/comparison.json", '{"prompts": 1}', "must be lists"),
-        ("samples/step_00000005.png", "no image", r"step_00000005\.png: not a readable image"),
+        ("samples/images_00000005.png", "no image", r"images_00000005\.png: not a readable image"),
     ],
 )
 def test_a_broken_file_is_named_in_one_line(workdir, name, content, message):
@@ -333,5 +333,5 @@ def test_a_browser_lays_it_out_and_answers(workdir, tmp_path, width):
     assert "mse" in seen["tip"]
     assert "full" in seen["tip"]
     assert seen["tipHidden"] is True
-    assert seen["step"] == "step 0"
+    assert seen["step"] == "after 0 images"
     assert (seen["shown"], seen["broken"]) == (1, 0)

@@ -46,6 +46,7 @@ def problem():
     """(static half, frozen parameters, first state, batch), all on the host's default device."""
     d_config = discriminator.DiscriminatorConfig(UNET, head_channels=8)
     rates = optimizer()
+    rates.generator.warmup_images = rates.discriminator.warmup_images = 0
     d = Distillation(
         unet=unet.build(UNET),
         text_encoder=clip.build(TEXT),

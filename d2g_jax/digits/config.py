@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     c.train = train()
     c.evaluation = ConfigDict({"samples": 2000, "batch_size": 250, "seed": 1})
     # MSE and pseudo-Huber students: the best of three learning rates, see docs/digits.md.
-    c.demo = ConfigDict({"pointwise_learning_rate": 1e-3})
+    c.demo = ConfigDict({"pointwise_learning_rate": 3e-4})
     c.teacher = teacher()
     return c.lock()
 
@@ -87,8 +87,8 @@ def adversarial() -> ConfigDict:
     return ConfigDict(
         {
             "weight": 0.1,  # lambda_GAN, not in the paper: aim for 0.1 to 0.5 of the regression's gradient norm
-            "start_images": 24_576,  # regression alone before D starts
-            "warmup_images": 4_096,  # D alone learns for so long before G listens to it
+            "start_images": 6_144,  # regression alone before D starts
+            "warmup_images": 1_024,  # D alone learns for so long before G listens to it
             "r1_gamma": 0.2,  # not in the paper; the term should be 1 to 10% of D's loss
             "r1_interval": 16,  # the paper's
             "mix_and_match": 0.25,  # share of the fake half that is replaced; not in the paper
@@ -123,15 +123,15 @@ def train() -> ConfigDict:
     """Length, batch, and how often things are written; all counted in images."""
     return ConfigDict(
         {
-            "images": 40_960,
+            "images": 12_288,
             "batch_size": 64,
             "groups": 2,  # logical groups of the batch; R1 takes one sample of each. A multiple of the devices
             "dtype": "float32",
             "remat": False,
             "ema_half_life_images": 2_000.0,
             "log_every": 512,
-            "sample_every": 8_192,
-            "checkpoint_every": 16_384,
+            "sample_every": 2_048,
+            "checkpoint_every": 6_144,
             "keep_checkpoints": 2,
         }
     )

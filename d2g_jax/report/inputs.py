@@ -53,11 +53,11 @@ class Inputs:
     metrics: Metrics
     result: dict[str, Any] | None
     comparison: Comparison | None
-    timelines: dict[str, list[tuple[int, Path]]]  # run -> (step, sample grid) in order of step
+    timelines: dict[str, list[tuple[int, Path]]]  # run -> (images seen, sample grid) in that order
 
 
 def read_inputs(workdir: Path) -> Inputs:
-    """Read config.json, metrics.jsonl, result.json, samples/comparison.json and samples/[RUN/]step_XXXXXXXX.png.
+    """Read config.json, metrics.jsonl, result.json, samples/comparison.json and samples/[RUN/]images_XXXXXXXX.png.
 
     Raises UserError when the folder is missing or has none of them, and for a file that is not what it should be.
     """
@@ -164,8 +164,8 @@ def _inside(workdir: Path, relative: object) -> Path | None:
 
 def _find_timelines(samples: Path) -> dict[str, list[tuple[int, Path]]]:
     timelines: dict[str, list[tuple[int, Path]]] = {}
-    for path in sorted([*samples.glob("step_*.png"), *samples.glob("*/step_*.png")]):
-        match = re.fullmatch(r"step_(\d+)\.png", path.name)
+    for path in sorted([*samples.glob("images_*.png"), *samples.glob("*/images_*.png")]):
+        match = re.fullmatch(r"images_(\d+)\.png", path.name)
         if match:
             name = "" if path.parent == samples else path.parent.name
             timelines.setdefault(name, []).append((int(match[1]), path))

@@ -32,7 +32,7 @@ def write_report(
     """Write `report.html` from what the workdir holds, and return its path.
 
     workdir: a folder with any of config.json, metrics.jsonl, result.json, samples/comparison.json and
-    samples/[RUN/]step_XXXXXXXX.png. What is absent leaves its section out. The page is one file: it loads nothing.
+    samples/[RUN/]images_XXXXXXXX.png. What is absent leaves its section out. The page is one file: it loads nothing.
     finished: whether the run is over; None takes it from the files (a result, or all of config train.images seen).
     bands: metric -> (low, high) of a healthy run, in the metric's own unit.
     Raises UserError when the folder is missing, has none of these, holds a broken one, or cannot be written.

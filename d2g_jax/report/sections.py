@@ -146,14 +146,12 @@ def timelines(inputs: Inputs) -> str:
     """The sample grids that training left behind, on a slider for each run."""
     parts = []
     for run, steps in inputs.timelines.items():
-        rows = {row.step: row for row in inputs.metrics.runs.get(run, [])}
         images = []
-        for index, (step, path) in enumerate(kept := _spread(steps, _MOST_STEPS)):
-            seen = f", {format_number(rows[step].images)} images" if step in rows else ""
+        for index, (seen, path) in enumerate(kept := _spread(steps, _MOST_STEPS)):
             last = index == len(kept) - 1
-            images.append(_image(path, caption := f"step {format_number(step)}{seen}", _PIXELATED_SHEET, not last))
+            images.append(_image(path, caption := f"after {format_number(seen)} images", _PIXELATED_SHEET, not last))
         title = f'<h3 class="name">{escape(run)}</h3>' if run else ""
-        name = escape(f"Training step of {run}" if run else "Training step")
+        name = escape(f"Images seen by {run}" if run else "Images seen")
         slider = f'<input type="range" min="0" max="{len(kept) - 1}" value="{len(kept) - 1}" aria-label="{name}">'
         control = f"<label>{slider}<output>{caption}</output></label>"
         parts.append(f'<div class="card timeline">{title}{control}{"".join(images)}</div>')
@@ -175,7 +173,11 @@ def speed(inputs: Inputs) -> str:
     if not chart and not table:
         return ""
     legend = _legend(inputs) if chart else ""
-    body = f'<div class="beside">{table}{chart}</div>' if chart and table else table or chart
+    body = (
+        f'<div class="beside">{table}{chart}</div>'
+        if chart and table
+        else table or f'<div class="panels">{chart}</div>'
+    )
     return f'<div class="gap"></div>{legend}{body}'
 
 

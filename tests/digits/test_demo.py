@@ -1,0 +1,104 @@
+"""The demo end to end at a size that proves its plumbing, and its arithmetic at known values."""
+
+import json
+
+import numpy as np
+import pytest
+
+from d2g_jax.__main__ import main
+from d2g_jax.digits import demo, evaluation
+from d2g_jax.digits.config import get_config
+
+SMALL = (
+    "--config.pairs.count=72",
+    "--config.pairs.records_per_shard=36",
+    "--config.pairs.steps=2",
+    "--config.pairs.batch_size=36",
+    "--config.evaluation.samples=72",
+    "--config.evaluation.batch_size=36",
+    "--config.train.images=96",
+    "--config.train.batch_size=16",
+    "--config.train.log_every=32",
+    "--config.adversarial.start_images=32",
+    "--config.adversarial.warmup_images=16",
+)
+
+
+def figures(workdir):
+    """Everything of result.json but times."""
+    result = json.loads((workdir / "result.json").read_text())
+    return {name: result[name] for name in ("protocol", "systems", "floors", "checks")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("demo")
+    assert main(["demo", f"--workdir={workdir}", *SMALL]) == 0
+    return workdir
+
+
+def test_demo_writes_figures_of_every_system(finished):
+    result = json.loads((finished / "result.json").read_text())
+    names = [evaluation.REAL, demo.TEACHER, demo.ONE_STEP]
+    names += [demo.STUDENTS[name] for name in ("mse", "e_latent_lpips", "full")]
+    assert list(result["systems"]) == names
+    for name, values in result["systems"].items():
+        assert 0 <= values["accuracy"]["all"] <= values["accuracy"]["digit"] <= 1, name
+    assert result["systems"][demo.TEACHER]["network_calls"] == 4
+    assert result["systems"][demo.STUDENTS["full"]]["network_calls"] == 1
+    assert set(result["seconds"]) >= {"pairs", "train mse", "train e_latent_lpips", "train full", "evaluate", "total"}
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["run"] for row in rows] == ["mse"] * 3 + ["e_latent_lpips"] * 3 + ["full"] * 3
+    page = (finished / "report.html").read_text()
+    assert all(name in page for name in names)
+
+
+def test_the_same_command_again_changes_nothing(finished, capsys):
+    before = figures(finished)
+    assert main(["demo", f"--workdir={finished}", *SMALL]) == 0
+    assert figures(finished) == before
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_another_config_is_refused(finished, capsys):
+    before = (finished / "result.json").read_bytes()
+    assert main(["demo", f"--workdir={finished}", *SMALL, "--config.pairs.guidance_scale=4.0"]) == 2
+    assert "pairs.guidance_scale=2.0, this one has 4.0" in capsys.readouterr().err
+    assert (finished / "result.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_figures(finished, tmp_path):
+    assert main(["demo", f"--workdir={tmp_path}", *SMALL]) == 0
+    assert figures(tmp_path) == figures(finished)
+
+
+def test_students_differ_in_their_loss_alone():
+    configs = demo.student_configs(get_config(), full=True)
+    assert list(configs) == list(demo.STUDENTS)
+    assert {c.train.images for c in configs.values()} == {get_config().train.images}
+    assert {c.seed for c in configs.values()} == {0}
+    assert [c.loss.name for c in configs.values()] == ["mse", "pseudo_huber", "latent_lpips"] + ["e_latent_lpips"] * 2
+    assert [bool(c.adversarial.weight) for c in configs.values()] == [False] * 4 + [True]
+
+
+def test_checks_hold_values_to_their_bars():
+    def system(distance, everything):
+        accuracy = {"digit": 0.99, "weight": 0.96, "slant": 0.94, "all": everything}
+        return {"frechet_to_teacher": distance, "frechet_to_real": 20.0, "accuracy": accuracy}
+
+    systems = {
+        "teacher": system(None, 0.9),
+        "MSE student": system(12.0, 0.5),
+        "E-LatentLPIPS student": system(4.0, 0.8),
+        "full student": system(4.4, 0.86),
+    }
+    found = [c["met"] for c in evaluation.checks(systems, {"real_vs_real": 10.0}, "teacher")]
+    assert found == [True, True, False, True, True, False, True]
+
+
+def test_real_against_real_is_near_zero_for_equal_halves():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(10), 400)
+    features = rng.standard_normal((4000, 4)) + labels[:, None]
+    assert evaluation.real_against_real(features, labels) < 0.05
