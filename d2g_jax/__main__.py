@@ -7,6 +7,8 @@ command is given again.
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib.util
 import json
 import os
 import sys
@@ -89,18 +91,42 @@ def read_config(arguments: Sequence[str]) -> Any:
     from absl import flags
     from ml_collections import config_flags
 
-    default = str(Path(__file__).parent / "digits" / "config.py")
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", default, flag_values=values)
-    named = [a for a in arguments if a.startswith("--config=")]
-    for argument in named:
-        if not Path(argument.partition("=")[2].partition(":")[0]).is_file():
-            raise UserError(f"{argument}: no such file; give a Python file with get_config()")
+    files = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+    config = _load_config(Path(files[-1])) if files else _load_config(Path(__file__).parent / "digits" / "config.py")
+    for argument in arguments:
+        if argument.startswith("--config."):
+            _check_key(config, argument.removeprefix("--config.").partition("=")[0])
+    values, overrides = flags.FlagValues(), ["d2g", *(a for a in arguments if not a.startswith("--config="))]
     try:
-        values(["d2g", *arguments])
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=overrides)
+        values(overrides)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"config: {' '.join(str(error).split())}") from error
     return values.config
+
+
+def _check_key(config: Any, key: str) -> None:
+    """Raises `UserError` for a setting that does not exist, with the nearest one that does."""
+    from d2g_jax.runs import flatten
+
+    known = list(flatten(config.to_dict()))
+    if key not in known:
+        nearest = difflib.get_close_matches(key, known, n=1)
+        raise UserError(f"--config.{key}: no such setting" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+
+
+def _load_config(file: Path) -> Any:
+    """What `get_config()` of a Python file returns."""
+    if not file.is_file():
+        raise UserError(f"--config={file}: no such file; give a Python file with get_config()")
+    spec = importlib.util.spec_from_file_location("d2g_config", file)
+    if spec is None:
+        raise UserError(f"--config={file}: not a Python file; give one with get_config()")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={file}: has no get_config(); see configs/digits.py")
+    return module.get_config()
 
 
 def _start(config: Any) -> None:

@@ -65,15 +65,16 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 
 def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    mine, theirs = _flatten(mine), _flatten({k: v for k, v in theirs.items() if k not in _PLACE_KEYS})
+    mine, theirs = flatten(mine), flatten({k: v for k, v in theirs.items() if k not in _PLACE_KEYS})
     keys = [*mine, *(key for key in theirs if key not in mine)]
     return {key: (mine.get(key), theirs.get(key)) for key in keys if mine.get(key) != theirs.get(key)}
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 # Compilation, not computation, takes the tests' time: LLVM's optimiser halves its share. Read when jax starts.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-import pytest  # noqa: E402
+import pytest
 
-from d2g_jax import mesh  # noqa: E402
+from d2g_jax import mesh
 
 mesh.use_cpu_devices(2)  # as the demo has
 

@@ -40,9 +40,9 @@ def test_place_keeps_values_and_splits_large_leaves():
 
 
 def test_mesh_must_be_the_devices():
-    with pytest.raises(UserError, match="mesh.fsdp=7"):
+    with pytest.raises(UserError, match=r"mesh\.fsdp=7"):
         mesh.make_mesh(fsdp=7)
-    with pytest.raises(UserError, match="mesh.data=5"):
+    with pytest.raises(UserError, match=r"mesh\.data=5"):
         mesh.make_mesh(data=5)
 
 
@@ -50,8 +50,8 @@ def test_batches_and_groups_must_divide():
     m = mesh.make_mesh()
     shards = mesh.batch_shards(m)
     mesh.check_batch(m, 4 * shards, shards)
-    with pytest.raises(UserError, match="train.batch_size"):
+    with pytest.raises(UserError, match=r"train\.batch_size"):
         mesh.check_batch(m, 4 * shards + 1, shards)
     if shards > 1:
-        with pytest.raises(UserError, match="train.groups"):
+        with pytest.raises(UserError, match=r"train\.groups"):
             mesh.check_batch(m, 4 * shards, 1)

@@ -35,7 +35,7 @@ SHOWN = 12
 
 
 def student_configs(config: ml_collections.ConfigDict, *, full: bool) -> dict[str, ml_collections.ConfigDict]:
-    """One config per student: the same pairs, images and seed; only the loss differs, and the rates that suit it."""
+    """One config per student: the same pairs, images and seed; only the loss differs."""
     configs = {}
     for name in STUDENTS:
         if name in ONLY_IN_FULL and not full:
@@ -47,7 +47,6 @@ def student_configs(config: ml_collections.ConfigDict, *, full: bool) -> dict[st
             c.adversarial.weight = 0.0
         if name in ("mse", "pseudo_huber"):
             c.loss.l1_weight = 0.0
-            c.optimizer.generator.learning_rate = config.demo.pointwise_learning_rate
         configs[name] = c
     return configs
 
@@ -128,15 +127,15 @@ def measure(
         result = evaluation.score(images, other_images, prompts, calls, latents, teacher=TEACHER)
         _show(workdir, [p.prompt for p in prompts[:SHOWN]], images)
     result["protocol"] |= {
-        "prompts": f"{e.samples} held-out prompts, seed {e.seed}",
-        "noise": f"held-out, seed {config.seed + 1 + config.pairs.seed}",
+        "prompts": f"{e.samples} drawn with seed {e.seed} from the captions that the pairs were drawn from",
+        "noise": f"held out, seed {config.seed + 1 + config.pairs.seed}",
         "guidance_scale": guidance,
     }
     result["environment"] = {
         **runs.environment(),
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
-    return {**result, "seconds": {**clock.seconds, "total": round(sum(clock.seconds.values()), 1)}}
+    return {**result, "seconds": clock.seconds}
 
 
 def _cached(file: Path, make: Any) -> np.ndarray:
