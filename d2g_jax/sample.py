@@ -57,8 +57,9 @@ def make_solver(
     """One compiled call from noise and tokens to latents; a student's takes one step and no guidance."""
     if sampler.timestep is None:
         pipeline = dataclasses.replace(sampler.pipeline, params={**sampler.pipeline.params, "unet": sampler.unet})
+        steps = 50 if steps is None else steps
         return pairs.make_solver(
-            pipeline, mesh, steps=steps or 50, guidance_scale=guidance_scale, negative_prompt=negative_prompt
+            pipeline, mesh, steps=steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt
         )
     if steps not in (None, 1):
         raise UserError(f"--steps={steps}: this is a one-step student; leave --steps out")

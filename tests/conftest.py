@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
-# Compilation, not computation, takes the tests' time: LLVM's optimiser halves its share. Read when jax starts.
+# Compilation, not computation, takes the tests' time: LLVM's optimiser doubles it, and a resumed or repeated run
+# compiles what an earlier test compiled. Both are read when jax starts.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="d2g_jax_tests_")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
-import pytest
+import pytest  # noqa: E402
 
-from d2g_jax import mesh
+from d2g_jax import mesh  # noqa: E402
 
 mesh.use_cpu_devices(2)  # as the demo has
 
