@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     c.adversarial = adversarial()
     c.optimizer = optimizer()
     c.train = train()
-    c.evaluation = ConfigDict({"samples": 2000, "batch_size": 250, "seed": 1})
+    c.evaluation = ConfigDict({"samples": 2000, "batch_size": 256, "seed": 1})  # the pairs' batch: one program
     c.teacher = teacher()
     return c.lock()
 
