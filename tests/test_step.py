@@ -165,7 +165,8 @@ def test_r1_is_finite_positive_and_shrinks_the_penalty():
     assert 0 < values[-1] < values[0]
 
 
-@pytest.mark.parametrize("fsdp", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2])
 def test_two_devices_give_the_numbers_of_one(fsdp):
     """One G, D and R1 update each on a mesh of two against one device: every metric, gradient norms included, 2e-5."""
     if jax.device_count() < 2:
