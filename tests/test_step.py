@@ -165,8 +165,7 @@ def test_r1_is_finite_positive_and_shrinks_the_penalty():
     assert 0 < values[-1] < values[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.parametrize("fsdp", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_devices_give_the_numbers_of_one(fsdp):
     """One G, D and R1 update each on a mesh of two against one device: every metric, gradient norms included, 2e-5."""
     if jax.device_count() < 2:
@@ -175,8 +174,9 @@ def test_two_devices_give_the_numbers_of_one(fsdp):
     g, d, r1 = programs()
 
     def iteration(frozen, state, batch):
-        state, generated, metrics = g(frozen, state, batch)
-        state, d_metrics = d(frozen, state, batch, generated)
+        # Simulated devices abort when the host runs ahead of them.
+        state, generated, metrics = jax.block_until_ready(g(frozen, state, batch))
+        state, d_metrics = jax.block_until_ready(d(frozen, state, batch, generated))
         state, r1_metrics = r1(frozen, state, batch)
         return jax.block_until_ready(state), metrics | d_metrics | r1_metrics
 
