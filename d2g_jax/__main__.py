@@ -76,30 +76,31 @@ def _parser(job: str, text: str | None = None) -> _Parser:
 
 
 def _parse_with_config(parser: _Parser, arguments: list[str]) -> tuple[argparse.Namespace, Any]:
-    """Splits off the --config flags, which ml_collections' config_flags reads, from the job's own."""
-    is_config = [a == "--config" or a.startswith(("--config=", "--config.")) for a in arguments]
-    is_config = [
-        mine or (i > 0 and "=" not in arguments[i - 1] and is_config[i - 1]) for i, mine in enumerate(is_config)
-    ]
-    flags = [a for a, mine in zip(arguments, is_config, strict=True) if mine]
-    own = parser.parse_args([a for a, mine in zip(arguments, is_config, strict=True) if not mine])
-    return own, read_config(flags)
+    """A job's own flags and the config that its --config flags name and change."""
+    parser.add_argument("--config", type=Path, metavar="FILE.py")
+    own, rest = parser.parse_known_args(arguments)
+    overrides = [a for a in rest if a.startswith("--config.")]
+    config = read_config(own.config, overrides)
+    if unknown := [a for a in rest if a not in overrides]:
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see `{parser.prog} --help`")
+    return own, config
 
 
-def read_config(arguments: Sequence[str]) -> Any:
-    """The resolved config of `--config=FILE` and `--config.key=value` flags; `UserError` for anything unknown."""
+def read_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Any:
+    """The config of `file` (None: the digits) with `--config.key=value` flags applied; `UserError` for unknown keys."""
     from absl import flags
     from ml_collections import config_flags
 
-    files = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
-    config = _load_config(Path(files[-1])) if files else _load_config(Path(__file__).parent / "digits" / "config.py")
-    for argument in arguments:
-        if argument.startswith("--config."):
-            _check_key(config, argument.removeprefix("--config.").partition("=")[0])
-    values, overrides = flags.FlagValues(), ["d2g", *(a for a in arguments if not a.startswith("--config="))]
+    config = _load_config(file or Path(__file__).parent / "digits" / "config.py")
+    for override in overrides:
+        key, equals, _ = override.removeprefix("--config.").partition("=")
+        _check_key(config, key)
+        if not equals:
+            raise UserError(f"{override}: give the value behind an equals sign, {override}=VALUE")
+    values, command = flags.FlagValues(), ["d2g", *overrides]
     try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=overrides)
-        values(overrides)
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
+        values(command)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"config: {' '.join(str(error).split())}") from error
     return values.config
@@ -130,13 +131,14 @@ def _load_config(file: Path) -> Any:
 
 
 def _start(config: Any) -> None:
-    """Device count and the compilation cache; before the first use of a device."""
+    """Device count, compilation effort and cache; before the first use of a device."""
     import jax
 
     from d2g_jax import mesh
 
     if "cpu_devices" in config.mesh:
         mesh.use_cpu_devices(config.mesh.cpu_devices)
+    jax.config.update("jax_exec_time_optimization_effort", config.get("compile_effort", 0.0))
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "d2g_jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

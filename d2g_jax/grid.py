@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from d2g_jax.errors import UserError
+from d2g_jax.atomic import replacing
 
 
 def grid(images: np.ndarray, columns: int, padding: int = 2) -> np.ndarray:
@@ -38,28 +36,12 @@ def grid(images: np.ndarray, columns: int, padding: int = 2) -> np.ndarray:
 
 
 def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Write uint8 (H, W, 3) as a PNG under a temporary name, then rename: a reader never sees half a file.
+    """Write uint8 (H, W, 3) as a PNG, whole or not at all.
 
     Makes the parent folders. Raises ValueError for another dtype or shape, UserError where the file cannot be written.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, Image.fromarray(image))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another folder") from error
-
-
-def _write(path: Path, image: Image.Image) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            image.save(file, format="PNG", optimize=True)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG", optimize=True)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax import augment
+from d2g_jax.atomic import write_text
 from d2g_jax.errors import UserError
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Network, Params
@@ -310,12 +311,7 @@ def save_metric(
     lins = {f"lin{i}": {"model": {"1": {"kernel": np.reshape(head, (1, 1, -1, 1))}}} for i, head in enumerate(heads)}
     save_state_dict(to_state_dict({"net": params, **lins}), folder / "metric.safetensors")
     text = json.dumps({**config.to_json(), "latent_space": dataclasses.asdict(space)}, indent=2)
-    temporary = folder / ".config.json.tmp"
-    try:
-        temporary.write_text(text + "\n")
-        temporary.replace(folder / "config.json")
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; give a writable place") from error
+    write_text(folder / "config.json", text + "\n")
 
 
 def _read_config(file: Path) -> tuple[vgg.VGGConfig, LatentSpace]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax import weights
+from d2g_jax.atomic import write_bytes
 from d2g_jax.errors import UserError
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Network, Params
@@ -222,17 +222,16 @@ def save_pipeline(
     try:
         (folder / "model_index.json").unlink(missing_ok=True)
         for name in _COMPONENTS[class_name]:
-            (folder / name).mkdir(parents=True, exist_ok=True)
             if name == "scheduler":
                 index[name] = ["diffusers", configs[name]["_class_name"]]
-                _write(folder / name / "scheduler_config.json", _json_bytes(configs[name]))
+                write_bytes(folder / name / "scheduler_config.json", _json_bytes(configs[name]))
             elif name.startswith("tokenizer"):
                 index[name] = ["transformers", "CLIPTokenizer"]
                 for file, content in tokenizers[name].items():
-                    _write(folder / name / file, content)
+                    write_bytes(folder / name / file, content)
             else:
                 index[name] = _save_network(folder / name, name, configs[name], params[name], dtype)
-        _write(folder / "model_index.json", _json_bytes(dict(sorted(index.items()))))
+        write_bytes(folder / "model_index.json", _json_bytes(dict(sorted(index.items()))))
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; give a writable place") from error
 
@@ -243,7 +242,7 @@ def _save_network(folder: Path, name: str, config: Any, params: Params, dtype: A
     fields = config.to_json()
     if library == "diffusers":
         fields = {"_class_name": class_name, **fields}
-    _write(folder / "config.json", _json_bytes(fields))
+    write_bytes(folder / "config.json", _json_bytes(fields))
     stem = _WEIGHTS_STEM.get(name, "diffusion_pytorch_model")
     weights.save_state_dict(weights.to_state_dict(params), folder / f"{stem}.safetensors", dtype)
     return [library, class_name]
@@ -338,9 +337,3 @@ def _check_merges(folder: Path) -> None:
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _write(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)

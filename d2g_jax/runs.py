@@ -14,6 +14,7 @@ import jax
 import ml_collections
 
 import d2g_jax
+from d2g_jax import atomic
 from d2g_jax.errors import UserError
 
 _PLACE_KEYS = ("environment",)
@@ -33,17 +34,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_text(file: Path, text: str) -> None:
-    """Writes a whole file or nothing; `UserError` when the folder cannot be written."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); choose a writable --workdir") from error
-
-
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes `workdir`/config.json, or checks that the one there is this config.
 
@@ -61,7 +51,7 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
                 raise UserError(
                     f"{file}: holds a run with {key}={there!r}, this one has {here!r}; choose another --workdir"
                 )
-    write_text(file, json.dumps({**mine, "environment": environment()}, indent=2) + "\n")
+    atomic.write_text(file, json.dumps({**mine, "environment": environment()}, indent=2) + "\n")
 
 
 def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -91,7 +81,7 @@ def truncate_metrics(workdir: Path, images: int) -> None:
             break  # only the last line of a killed run can be broken, and its step is done again
         if row["images"] <= images:
             kept.append(line + "\n")
-    write_text(file, "".join(kept))
+    atomic.write_text(file, "".join(kept))
 
 
 class MetricsLog:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d2g_jax import atomic, noise, pairs
 from d2g_jax import mesh as meshes
-from d2g_jax import noise, pairs
 from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.diffusion import Schedule, one_step
 from d2g_jax.errors import UserError
@@ -164,7 +164,7 @@ def sample(
     for i, image in enumerate(images):
         save_png(out / f"{i:05d}.png", image)
     save_png(out / "grid.png", grid(images, max(1, int(np.ceil(np.sqrt(len(images)))))))
-    np.save(out / "noise.npy", drawn)
-    np.save(out / "latents.npy", solved)
-    (out / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    atomic.write_array(out / "noise.npy", drawn)
+    atomic.write_array(out / "latents.npy", solved)
+    atomic.write_text(out / "prompts.txt", "\n".join(prompts) + "\n")
     return {"compile": compiled - start, "text_and_unet": networks - compiled, "vae": done - networks}

@@ -228,8 +228,14 @@ def iteration(
     a, step = config.adversarial, images // config.train.batch_size
     discriminates = bool(a.weight) and images >= a.start_images
     fools = discriminates and images >= a.start_images + a.warmup_images
-    g = programs.g_adversarial if fools else programs.g_regression
-    state, generated, metrics = g(frozen, state, batch)
+    if fools:
+        state, generated, metrics = programs.g_adversarial(frozen, state, batch)
+    else:
+        # Without D's arrays this is the program of a regression-only run, which may have been compiled before.
+        adversary = {name: getattr(state, name) for name in ("discriminator", "discriminator_optimizer")}
+        alone = dataclasses.replace(state, discriminator={}, discriminator_optimizer={})
+        alone, generated, metrics = programs.g_regression(frozen, alone, batch)
+        state = dataclasses.replace(alone, **adversary)
     if discriminates:
         state, d_metrics = programs.d(frozen, state, batch, generated)
         metrics |= d_metrics

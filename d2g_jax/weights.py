@@ -7,7 +7,6 @@ Attribute names in `d2g_jax.models` are those of the PyTorch state dict, so a le
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import jax
 import ml_dtypes  # noqa: F401  (teaches numpy the bfloat16 that safetensors returns)
 import numpy as np
 
+from d2g_jax.atomic import replacing
 from d2g_jax.errors import UserError
 from d2g_jax.models.network import Params
 
@@ -96,20 +96,12 @@ def save_state_dict(state: Mapping[str, np.ndarray], file: str | Path, dtype: An
         for key, value in tensors.items():
             if not _finite(value) and _finite(state[key]):
                 raise UserError(f"{file}: tensor {key} overflows in {np.dtype(dtype).name}; write float32 instead")
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(file) as temporary:
             # transformers refuses files that do not name the framework they were written for
             save_file(tensors, temporary, metadata={"format": "pt"})
-            with open(temporary, "rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says, a full disk among others
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {file}: {reason}; give a writable place with room") from error
+    except SafetensorError as error:  # safetensors wraps what the system says, a full disk among others
+        raise UserError(f"cannot write {file}: {error}; give a writable place with room") from error
 
 
 def load_params(folder: str | Path, abstract: Params) -> Params:

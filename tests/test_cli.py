@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,11 +60,17 @@ def test_missing_config_file(capsys, tmp_path):
 
 
 def test_config_overrides_and_files():
-    assert read_config([]).train.batch_size == read_config(["--config=configs/digits.py"]).train.batch_size
-    changed = read_config(["--config.train.batch_size=16", "--config.loss.name=mse", "--config.generator.timestep=399"])
+    assert read_config().train.batch_size == read_config(Path("configs/digits.py")).train.batch_size
+    overrides = ["--config.train.batch_size=16", "--config.loss.name=mse", "--config.generator.timestep=399"]
+    changed = read_config(overrides=overrides)
     assert (changed.train.batch_size, changed.loss.name, changed.generator.timestep) == (16, "mse", 399)
     with pytest.raises(UserError):
-        read_config(["--config.train.batch_size=1.5"])
+        read_config(overrides=["--config.train.batch_size=1.5"])
+
+
+def test_config_value_without_an_equals_sign(capsys, tmp_path):
+    error = one_line(capsys, "train", f"--workdir={tmp_path}", "--config.train.images", "64")
+    assert "--config.train.images=VALUE" in error
 
 
 def test_unwritable_workdir(capsys, tmp_path):

@@ -57,5 +57,5 @@ def test_log_keeps_the_clock_running_and_names_what_is_not_finite(tmp_path):
 
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="choose a writable --workdir"):
-        runs.write_text(tmp_path / "file" / "config.json", "")
+    with pytest.raises(UserError, match="choose a writable folder"):
+        runs.claim(tmp_path / "file", config())

@@ -15,8 +15,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from d2g_jax import atomic, pairs, records, runs, sample
 from d2g_jax import mesh as meshes
-from d2g_jax import pairs, records, runs, sample
 from d2g_jax.digits import captions, evaluation
 from d2g_jax.grid import grid, save_png
 from d2g_jax.report import write_report
@@ -65,7 +65,7 @@ def demo(config: ml_collections.ConfigDict, workdir: Path, *, full: bool = False
             train(student, workdir / "students" / name, pairs_folder)
         _merge_metrics(workdir)
     result = measure(config, workdir, pairs_folder, clock, full=full)
-    runs.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
+    atomic.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
     report = write_report(workdir, finished=True)
     return f"{evaluation.table(result)}\n\n{report}"
 
@@ -85,13 +85,13 @@ class Clock:
             yield
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
-            runs.write_text(self._file, json.dumps(self.seconds))
+            atomic.write_text(self._file, json.dumps(self.seconds))
 
 
 def _merge_metrics(workdir: Path) -> None:
     """One metrics.jsonl of all students, each line with its run's name."""
     files = [workdir / "students" / name / "metrics.jsonl" for name in STUDENTS]
-    runs.write_text(workdir / "metrics.jsonl", "".join(file.read_text() for file in files if file.exists()))
+    atomic.write_text(workdir / "metrics.jsonl", "".join(file.read_text() for file in files if file.exists()))
 
 
 def measure(
@@ -141,10 +141,7 @@ def measure(
 def _cached(file: Path, make: Any) -> np.ndarray:
     """The array in `file`, made and written there first if need be."""
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp.npy")
-        np.save(temporary, make())
-        temporary.replace(file)
+        atomic.write_array(file, make())
     return np.load(file)
 
 
@@ -156,6 +153,6 @@ def _show(workdir: Path, prompts: list[str], images: dict[str, np.ndarray]) -> N
         for file, image in zip(files, drawn, strict=False):
             save_png(workdir / file, image)
         columns.append({"name": name, "images": files})
-    runs.write_text(workdir / "samples" / "comparison.json", json.dumps({"prompts": prompts, "columns": columns}))
+    atomic.write_text(workdir / "samples" / "comparison.json", json.dumps({"prompts": prompts, "columns": columns}))
     rows = np.concatenate([drawn[: 2 * SHOWN] for drawn in images.values()])
     save_png(workdir / "samples" / "grid.png", grid(rows, 2 * SHOWN))

@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from d2g_jax.atomic import write_text
 from d2g_jax.digits import classifier, data, distortions
 from d2g_jax.digits.fit import fit, sampled_rows
 from d2g_jax.models import vgg
@@ -175,7 +176,7 @@ def train_metric(config: ml_collections.ConfigDict, folder: Path, encode: Encode
         "2afc_without_calibration": two_afc(uniform, held_out),
         "2afc_of_judges": float(np.mean(np.maximum(held_out.judgement, 1 - held_out.judgement))),
     }
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    write_text(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
     return scores
 
 

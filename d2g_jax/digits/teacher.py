@@ -20,12 +20,12 @@ import numpy as np
 
 from d2g_jax import pipeline as pipelines
 from d2g_jax import weights
+from d2g_jax.atomic import write_text
 from d2g_jax.diffusion import Schedule, add_noise, training_target
 from d2g_jax.digits import captions, classifier, data, metric, tokenizer
 from d2g_jax.digits.fit import fit, sampled_rows
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Params
-from d2g_jax.runs import write_text
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -238,6 +238,5 @@ def stage(workdir: Path, name: str, abstract: Params, train: Callable[[], Params
     """The parameters in `workdir`/stages/`name`.safetensors, trained and written there first if need be."""
     file = workdir / "stages" / f"{name}.safetensors"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         weights.save_state_dict(weights.to_state_dict(train()), file)
     return weights.to_params(weights.load_state_dict(file), abstract, source=str(file))

@@ -11,6 +11,7 @@ import json
 import re
 from pathlib import Path
 
+from d2g_jax import atomic
 from d2g_jax.digits import captions
 
 MODEL_MAX_LENGTH = 16
@@ -89,7 +90,5 @@ def vocab_size() -> int:
 
 def write_tokenizer(folder: str | Path) -> None:
     """Writes the four files into `folder`, which is made if it is missing."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in tokenizer_files().items():
-        (folder / name).write_text(text, encoding="utf-8")
+        atomic.write_text(Path(folder) / name, text)

@@ -1,11 +1,9 @@
-"""Whole files or none: atomic writes, and JSON files that are read strictly into frozen dataclasses."""
+"""Files with their checksums, and JSON files that are read strictly into frozen dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import secrets
 import types
 import typing
 from collections.abc import Iterable
@@ -14,44 +12,29 @@ from typing import Any, TypeVar
 
 import google_crc32c
 
+from d2g_jax import atomic
 from d2g_jax.errors import UserError
-
-TEMPORARY = ".tmp"  # ends the name of every file that is not whole yet
 
 T = TypeVar("T")
 
 
 def write_atomic(path: Path, parts: Iterable[bytes]) -> tuple[int, int]:
-    """Writes `parts` under a temporary name in the same folder, flushes it to disk and renames it once.
+    """Writes `parts` one after another to `path`, whole or not at all; returns the file's size and its CRC32C.
 
-    Returns the file's size and its CRC32C. A reader sees the old file, or none, or the whole new one. If `parts`
-    raises, the temporary file is removed; a killed process leaves it behind under a name that nothing reads. Raises
-    `UserError` when the disk is full or the folder is read-only.
+    Raises `UserError` when the disk is full or the folder is read-only.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     size = crc = 0
-    try:
-        try:
-            with temporary.open("xb") as file:
-                for part in parts:
-                    file.write(part)
-                    size += len(part)
-                    crc = google_crc32c.extend(crc, part)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from error
+    with atomic.replacing(path) as temporary, temporary.open("wb") as file:
+        for part in parts:
+            file.write(part)
+            size += len(part)
+            crc = google_crc32c.extend(crc, part)
     return size, crc
 
 
 def write_json(path: Path, value: Any) -> None:
     """A dataclass as a JSON file, atomically; the same value gives the same bytes."""
-    write_atomic(path, [(json.dumps(dataclasses.asdict(value), indent=2, sort_keys=True) + "\n").encode()])
+    atomic.write_text(path, json.dumps(dataclasses.asdict(value), indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: Path, cls: type[T]) -> T:
@@ -86,12 +69,3 @@ def _typed(path: Path, name: str, value: Any, hint: Any) -> Any:
     elif type(value) is origin:
         return value
     raise UserError(f"{path}: {name} = {value!r} is no {getattr(hint, '__name__', hint)}")
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is durable only when its folder is flushed too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from d2g_jax import noise
+from d2g_jax.atomic import TEMPORARY
 from d2g_jax.errors import UserError
-from d2g_jax.records.files import TEMPORARY
 from d2g_jax.records.framing import FrameError, scan, unframe
 from d2g_jax.records.manifest import Manifest
 from d2g_jax.records.shards import (

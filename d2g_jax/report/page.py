@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from html import escape
@@ -13,6 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from d2g_jax.atomic import write_text
 from d2g_jax.errors import UserError
 from d2g_jax.report import sections
 from d2g_jax.report.charts import format_number
@@ -42,7 +41,7 @@ def write_report(
     try:
         inputs = read_inputs(workdir)
         over = _is_over(inputs) if finished is None else finished
-        _replace(path, _page(inputs, over, bands))
+        write_text(path, _page(inputs, over, bands))
     except OSError as error:
         problem = f"{path}: cannot be made ({error.strerror or error})"
         raise UserError(f"{problem}; make the workdir's files readable and the folder writable") from error
@@ -126,16 +125,3 @@ def _notes(inputs: Inputs) -> str:
         notes.append(f"metrics.jsonl: {count} {lines} written again after a resume; the later is shown.")
     notes.append("This page is one file: it loads nothing and sends nothing.")
     return "".join(f"<p>{escape(note)}</p>" for note in notes)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a browser never opens half a page."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

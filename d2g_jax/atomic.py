@@ -1,0 +1,68 @@
+"""Whole files or none: a reader sees the old file, or none, or the new one, never half of it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from d2g_jax.errors import UserError
+
+TEMPORARY = ".tmp"  # ends the name of every file that is not whole yet
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path in the folder of `path`; on leaving, flushes that file to disk and renames it once.
+
+    Makes the parent folders. When the body raises, the temporary file is removed; a killed process leaves it behind
+    under a name that nothing reads. The file gets the mode that `open` gives, whoever wrote it. Raises `UserError`
+    when the disk is full or the folder is read-only.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # safetensors makes files that only their owner may read
+            _sync(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)  # a rename is durable only when its folder is flushed too
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose a writable folder") from error
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes `content` to `path`, whole or not at all; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` to `path` as UTF-8, whole or not at all; see `replacing`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_array(path: str | Path, array: np.ndarray) -> None:
+    """Writes `array` to `path` as .npy, whole or not at all; see `replacing`."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

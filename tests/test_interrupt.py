@@ -1,0 +1,77 @@
+"""Ctrl-C in the middle of a job: exit code 130, one line, and the same command goes on from whole files."""
+
+import signal
+import subprocess
+import sys
+import time
+
+from d2g_jax import pairs, records
+from d2g_jax.checkpoint import Checkpoints
+
+# A shell starts background jobs with SIGINT ignored, and so would the test's child be.
+LISTENING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from d2g_jax.__main__ import main
+sys.exit(main())
+"""
+SMALL_PAIRS = ["--config.pairs.records_per_shard=8", "--config.pairs.steps=3", "--config.pairs.batch_size=8"]
+SMALL_TRAIN = ["--config.train.batch_size=8", "--config.train.log_every=8", "--config.train.checkpoint_every=8"]
+
+
+def interrupted(ready, *arguments):
+    """(exit code, stderr) of a job that gets SIGINT as soon as `ready()` is true."""
+    command = [sys.executable, "-c", LISTENING, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 300
+        while not ready():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
+def assert_polite(code, err):
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert err.rstrip().splitlines()[-1] == "d2g: interrupted; the same command goes on from here"
+
+
+def test_pairs_go_on_after_an_interrupt(tmp_path):
+    folder = tmp_path / pairs.FOLDER
+    command = ["pairs", f"--workdir={tmp_path}", *SMALL_PAIRS, "--config.pairs.count=40000"]
+    whole = lambda: {file: file.stat().st_mtime_ns for file in folder.glob("pairs-*.json")}  # noqa: E731
+    assert_polite(*interrupted(lambda: len(whole()) >= 2, *command))
+    assert not list(folder.glob(".*.tmp"))  # the shard under way is gone
+    manifest = records.Manifest.read(folder)
+    done = sorted(set(range(manifest.num_shards)) - set(records.missing_shards(folder, manifest)))
+    assert len(done) == len(whole()) >= 2
+    assert [problem for shard in done for problem in records.verify_shard(folder, manifest, shard)] == []
+
+    # The same command again, interrupted again: the shards that are there are left alone.
+    before = whole()
+    assert_polite(*interrupted(lambda: len(whole()) > len(before), *command))
+    assert before.items() <= whole().items()
+
+
+def test_training_goes_on_after_an_interrupt(tmp_path):
+    command = [sys.executable, "-m", "d2g_jax"]
+    subprocess.run(
+        [*command, "pairs", f"--workdir={tmp_path}", *SMALL_PAIRS, "--config.pairs.count=16"],
+        check=True,
+        capture_output=True,
+    )
+    train = ["train", f"--workdir={tmp_path}", *SMALL_TRAIN, "--config.adversarial.weight=0"]
+    saved = lambda: [file for file in (tmp_path / "checkpoints").glob("*") if file.name.isdigit()]  # noqa: E731
+    assert_polite(*interrupted(lambda: len(saved()) >= 2, *train, "--config.train.images=80000"))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        images = checkpoints.latest()
+        assert checkpoints.restore_any()["state"]["images"] == images
+    again = subprocess.run(
+        [*command, *train, f"--config.train.images={images + 8}"], check=True, capture_output=True, text=True
+    )
+    assert f"{images + 8}/{images + 8}" in again.stderr
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == (images + 8) // 8  # each step once, whatever was written past the checkpoint
