@@ -1,12 +1,13 @@
 """The `d2g` command: one subcommand per job, nothing else.
 
-Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted. Every job goes on where it stopped when the same
-command is given again.
+Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted, 143 terminated. Every job goes on where it
+stopped when the same command is given again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import importlib.util
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from d2g_jax.errors import UserError
+from d2g_jax.interrupt import Terminated
 
 JOBS = {
     "demo": "pairs, three students, figures and a report on the embedded digits teacher",
@@ -24,6 +26,7 @@ JOBS = {
     "pairs": "solve the teacher's ODE for every prompt and write TFRecord shards; `pairs verify DIR` checks them",
     "train": "distil the teacher into a one-step generator",
     "sample": "draw images from a pipeline folder or a trained student",
+    "export": "a trained student as a diffusers folder, a Flax checkpoint or one StableHLO file",
 }
 
 _CONFIG_HELP = """
@@ -43,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("d2g: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except Terminated:
+        print("d2g: terminated; the same command goes on from here", file=sys.stderr)
+        return 143
 
 
 def _run(arguments: list[str]) -> int:
@@ -55,7 +61,14 @@ def _run(arguments: list[str]) -> int:
         raise UserError(f"unknown job {job!r}; known are {', '.join(JOBS)}")
     if job == "pairs" and rest[:1] == ["verify"]:
         return _verify(rest[1:])
-    return {"demo": _demo, "teacher": _teacher, "pairs": _pairs, "train": _train, "sample": _sample}[job](rest)
+    return {
+        "demo": _demo,
+        "teacher": _teacher,
+        "pairs": _pairs,
+        "train": _train,
+        "sample": _sample,
+        "export": _export,
+    }[job](rest)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,7 +82,7 @@ def _parser(job: str, text: str | None = None) -> _Parser:
     return _Parser(
         prog=f"d2g {job}",
         description=text or JOBS[job],
-        epilog=_CONFIG_HELP if text is None and job != "sample" else None,
+        epilog=_CONFIG_HELP if text is None and job not in ("sample", "export") else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -215,39 +228,70 @@ def _train(arguments: list[str]) -> int:
 
 def _sample(arguments: list[str]) -> int:
     parser = _parser("sample")
-    parser.add_argument("--model", required=True, help="pipeline folder, or workdir of `d2g train`")
+    parser.add_argument("--model", required=True, help="pipeline folder, hub id, exported student, or training workdir")
+    parser.add_argument("--revision", help="of a hub id")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts", type=Path, help="text file, one prompt per line")
     parser.add_argument("--images", type=int, default=1, help="images per prompt")
-    parser.add_argument("--steps", type=int, help="solver steps of a teacher; default 50")
-    parser.add_argument("--guidance", type=float, help="guidance scale of a teacher; default 7.5")
-    parser.add_argument("--solver", choices=["ddim"], default="ddim")
-    parser.add_argument("--negative", default="", help="negative prompt of a teacher")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--latents", type=Path, help="float32 noise (N, C, h, w), .npy, in place of --seed")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--height", type=int, help="pixels; default is the model's own")
+    parser.add_argument("--width", type=int, help="pixels; default is the model's own")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--tiled", action="store_true", help="decode large images in overlapping tiles")
+    parser.add_argument("--batch", type=int, default=64, help="images per call, all devices together")
     parser.add_argument("--out", type=Path, required=True)
+    teacher = parser.add_argument_group("for a teacher; a one-step student has none of these")
+    teacher.add_argument("--steps", type=int, help="default 50")
+    teacher.add_argument("--guidance", type=float, dest="guidance_scale", help="default 7.5")
+    teacher.add_argument("--guidance-rescale", type=float, help="phi of arXiv 2305.08891; default 0")
+    teacher.add_argument("--negative", dest="negative_prompt", help="negative prompt")
+    teacher.add_argument("--solver", help="ddim (default), euler, dpmpp_2m or heun")
+    teacher.add_argument("--spacing", help="leading, trailing or linspace; default is the pipeline's own")
     own = parser.parse_args(arguments)
     from ml_collections import ConfigDict
 
     _start(ConfigDict({"mesh": {}}))
+    from d2g_jax.draw import Solution
     from d2g_jax.pairs import read_prompts
-    from d2g_jax.sample import sample
+    from d2g_jax.sample import Request, sample
 
-    prompts = own.prompt + (list(read_prompts(own.prompts).lines) if own.prompts else [])
-    seconds = sample(
-        own.model,
-        prompts,
-        own.out,
+    given = {field.name: getattr(own, field.name) for field in dataclasses.fields(Solution)}
+    given = {name: value for name, value in given.items() if value is not None}
+    request = Request(
+        prompts=(*own.prompt, *(read_prompts(own.prompts).lines if own.prompts else ())),
         images_per_prompt=own.images,
-        steps=own.steps,
-        guidance_scale=own.guidance,
-        negative_prompt=own.negative,
+        solution=Solution(**given) if given else None,
+        size=(own.height, own.width),
         seed=own.seed,
         latents=own.latents,
         batch_size=own.batch,
+        dtype=own.dtype,
+        tiled=own.tiled,
     )
+    seconds = sample(own.model, request, own.out, own.revision)
     print(json.dumps({"out": str(own.out), "seconds": {name: round(value, 3) for name, value in seconds.items()}}))
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    parser = _parser("export")
+    parser.add_argument("--model", required=True, help="training workdir; or a pipeline folder, for a round trip")
+    parser.add_argument("--to", choices=["diffusers", "flax", "stablehlo"], required=True)
+    parser.add_argument("--out", type=Path, required=True, help="a new folder; for stablehlo a new file")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--height", type=int, help="of a StableHLO file's images; default is the model's own")
+    parser.add_argument("--width", type=int, help="of a StableHLO file's images; default is the model's own")
+    own = parser.parse_args(arguments)
+    from ml_collections import ConfigDict
+
+    _start(ConfigDict({"mesh": {}}))
+    from d2g_jax import mesh
+    from d2g_jax.export import export_student
+    from d2g_jax.sample import Sampler
+
+    sampler = Sampler.load(own.model, mesh.make_mesh())
+    print(export_student(sampler, own.to, own.out, dtype=own.dtype, size=(own.height, own.width)))
     return 0
 
 

@@ -7,6 +7,7 @@ its weight does not depend on how many heads there are (paper.md section 8, row 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +66,9 @@ def mix_and_match(
     generated: jax.Array,
     latents: jax.Array,
     noise: jax.Array,
-    text: jax.Array,
+    text: Any,
     input_ids: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Any]:
     """Turns a portion of the fake triples into real latents with the wrong condition; their label stays fake.
 
     Of the replaced samples one half gets a neighbour's real latent (keeping z and c), a quarter keeps its own real
@@ -80,7 +81,7 @@ def mix_and_match(
       portion: share of samples replaced, 0 to 1.
       groups: logical groups of the batch.
       generated, latents, noise: (B, h, w, C); generated is G(noise, text), latents the teacher's.
-      text: (B, L, D).
+      text: a tree of arrays (B, ...): what the networks take from the caption.
       input_ids: (B, L), to tell equal captions.
 
     Returns:
@@ -95,5 +96,5 @@ def mix_and_match(
     mixed = jnp.where(column(swap_text | swap_noise, latents), latents, generated)
     mixed = jnp.where(column(swap_latents, latents), roll_in_groups(latents, groups), mixed)
     noise = jnp.where(column(swap_noise, noise), roll_in_groups(noise, groups), noise)
-    text = jnp.where(column(swap_text, text), roll_in_groups(text, groups), text)
+    text = jax.tree.map(lambda x: jnp.where(column(swap_text, x), roll_in_groups(x, groups), x), text)
     return mixed, noise, text

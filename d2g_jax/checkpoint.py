@@ -1,4 +1,4 @@
-"""Checkpoints through Orbax, and nothing of Orbax anywhere else.
+"""Checkpoints of a run, through Orbax. (Exported parameters, in exported.py, are the only other use of it.)
 
 A checkpoint's number is the count of images seen. It holds the whole `TrainState` and a small JSON of metadata. Orbax
 writes into a temporary folder and renames it, so a half-written checkpoint is never seen as one.
@@ -45,6 +45,10 @@ class Checkpoints:
         rest, ema = _split(state)
         items = {"state": ocp.args.StandardSave(rest), "ema": ocp.args.StandardSave(ema)}
         self._manager.save(images, args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(metadata)))
+
+    def wait(self) -> None:
+        """Returns when the saves under way are whole."""
+        self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest checkpoint, placed like `like` (arrays or `ShapeDtypeStruct`s with shardings).

@@ -1,4 +1,4 @@
-"""Noise schedule, prediction types, the DDIM solver, guidance and the one-step generator, as small pure functions.
+"""Noise schedule, prediction types, guidance and the one-step generator, as small pure functions.
 
 Notation: x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) eps, with ab the cumulative product of 1 - beta ("alphas_cumprod").
 All of it runs in float32: at t = T the conversion from eps to x_0 multiplies every error by 13 to 15.
@@ -20,7 +20,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
-"""(latents (B, h, w, C), timestep ()) -> the network's raw output (B, h, w, C)."""
+"""(latents (B, h, w, C), timestep () int32 or float32) -> the network's raw output (B, h, w, C)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +32,8 @@ class Schedule:
       prediction_type: what the network outputs: "epsilon", "v_prediction" or "sample".
       timestep_spacing, steps_offset: how T timesteps are thinned out, with diffusers' meanings.
       set_alpha_to_one: whether the last DDIM step lands on ab = 1 or on ab_0.
+
+    Raises `UserError` for "epsilon" with zero terminal SNR: x_T is then all noise, and x_0 = (x_T - eps) / 0.
     """
 
     alphas_cumprod: np.ndarray
@@ -39,6 +41,13 @@ class Schedule:
     timestep_spacing: str = "leading"
     steps_offset: int = 0
     set_alpha_to_one: bool = True
+
+    def __post_init__(self) -> None:
+        if self.prediction_type == "epsilon" and self.zero_terminal_snr:
+            raise UserError(
+                "prediction_type='epsilon' is impossible with rescale_betas_zero_snr=true: at the last timestep the "
+                "latents are the noise and say nothing of x_0; take v_prediction or sample"
+            )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Schedule:
@@ -70,14 +79,25 @@ class Schedule:
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether x_T is noise alone (arXiv 2305.08891)."""
+        return bool(self.alphas_cumprod[-1] == 0.0)
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raises `UserError` when num_steps is not in 1..T."""
+        if not 1 <= num_steps <= self.num_train_timesteps:
+            raise UserError(
+                f"steps={num_steps} is out of range: the schedule has 1 to {self.num_train_timesteps} steps"
+            )
+
     def timesteps(self, num_steps: int) -> np.ndarray:
         """int32 (num_steps,), falling; equal to diffusers' `DDIMScheduler.set_timesteps`.
 
-        Raises `UserError` when num_steps is not in 1..T.
+        `solvers.timesteps` has those of the other solvers. Raises `UserError` when num_steps is not in 1..T.
         """
+        self.check_steps(num_steps)
         total = self.num_train_timesteps
-        if not 1 <= num_steps <= total:
-            raise UserError(f"steps={num_steps} is out of range: the schedule has 1 to {total} steps")
         if self.timestep_spacing == "leading":
             steps = (np.arange(num_steps) * (total // num_steps))[::-1] + self.steps_offset
         elif self.timestep_spacing == "trailing":
@@ -87,7 +107,7 @@ class Schedule:
         return np.minimum(steps, total - 1).astype(np.int32)
 
     def first_timestep(self, num_steps: int) -> int:
-        """The timestep at which a `num_steps` solver sees pure noise: the generator's timestep."""
+        """The timestep at which a `num_steps` DDIM solution sees pure noise: the generator's timestep."""
         return int(self.timesteps(num_steps)[0])
 
 
@@ -121,8 +141,17 @@ def to_x0_and_noise(
 
     `alpha_bar` broadcasts against latents (B, h, w, C).
     """
+    return split_signal_and_noise(prediction_type, output, latents, jnp.sqrt(alpha_bar), jnp.sqrt(1.0 - alpha_bar))
+
+
+def split_signal_and_noise(
+    prediction_type: str, output: jax.Array, latents: jax.Array, signal: jax.Array, sigma: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`to_x0_and_noise` for latents signal * x_0 + sigma * eps with signal^2 + sigma^2 = 1.
+
+    For callers that know sigma better than float32's 1 - alpha_bar does: 2e-5 of it is lost at t = 0.
+    """
     output, latents = output.astype(jnp.float32), latents.astype(jnp.float32)
-    signal, sigma = jnp.sqrt(alpha_bar), jnp.sqrt(1.0 - alpha_bar)
     if prediction_type == "epsilon":
         return (latents - sigma * output) / signal, output
     if prediction_type == "sample":
@@ -145,47 +174,42 @@ def add_noise(x0: jax.Array, noise: jax.Array, alpha_bar: jax.Array) -> jax.Arra
 
 
 def guided(
-    unet: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    text: jax.Array,
-    negative_text: jax.Array,
+    unet: Callable[[jax.Array, jax.Array, Any], jax.Array],
+    condition: Any,
+    negative: Any,
     guidance_scale: float,
+    guidance_rescale: float = 0.0,
 ) -> Denoiser:
     """Classifier-free guidance (arXiv 2207.12598) with both halves in one network call.
 
-    `unet(latents, timesteps, text)` takes a batch; text and negative_text are (B, L, D). At guidance_scale <= 1 only
-    the conditional half runs, as in diffusers.
+    `unet(latents, timesteps, condition)` takes a batch; condition and negative are pytrees of one structure (a text
+    (B, L, D) alone, or with SDXL's added embeddings) whose arrays all start with the batch axis B. At
+    guidance_scale <= 1 only the conditional half runs, and nothing is rescaled, as in diffusers. guidance_rescale in
+    0..1 is the strength of `rescale_guided`.
     """
     if guidance_scale <= 1.0:
-        return lambda latents, t: unet(latents, jnp.broadcast_to(t, latents.shape[:1]), text)
-    both_texts = jnp.concatenate([negative_text, text])
+        return lambda latents, t: unet(latents, jnp.broadcast_to(t, latents.shape[:1]), condition)
+    both = jax.tree.map(lambda *halves: jnp.concatenate(halves), negative, condition)
 
     def denoise(latents: jax.Array, t: jax.Array) -> jax.Array:
         twice = jnp.concatenate([latents, latents])  # (2B, h, w, C)
-        output = unet(twice, jnp.broadcast_to(t, twice.shape[:1]), both_texts).astype(jnp.float32)
+        output = unet(twice, jnp.broadcast_to(t, twice.shape[:1]), both).astype(jnp.float32)
         unconditional, conditional = jnp.split(output, 2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        output = unconditional + guidance_scale * (conditional - unconditional)
+        return rescale_guided(output, conditional, guidance_rescale) if guidance_rescale > 0.0 else output
 
     return denoise
 
 
-def ddim(denoise: Denoiser, schedule: Schedule, num_steps: int, noise: jax.Array) -> jax.Array:
-    """The deterministic DDIM solution (arXiv 2010.02502, eq. 12 with sigma = 0) that starts at `noise`.
+def rescale_guided(output: jax.Array, conditional: jax.Array, guidance_rescale: float) -> jax.Array:
+    """Guided output (B, h, w, C) mixed with itself at the conditional output's spread (arXiv 2305.08891, section 3.4).
 
-    Returns float32 scaled latents of noise's shape (B, h, w, C). Equal to diffusers' `DDIMScheduler` with eta = 0.
+    Guidance inflates the standard deviation, which overexposes images. Equal to diffusers' `rescale_noise_cfg`,
+    whose per-sample deviation over all other axes is torch's: unbiased.
     """
-    timesteps = schedule.timesteps(num_steps)
-    previous = timesteps - schedule.num_train_timesteps // num_steps
-    alphas = schedule.alphas_cumprod
-    final = np.float32(1.0) if schedule.set_alpha_to_one else alphas[0]
-    alpha_now, alpha_next = alphas[timesteps], np.where(previous >= 0, alphas[np.maximum(previous, 0)], final)
-
-    def step(latents: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        t, now, then = inputs
-        x0, eps = to_x0_and_noise(schedule.prediction_type, denoise(latents, t), latents, now)
-        return jnp.sqrt(then) * x0 + jnp.sqrt(1.0 - then) * eps, None
-
-    inputs = (jnp.asarray(timesteps), jnp.asarray(alpha_now), jnp.asarray(alpha_next))
-    return jax.lax.scan(step, noise.astype(jnp.float32), inputs)[0]
+    deviation = lambda x: jnp.std(x, axis=tuple(range(1, x.ndim)), ddof=1, keepdims=True)  # noqa: E731  (B, 1, 1, 1)
+    rescaled = output * (deviation(conditional) / deviation(output))
+    return guidance_rescale * rescaled + (1.0 - guidance_rescale) * output
 
 
 def one_step(denoise: Denoiser, schedule: Schedule, timestep: int, noise: jax.Array) -> jax.Array:

@@ -71,6 +71,15 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def placed_shapes(tree: Any, mesh: Mesh) -> Any:
+    """Shapes and dtypes of `tree` with the shardings of the rules above: what a checkpoint is restored like."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        tree_shardings(tree, mesh),
+    )
+
+
 def place(tree: Any, mesh: Mesh) -> Any:
     """Puts a host tree on the mesh by the rules above; every process passes the same values."""
     return jax.device_put(tree, tree_shardings(tree, mesh))

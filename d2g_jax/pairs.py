@@ -8,9 +8,8 @@ the shards that are missing.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,20 @@ import ml_collections
 import numpy as np
 
 from d2g_jax import mesh as meshes
-from d2g_jax import noise, records
-from d2g_jax.diffusion import Schedule, ddim, guided
+from d2g_jax import noise, records, solvers
+from d2g_jax.conditioning import tokenize_prompts
+from d2g_jax.draw import Programs, Solution, draw, teacher_programs
 from d2g_jax.errors import UserError
-from d2g_jax.pipeline import Pipeline, tokenize
+from d2g_jax.pipeline import Pipeline
 from d2g_jax.progress import Progress
 
 FOLDER = Path("pairs", "1.0.0")
 """Where the job writes below its workdir."""
+
+_WHAT_MAKES_A_PAIR = (
+    "count", "pairs_per_prompt", "records_per_shard", "steps", "solver", "guidance_scale", "guidance_rescale",
+    "negative_prompt", "seed", "dtype",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +81,22 @@ def folder_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def solution(config: ml_collections.ConfigDict) -> Solution:
+    """How the teacher is solved, from `config.pairs`."""
+    return Solution(
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        guidance_rescale=config.guidance_rescale,
+        negative_prompt=config.negative_prompt,
+        solver=config.solver,
+    )
+
+
 def make_manifest(config: ml_collections.ConfigDict, pipeline: Pipeline, prompts: Prompts) -> records.Manifest:
     """What the pairs of this config are; raises `UserError` for settings out of range."""
     pairs = config.pairs
-    schedule = Schedule.from_config(pipeline.scheduler)
+    solved = solution(pairs)
+    schedule = solved.schedule(pipeline)
     if pairs.count < 1 or pairs.records_per_shard < 1:
         raise UserError(
             f"pairs.count={pairs.count}, pairs.records_per_shard={pairs.records_per_shard}: both start at 1"
@@ -88,26 +105,24 @@ def make_manifest(config: ml_collections.ConfigDict, pipeline: Pipeline, prompts
         raise UserError(f"pairs.guidance_scale={pairs.guidance_scale} is out of range; 0 to 100")
     height, width, channels = pipeline.latent_shape
     settings = {
-        **{name: pairs[name] for name in ("count", "steps", "guidance_scale", "negative_prompt", "seed", "dtype")},
-        "pairs_per_prompt": pairs.pairs_per_prompt,
-        "records_per_shard": pairs.records_per_shard,
+        **{name: pairs[name] for name in _WHAT_MAKES_A_PAIR},
         "prompts": prompts.digest(),
         "teacher": folder_hash(pipeline.folder),
     }
     return records.Manifest(
         teacher=pipeline.folder.name,
         teacher_hash=settings["teacher"],
-        solver="ddim",
+        solver=pairs.solver,
         num_inference_steps=pairs.steps,
         guidance_scale=pairs.guidance_scale,
         prediction_type=schedule.prediction_type,
-        first_timestep=schedule.first_timestep(pairs.steps),
+        first_timestep=solvers.first_timestep(pairs.solver, schedule, pairs.steps),
         scheduler=pipeline.scheduler,
         noise_implementation=noise.IMPLEMENTATION,
         seed=pairs.seed,
         scaling_factor=pipeline.scaling_factor,
         latent_shape=(channels, height, width),
-        token_length=pipeline.tokenizer.model_max_length,
+        token_length=pipeline.token_length,
         latent_dtype="float16",
         store_noise=False,
         num_records=pairs.count,
@@ -116,73 +131,28 @@ def make_manifest(config: ml_collections.ConfigDict, pipeline: Pipeline, prompts
     )
 
 
-Solver = Callable[[jax.Array, jax.Array], jax.Array]
-"""(noise (B, C, h, w), input_ids (B, L)) -> float32 scaled latents (B, C, h, w)."""
-
-
-def make_solver(
-    pipeline: Pipeline, mesh: jax.sharding.Mesh, *, steps: int, guidance_scale: float, negative_prompt: str = ""
-) -> Solver:
-    """The teacher as one compiled program over the mesh: text tower, guided DDIM, all in one call per batch."""
-    schedule = Schedule.from_config(pipeline.scheduler)
-    schedule.timesteps(steps)  # an impossible number of steps is refused here, before anything compiles
-    params = meshes.place({name: pipeline.params[name] for name in ("text_encoder", "unet")}, mesh)
-    negative_ids = jnp.asarray(tokenize(pipeline.tokenizer, [negative_prompt]))
-
-    @jax.jit
-    def solve(params: Any, drawn: jax.Array, input_ids: jax.Array) -> jax.Array:
-        encode = lambda ids: pipeline.text_encoder.apply(params["text_encoder"], ids).last_hidden_state  # noqa: E731
-        text = encode(input_ids)
-        negative = jnp.broadcast_to(encode(negative_ids), text.shape)
-        unet = functools.partial(pipeline.unet.apply, params["unet"])
-        denoise = guided(unet, text, negative, guidance_scale)
-        latents = ddim(denoise, schedule, steps, jnp.transpose(drawn, (0, 2, 3, 1)))
-        return jnp.transpose(latents, (0, 3, 1, 2))
-
-    return lambda drawn, input_ids: solve(params, drawn, input_ids)
-
-
-def solve_in_batches(
-    solver: Solver, mesh: jax.sharding.Mesh, drawn: np.ndarray, input_ids: np.ndarray, batch_size: int
-) -> Iterator[np.ndarray]:
-    """Latents (<= batch_size, C, h, w) batch by batch; the last one is padded on the device and cut on the host."""
-    for start in range(0, len(drawn), batch_size):
-        part = slice(start, start + batch_size)
-        count = len(drawn[part])
-        pad = lambda x, n=batch_size - count: np.concatenate([x, np.repeat(x[-1:], n, axis=0)])  # noqa: E731
-        batch = meshes.place_batch({"noise": pad(drawn[part]), "ids": pad(input_ids[part])}, mesh)
-        yield jax.device_get(solver(batch["noise"], batch["ids"]))[:count]
-
-
 def make_pairs(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     """Makes what is missing of `workdir`/pairs/1.0.0 and returns that folder.
 
     Raises `UserError` when the folder holds pairs of another config, or cannot be written.
     """
-    dtype = jnp.dtype(config.pairs.dtype)
-    pipeline = Pipeline.load(config.pipeline, dtype)
-    prompts = read_prompts(config.pairs.prompts, config.pairs.pairs_per_prompt)
+    pairs = config.pairs
+    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    pipeline = Pipeline.load(config.pipeline, jnp.dtype(pairs.dtype), mesh)
+    prompts = read_prompts(pairs.prompts, pairs.pairs_per_prompt)
     manifest = make_manifest(config, pipeline, prompts)
     folder = Path(workdir) / FOLDER
     manifest.write(folder)
     missing = records.missing_shards(folder, manifest)
     if missing:
-        mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
         devices = meshes.batch_shards(mesh)
-        if config.pairs.batch_size % devices:
-            raise UserError(f"pairs.batch_size={config.pairs.batch_size} is not a multiple of the {devices} devices")
-        pairs = config.pairs
-        solver = make_solver(
-            pipeline,
-            mesh,
-            steps=pairs.steps,
-            guidance_scale=pairs.guidance_scale,
-            negative_prompt=pairs.negative_prompt,
-        )
+        if pairs.batch_size < 1 or pairs.batch_size % devices:
+            raise UserError(f"pairs.batch_size={pairs.batch_size} is not a multiple of the {devices} devices")
+        programs = teacher_programs(pipeline, mesh, solution(pairs))
         shards = {i: records.shard_range(i, manifest.num_shards, manifest.num_records) for i in missing}
         with Progress("pairs", sum(len(ids) for ids in shards.values()), "img") as progress:
             for shard, ids in shards.items():
-                solved = _shard_records(pipeline, prompts, manifest, solver, mesh, ids, pairs.batch_size)
+                solved = _shard_records(pipeline, prompts, manifest, programs, mesh, ids, pairs.batch_size)
                 records.write_shard(folder, manifest, shard, progress.over(solved))
     records.write_metadata(folder, manifest)
     return folder
@@ -192,17 +162,18 @@ def _shard_records(
     pipeline: Pipeline,
     prompts: Prompts,
     manifest: records.Manifest,
-    solver: Solver,
+    programs: Programs,
     mesh: jax.sharding.Mesh,
     ids: range,
     batch_size: int,
 ) -> Iterator[dict[str, Any]]:
     """The records of one shard in order, solved as they are asked for."""
     texts = [prompts[i] for i in ids]
-    input_ids = tokenize(pipeline.tokenizer, texts)
+    input_ids = tokenize_prompts(pipeline, texts)
     bits = np.asarray(noise.record_bits(manifest.seed, jnp.asarray(ids), manifest.latent_shape))
     drawn = np.asarray(noise.from_bits(bits))
-    latents = (x for part in solve_in_batches(solver, mesh, drawn, input_ids, batch_size) for x in part)
+    batches = draw(programs, mesh, drawn, input_ids, batch_size, images=False)
+    latents = (x for batch in batches for x in batch.latents)
     for row, (record_id, solution) in enumerate(zip(ids, latents, strict=True)):
         yield {
             "id": record_id,

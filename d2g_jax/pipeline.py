@@ -8,17 +8,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from d2g_jax import mesh as meshes
 from d2g_jax import weights
 from d2g_jax.atomic import write_bytes
 from d2g_jax.errors import UserError
+from d2g_jax.hub import resolve
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Network, Params
 
@@ -41,13 +44,6 @@ _COMPONENTS = {
 _WEIGHTS_STEM = {"text_encoder": "model", "text_encoder_2": "model"}
 
 
-class TextConditioning(NamedTuple):
-    """What the UNet takes from the prompts: hidden states (N, L, D) and, for SDXL only, pooled (N, P)."""
-
-    encoder_hidden_states: jax.Array
-    pooled: jax.Array | None
-
-
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
     """A loaded folder.
@@ -57,7 +53,7 @@ class Pipeline:
       index: `model_index.json`.
       tokenizer, tokenizer_2: transformers' `CLIPTokenizer`; the second for SDXL only.
       text_encoder, text_encoder_2, unet, vae: networks; each holds its config.
-      params: float32 trees under the names of the networks.
+      params: trees under the names of the networks.
       scheduler: `scheduler_config.json`.
       scaling_factor: UNet latents = VAE latents x this.
       latent_shape: (h, w, C) of the model's native size.
@@ -86,13 +82,48 @@ class Pipeline:
     def tokenizers(self) -> tuple[Any, ...]:
         return (self.tokenizer,) if self.tokenizer_2 is None else (self.tokenizer, self.tokenizer_2)
 
-    @classmethod
-    def load(cls, folder: str | Path, dtype: jnp.dtype = jnp.float32) -> Pipeline:
-        """Reads a diffusers folder; networks compute in `dtype`, parameters are float32.
+    @property
+    def towers(self) -> dict[str, Network]:
+        """The text towers under the names of their parameters."""
+        both = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+        return {name: tower for name, tower in both.items() if tower is not None}
 
-        Raises `UserError`, one line that names the file and key, for anything missing, unknown or inconsistent.
+    @property
+    def text_params(self) -> dict[str, Params]:
+        return {name: self.params[name] for name in self.towers}
+
+    @property
+    def token_length(self) -> int:
+        """Tokens of one prompt, those of SDXL's second tokenizer behind those of the first."""
+        return sum(tokenizer.model_max_length for tokenizer in self.tokenizers)
+
+    @property
+    def zeros_for_empty_prompt(self) -> bool:
+        """Whether an empty negative prompt means all zeros (SDXL) and not the encoding of the empty text."""
+        return self.text_encoder_2 is not None and bool(self.index.get("force_zeros_for_empty_prompt", True))
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        dtype: jnp.dtype = jnp.float32,
+        mesh: jax.sharding.Mesh | None = None,
+        storage: jnp.dtype = jnp.float32,
+        without: Collection[str] = (),
+    ) -> Pipeline:
+        """Reads a diffusers folder leaf by leaf, so that the host never holds a second copy.
+
+        Args:
+          folder: in diffusers' layout, or a hub id such as "owner/name".
+          dtype: what the networks compute in.
+          mesh: where each leaf goes, by the rules of `mesh.leaf_spec`; None is the default device.
+          storage: dtype of kernels and embeddings; norms and biases stay float32. Half precision is for drawing only.
+          without: networks whose weights are not read, because others take their place.
+
+        Raises:
+          UserError: one line that names the file and key, for anything missing, unknown or inconsistent.
         """
-        folder = Path(folder)
+        folder = resolve(folder)
         index = _read_index(folder)
         networks = {
             name: _build(folder, name, index[name][1], dtype, upcast_vae=index["_class_name"] == SDXL)
@@ -107,8 +138,9 @@ class Pipeline:
         }
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         params = {
-            name: jax.tree.map(jnp.asarray, weights.load_params(folder / name, network.abstract()))
+            name: weights.load_params(folder / name, network.abstract(), _placer(mesh, storage))
             for name, network in networks.items()
+            if name not in without
         }
         return cls(folder=folder, index=index, params=params, scheduler=scheduler, **networks, **tokenizers)
 
@@ -154,16 +186,6 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
             warnings.warn(f"prompt longer than {length} tokens, cut off {lost!r}: {prompt!r}", stacklevel=2)
     ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"]
     return np.asarray(ids, np.int32)
-
-
-def encode_text(pipeline: Pipeline, params: Mapping[str, Params], *input_ids: jax.Array) -> TextConditioning:
-    """Token ids (N, L), one array for each of `pipeline.tokenizers`, as the UNet's conditioning; pure."""
-    first = pipeline.text_encoder.apply(params["text_encoder"], input_ids[0])
-    if pipeline.text_encoder_2 is None:
-        return TextConditioning(first.last_hidden_state, None)
-    second = pipeline.text_encoder_2.apply(params["text_encoder_2"], input_ids[1])
-    hidden = jnp.concatenate([first.penultimate_hidden_state, second.penultimate_hidden_state], axis=-1)
-    return TextConditioning(hidden, second.text_embeds)
 
 
 def decode(pipeline: Pipeline, params: Mapping[str, Params], latents: jax.Array) -> jax.Array:
@@ -272,6 +294,19 @@ def _read_index(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_dir():
             raise UserError(f"{folder / name}: folder is missing; {file.name} names it")
     return index
+
+
+def _placer(mesh: jax.sharding.Mesh | None, storage: jnp.dtype) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
+    """Where a loaded leaf goes, and in which dtype."""
+
+    def put(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
+        leaf = leaf.astype(storage) if path[-1] in ("kernel", "embedding") else leaf
+        if mesh is None:
+            return jnp.asarray(leaf)
+        spec = meshes.leaf_spec("/".join(path), leaf.shape, mesh.shape["fsdp"])
+        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, spec), lambda index: leaf[index])
+
+    return put
 
 
 def _components(index: Mapping[str, Any]) -> tuple[str, ...]:

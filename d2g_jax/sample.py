@@ -4,82 +4,92 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax import atomic, noise, pairs
+from d2g_jax import atomic, exported, noise
 from d2g_jax import mesh as meshes
 from d2g_jax.checkpoint import Checkpoints
-from d2g_jax.diffusion import Schedule, one_step
+from d2g_jax.conditioning import tokenize_prompts
+from d2g_jax.draw import Programs, Solution, draw, student_programs, teacher_programs
 from d2g_jax.errors import UserError
 from d2g_jax.grid import grid, save_png
-from d2g_jax.models.network import Params
-from d2g_jax.pipeline import Pipeline, decode, tokenize
+from d2g_jax.hub import resolve
+from d2g_jax.pipeline import Pipeline
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A pipeline, the parameters of its generator, and how they are to be called.
+    """A pipeline whose `params["unet"]` are to be drawn with, and how they are to be called.
 
     Attributes:
-      pipeline: text tower, VAE, schedule and network.
-      unet: the parameters to draw with: the teacher's or a student's.
+      pipeline: text towers, UNet, VAE, schedule.
       timestep: of a one-step generator; None for a teacher, which is solved in steps.
     """
 
     pipeline: Pipeline
-    unet: Params
     timestep: int | None
 
     @classmethod
-    def load(cls, model: str | Path, dtype: jnp.dtype = jnp.float32) -> Sampler:
-        """From a folder in diffusers' layout (a teacher) or the workdir of `d2g train` (its newest average)."""
-        model = Path(model)
-        if (model / "model_index.json").exists():
-            pipeline = Pipeline.load(model, dtype)
-            return cls(pipeline, pipeline.params["unet"], None)
-        if not (model / "checkpoints").is_dir():
+    def load(
+        cls,
+        model: str | Path,
+        mesh: jax.sharding.Mesh,
+        dtype: jnp.dtype = jnp.float32,
+        storage: jnp.dtype = jnp.float32,
+        revision: str | None = None,
+    ) -> Sampler:
+        """From a folder in diffusers' layout (a teacher, or an exported student), a hub id, or a training workdir.
+
+        Of a workdir the newest average is taken. `dtype` and `storage`: see `Pipeline.load`.
+        """
+        if Path(model, "checkpoints").is_dir():
+            return cls._from_workdir(Path(model), mesh, dtype, storage)
+        folder = resolve(model, revision)
+        if not (folder / "model_index.json").exists():
             raise UserError(f"{model}: neither a pipeline folder (model_index.json) nor a workdir (checkpoints/)")
-        with Checkpoints(model / "checkpoints") as checkpoints:
+        described = exported.read_description(folder)
+        load = exported.load_pipeline if described.get("format") == "flax" else Pipeline.load
+        return cls(load(folder, dtype, mesh, storage), described.get("timestep"))
+
+    @classmethod
+    def _from_workdir(cls, workdir: Path, mesh: jax.sharding.Mesh, dtype: jnp.dtype, storage: jnp.dtype) -> Sampler:
+        with Checkpoints(workdir / "checkpoints") as checkpoints:
             metadata = checkpoints.metadata()
-            pipeline = Pipeline.load(metadata["pipeline"], dtype)
-            unet = checkpoints.restore_ema(pipeline.params["unet"])
-        return cls(pipeline, unet, metadata["timestep"])
+            pipeline = Pipeline.load(metadata["pipeline"], dtype, mesh, storage, without=("unet",))
+            unet = checkpoints.restore_ema(meshes.placed_shapes(pipeline.unet.abstract(), mesh))
+        pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": exported.store(unet, storage)})
+        return cls(pipeline, metadata["timestep"])
+
+    def programs(
+        self,
+        mesh: jax.sharding.Mesh,
+        solution: Solution | None = None,
+        size: tuple[int, int] | None = None,
+        *,
+        tiled: bool = False,
+    ) -> Programs:
+        """The compiled calls; `solution` is a teacher's (None: its defaults), `size` the images' (height, width)."""
+        if self.timestep is None:
+            return teacher_programs(self.pipeline, mesh, solution or Solution(), size, tiled=tiled)
+        return student_programs(self.pipeline, self.pipeline.params["unet"], self.timestep, mesh, size, tiled=tiled)
 
 
-def make_solver(
-    sampler: Sampler, mesh: jax.sharding.Mesh, *, steps: int | None, guidance_scale: float, negative_prompt: str = ""
-) -> pairs.Solver:
-    """One compiled call from noise and tokens to latents; a student's takes one step and no guidance."""
-    if sampler.timestep is None:
-        pipeline = dataclasses.replace(sampler.pipeline, params={**sampler.pipeline.params, "unet": sampler.unet})
-        steps = 50 if steps is None else steps
-        return pairs.make_solver(
-            pipeline, mesh, steps=steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt
-        )
-    if steps not in (None, 1):
-        raise UserError(f"--steps={steps}: this is a one-step student; leave --steps out")
-    return make_generator(sampler, mesh)
+def latent_shape(pipeline: Pipeline, size: tuple[int | None, int | None] = (None, None)) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of images of `size` (height, width) in pixels; None is the native side.
 
-
-def make_generator(sampler: Sampler, mesh: jax.sharding.Mesh) -> pairs.Solver:
-    """The student as one compiled program over the mesh."""
-    pipeline, timestep = sampler.pipeline, sampler.timestep
-    schedule = Schedule.from_config(pipeline.scheduler)
-    params = meshes.place({"text_encoder": pipeline.params["text_encoder"], "unet": sampler.unet}, mesh)
-
-    @jax.jit
-    def solve(params: dict[str, Params], drawn: jax.Array, input_ids: jax.Array) -> jax.Array:
-        text = pipeline.text_encoder.apply(params["text_encoder"], input_ids).last_hidden_state
-        call = lambda x, t: pipeline.unet.apply(params["unet"], x, jnp.broadcast_to(t, x.shape[:1]), text)  # noqa: E731
-        latents = one_step(call, schedule, timestep, jnp.transpose(drawn, (0, 2, 3, 1)))
-        return jnp.transpose(latents, (0, 3, 1, 2))
-
-    return lambda drawn, input_ids: solve(params, drawn, input_ids)
+    Raises `UserError` for a side that is no multiple of the VAE's factor.
+    """
+    *native, channels = pipeline.latent_shape
+    factor, sides = pipeline.vae.config.downscale, []
+    for name, pixels, latent in zip(("height", "width"), size, native, strict=True):
+        if pixels is not None and (pixels < factor or pixels % factor):
+            raise UserError(f"--{name}={pixels} is not a positive multiple of {factor}, the VAE's factor")
+        sides.append(latent if pixels is None else pixels // factor)
+    return channels, *sides
 
 
 def draw_noise(seed: int, count: int, shape: tuple[int, int, int]) -> np.ndarray:
@@ -100,71 +110,68 @@ def read_latents(file: str | Path, count: int, shape: tuple[int, int, int]) -> n
     return latents.astype(np.float32)
 
 
-def solve(
-    solver: pairs.Solver, mesh: jax.sharding.Mesh, drawn: np.ndarray, input_ids: np.ndarray, batch_size: int
-) -> np.ndarray:
-    """All latents (N, C, h, w) at once, float32."""
-    return np.concatenate(list(pairs.solve_in_batches(solver, mesh, drawn, input_ids, batch_size)))
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What `d2g sample` is asked for.
 
-
-def decode_all(pipeline: Pipeline, latents: np.ndarray, batch_size: int) -> np.ndarray:
-    """Scaled latents (N, C, h, w) to uint8 images (N, H, W, 3)."""
-    program = jax.jit(lambda params, x: decode(pipeline, params, x))
-    batches = []
-    for start in range(0, len(latents), batch_size):
-        part = latents[start : start + batch_size]
-        padded = np.concatenate([part, np.zeros((batch_size - len(part), *part.shape[1:]), part.dtype)])
-        images = program({"vae": pipeline.params["vae"]}, padded.transpose(0, 2, 3, 1))
-        batches.append(np.asarray(images)[: len(part)])
-    return np.concatenate(batches)
-
-
-def sample(
-    model: str | Path,
-    prompts: Sequence[str],
-    out: Path,
-    *,
-    images_per_prompt: int = 1,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    negative_prompt: str = "",
-    seed: int = 0,
-    latents: str | Path | None = None,
-    batch_size: int = 64,
-) -> dict[str, float]:
-    """Draws every prompt and writes 00000.png ..., grid.png, noise.npy, latents.npy and prompts.txt into `out`.
-
-    Returns seconds spent on compilation and first batch, on text and network, and on the VAE.
+    Attributes:
+      prompts: one or more; images_per_prompt of each.
+      solution: a teacher's; a one-step student has none.
+      size: (height, width) in pixels, None for the native side.
+      seed: of the noise; `latents`, a .npy file, takes its place.
+      batch_size: images per call, rounded up to the devices.
+      dtype: what the networks compute in and what their kernels are kept in.
+      tiled: decode large images in overlapping tiles, for devices that cannot hold one image's activations.
     """
-    if not prompts:
+
+    prompts: tuple[str, ...]
+    images_per_prompt: int = 1
+    solution: Solution | None = None
+    size: tuple[int | None, int | None] = (None, None)
+    seed: int = 0
+    latents: Path | None = None
+    batch_size: int = 64
+    dtype: str = "float32"
+    tiled: bool = False
+
+
+def sample(model: str | Path, request: Request, out: Path, revision: str | None = None) -> dict[str, float]:
+    """Draws and writes 00000.png ..., grid.png, noise.npy, latents.npy and prompts.txt into `out`.
+
+    Returns seconds: "load", "compile" (the first batch, which is drawn again), and "text", "unet" and "vae" apart.
+    """
+    if not request.prompts:
         raise UserError("no prompts; give --prompt=TEXT or --prompts=FILE")
-    sampler = Sampler.load(model)
-    pipeline = sampler.pipeline
-    prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    shape = tuple(np.roll(pipeline.latent_shape, 1))  # (C, h, w)
-    drawn = read_latents(latents, len(prompts), shape) if latents else draw_noise(seed, len(prompts), shape)
+    for name in ("images_per_prompt", "batch_size"):
+        if getattr(request, name) < 1:
+            raise UserError(f"{name}={getattr(request, name)}; it must be at least 1")
+    start, dtype = time.monotonic(), jnp.dtype(request.dtype)
     mesh = meshes.make_mesh()
+    sampler = Sampler.load(model, mesh, dtype, dtype, revision)
+    if sampler.timestep is not None and request.solution is not None:
+        raise UserError(f"{model}: this is a one-step student; leave out --steps, --guidance, --solver and --negative")
+    prompts = [prompt for prompt in request.prompts for _ in range(request.images_per_prompt)]
+    shape = latent_shape(sampler.pipeline, request.size)
+    if request.latents is None:
+        drawn = draw_noise(request.seed, len(prompts), shape)
+    else:
+        drawn = read_latents(request.latents, len(prompts), shape)
+    factor = sampler.pipeline.vae.config.downscale
+    programs = sampler.programs(mesh, request.solution, (factor * shape[1], factor * shape[2]), tiled=request.tiled)
+    ids = tokenize_prompts(sampler.pipeline, prompts)
     devices = meshes.batch_shards(mesh)
-    batch_size = -(-min(batch_size, len(prompts)) // devices) * devices
-    solver = make_solver(
-        sampler,
-        mesh,
-        steps=steps,
-        guidance_scale=7.5 if guidance_scale is None else guidance_scale,
-        negative_prompt=negative_prompt,
-    )
-    ids = tokenize(pipeline.tokenizer, prompts)
-    start = time.monotonic()
-    solve(solver, mesh, drawn[:batch_size], ids[:batch_size], batch_size)
+    batch_size = -(-min(request.batch_size, len(prompts)) // devices) * devices
+
+    loaded, seconds = time.monotonic(), {}
+    for _ in draw(programs, mesh, drawn[:batch_size], ids[:batch_size], batch_size, images=True):
+        pass
     compiled = time.monotonic()
-    solved = solve(solver, mesh, drawn, ids, batch_size)
-    networks = time.monotonic()
-    images = decode_all(pipeline, solved, batch_size)
-    done = time.monotonic()
+    batches = list(draw(programs, mesh, drawn, ids, batch_size, images=True, seconds=seconds))
+    latents, images = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     for i, image in enumerate(images):
         save_png(out / f"{i:05d}.png", image)
     save_png(out / "grid.png", grid(images, max(1, int(np.ceil(np.sqrt(len(images)))))))
     atomic.write_array(out / "noise.npy", drawn)
-    atomic.write_array(out / "latents.npy", solved)
+    atomic.write_array(out / "latents.npy", latents)
     atomic.write_text(out / "prompts.txt", "\n".join(prompts) + "\n")
-    return {"compile": compiled - start, "text_and_unet": networks - compiled, "vae": done - networks}
+    return {"load": loaded - start, "compile": compiled - loaded, **seconds}

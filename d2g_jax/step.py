@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from d2g_jax import adversarial, noise
+from d2g_jax.conditioning import Conditioning
 from d2g_jax.diffusion import Schedule, one_step
 from d2g_jax.models.network import Network, Params
 from d2g_jax.state import TrainState, ema_decay, update_ema
@@ -30,7 +31,8 @@ class Distillation:
     """The static half of training: networks, schedule, losses and constants. No arrays but the schedule's.
 
     Attributes:
-      unet, text_encoder: the generator's network and the frozen text tower.
+      unet: the generator's network.
+      encode_text: (text towers' parameters, input_ids (B, T L)) to `Conditioning`.
       discriminator: D's network; None in a regression-only run.
       discriminator_plain: D with attention that has second derivatives, for R1.
       schedule, timestep: where in the noise schedule the generator's one call happens.
@@ -44,7 +46,7 @@ class Distillation:
     """
 
     unet: Network
-    text_encoder: Network
+    encode_text: Callable[[dict[str, Params], jax.Array], Conditioning]
     discriminator: Network | None
     discriminator_plain: Network | None
     schedule: Schedule
@@ -71,7 +73,7 @@ class Distillation:
 class Frozen:
     """Parameters that no optimiser ever sees, passed as arguments so that they are no constants of the program."""
 
-    text_encoder: Params
+    towers: dict[str, Params]
     metric: Any
 
 
@@ -82,29 +84,29 @@ class Condition:
 
     Attributes:
       noise, target: float32 (B, h, w, C); the target is the teacher's scaled latent.
-      text: (B, L, D) text tower output.
-      input_ids: (B, L).
+      text: what the networks take from the caption.
+      input_ids: (B, T L).
     """
 
     noise: jax.Array
     target: jax.Array
-    text: jax.Array
+    text: Conditioning
     input_ids: jax.Array
 
 
 def condition(d: Distillation, frozen: Frozen, batch: Batch) -> Condition:
     """Redraws the records' noise from their ids, encodes their captions, and turns NCHW into NHWC."""
     drawn = noise.record_noise(d.noise_seed, batch["id"], batch["latents"].shape[1:])  # (B, C, h, w)
-    text = d.text_encoder.apply(frozen.text_encoder, batch["input_ids"]).last_hidden_state
+    text = d.encode_text(frozen.towers, batch["input_ids"])
     to_nhwc = lambda x: jnp.transpose(x, (0, 2, 3, 1)).astype(jnp.float32)  # noqa: E731
     return Condition(to_nhwc(drawn), to_nhwc(batch["latents"]), jax.lax.stop_gradient(text), batch["input_ids"])
 
 
-def generate(d: Distillation, params: Params, noise: jax.Array, text: jax.Array) -> jax.Array:
+def generate(d: Distillation, params: Params, noise: jax.Array, text: Conditioning) -> jax.Array:
     """The student: one network call; float32 scaled latents (B, h, w, C)."""
 
     def denoise(latents: jax.Array, t: jax.Array) -> jax.Array:
-        return d.unet.apply(params, latents, jnp.broadcast_to(t, latents.shape[:1]), text)
+        return d.unet.apply(params, latents, jnp.broadcast_to(t, latents.shape[:1]), *text)
 
     return one_step(denoise, d.schedule, d.timestep, noise)
 
@@ -135,7 +137,7 @@ def g_step(
     }
     if with_adversary:
         convince = lambda x: jnp.mean(  # noqa: E731
-            adversarial.generator_loss(d.discriminator.apply(state.discriminator, x, c.noise, c.text))
+            adversarial.generator_loss(d.discriminator.apply(state.discriminator, x, c.noise, *c.text))
         )
         fooling, fooling_gradient = jax.value_and_grad(convince)(generated)
         output_gradient = output_gradient + d.adversarial_weight * fooling_gradient
@@ -178,10 +180,12 @@ def d_step(
     fake, fake_noise, fake_text = adversarial.mix_and_match(
         d.key("mix and match", state.step), d.mix_and_match, d.groups, generated, c.target, c.noise, c.text, c.input_ids
     )
-    triples = [_interleave(a, b, d.groups) for a, b in ((c.target, fake), (c.noise, fake_noise), (c.text, fake_text))]
+    latents, drawn, text = jax.tree.map(
+        lambda real, fake: _interleave(real, fake, d.groups), (c.target, c.noise, c.text), (fake, fake_noise, fake_text)
+    )
 
     def loss(params: Params) -> tuple[jax.Array, Metrics]:
-        maps = d.discriminator.apply(params, *triples)
+        maps = d.discriminator.apply(params, latents, drawn, *text)
         real_maps, fake_maps = zip(*(_separate(m, d.groups) for m in maps), strict=True)
         value = jnp.mean(adversarial.discriminator_loss(real_maps, fake_maps))
         real, fake = adversarial.realness(real_maps), adversarial.realness(fake_maps)
@@ -216,7 +220,7 @@ def r1_step(d: Distillation, frozen: Frozen, state: TrainState, batch: Batch) ->
 
     def loss(params: Params) -> jax.Array:
         realness_of = lambda x: adversarial.realness(  # noqa: E731
-            d.discriminator_plain.apply(params, x, c.noise, c.text)
+            d.discriminator_plain.apply(params, x, c.noise, *c.text)
         )
         return 0.5 * d.r1_gamma * d.r1_interval * jnp.mean(adversarial.r1_penalty(realness_of, c.target))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ import numpy as np
 from d2g_jax import mesh as meshes
 from d2g_jax import records, runs
 from d2g_jax.checkpoint import Checkpoints
+from d2g_jax.conditioning import encode_text
 from d2g_jax.diffusion import Schedule
 from d2g_jax.errors import UserError
 from d2g_jax.grid import grid, save_png
+from d2g_jax.interrupt import StopRequests
 from d2g_jax.models import discriminator as discriminators
 from d2g_jax.models import unet as unets
 from d2g_jax.perceptual import LatentLPIPS, regression_loss
@@ -47,11 +50,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
 
     Raises:
       UserError: bad config, pairs that do not fit the teacher, a workdir of another config, a loss that is not finite.
+      KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; the step under way has been finished and saved.
     """
-    pipeline = Pipeline.load(config.pipeline)
+    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    pipeline = Pipeline.load(config.pipeline, mesh=mesh)
     source = records.PairSource(pairs_folder, fields=_FIELDS)
     check_pairs(pairs_folder, source.manifest, pipeline)
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     meshes.check_batch(mesh, config.train.batch_size, config.train.groups)
     d, frozen = build(config, pipeline, source.manifest)
     runs.claim(workdir, config)
@@ -72,7 +76,7 @@ def check_pairs(folder: Path, manifest: records.Manifest, pipeline: Pipeline) ->
         manifest,
         source=folder,
         latent_shape=(channels, height, width),
-        token_length=pipeline.tokenizer.model_max_length,
+        token_length=pipeline.token_length,
         scaling_factor=pipeline.scaling_factor,
         scheduler=pipeline.scheduler,
     )
@@ -108,7 +112,7 @@ def build(
         raise UserError(f"generator.timestep={timestep}; the schedule has 0 to {schedule.num_train_timesteps - 1}")
     d = Distillation(
         unet=unets.build(unet_config, dtype, remat=config.train.remat),
-        text_encoder=pipeline.text_encoder,
+        encode_text=functools.partial(encode_text, pipeline),
         schedule=schedule,
         timestep=timestep,
         regression=make_regression(config.loss, metric),
@@ -124,7 +128,7 @@ def build(
         noise_seed=manifest.seed,
         **adversary,
     )
-    return d, Frozen(pipeline.params["text_encoder"], metric)
+    return d, Frozen(pipeline.text_params, metric)
 
 
 def make_regression(config: ml_collections.ConfigDict, metric: LatentLPIPS | None) -> Any:
@@ -159,22 +163,53 @@ def initial_state(
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled steps; the state's buffers are donated to the next state."""
+    """The compiled steps; the state's buffers are donated to the next state. None for a step that this run lacks."""
 
-    g_regression: Any
-    g_adversarial: Any
-    d: Any
-    r1: Any
+    g_regression: Any = None
+    g_adversarial: Any = None
+    d: Any = None
+    r1: Any = None
 
-    @classmethod
-    def compile(cls, d: Distillation) -> Programs:
-        jit = functools.partial(jax.jit, donate_argnums=1)
-        return cls(
-            jit(functools.partial(g_step, d, False)),
-            jit(functools.partial(g_step, d, True)),
-            jit(functools.partial(d_step, d)),
-            jit(functools.partial(r1_step, d)),
-        )
+
+def compile_programs(
+    config: ml_collections.ConfigDict,
+    d: Distillation,
+    frozen: Frozen,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    mesh: jax.sharding.Mesh,
+) -> Programs:
+    """Compiles what is left of the run to need, all at once: no pause when the adversary starts, no late surprise.
+
+    A program is traced under Python's lock and compiled without it, so threads keep the cores busy.
+    """
+    a, t, images = config.adversarial, config.train, int(state.images)
+    fools_from = a.start_images + a.warmup_images
+    adversary, alone = bool(a.weight) and t.images > a.start_images, _without_adversary(state)
+    batch_sharding = jax.sharding.NamedSharding(mesh, meshes.BATCH)
+    shape = (t.batch_size, *np.asarray(batch["latents"].shape)[[2, 3, 1]])
+    generated = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding)
+    of = functools.partial(jax.tree.map, lambda x: x.sharding)
+    steps = {}
+    if not adversary or images < fools_from:
+        steps["g_regression"] = (functools.partial(g_step, d, False), (alone, batch), (of(alone), batch_sharding, None))
+    if adversary and t.images > fools_from:
+        steps["g_adversarial"] = (functools.partial(g_step, d, True), (state, batch), (of(state), batch_sharding, None))
+    if adversary:
+        steps["d"] = (functools.partial(d_step, d), (state, batch, generated), (of(state), None))
+    if adversary and a.r1_gamma:
+        steps["r1"] = (functools.partial(r1_step, d), (state, batch), (of(state), None))
+    lowered = {
+        name: jax.jit(step, donate_argnums=1, out_shardings=out).lower(frozen, *arguments)
+        for name, (step, arguments, out) in steps.items()
+    }
+    with ThreadPoolExecutor() as pool:
+        return Programs(**dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)))
+
+
+def _without_adversary(state: TrainState) -> TrainState:
+    """The state of a regression-only run: its program is then the same, and may have been compiled before."""
+    return dataclasses.replace(state, discriminator={}, discriminator_optimizer={})
 
 
 def loop(
@@ -189,28 +224,31 @@ def loop(
     pipeline: Pipeline,
 ) -> TrainState:
     """Steps until `train.images`, with every effect: metrics, pictures, checkpoints."""
-    programs, t = Programs.compile(d), config.train
-    images = int(state.images)
+    t, images = config.train, int(state.images)
     painter = Painter(d, frozen, source, mesh, pipeline, workdir)
     metadata = {"name": config.name, "pipeline": str(pipeline.folder.absolute()), "timestep": d.timestep}
     log = runs.MetricsLog(workdir, config.name, images)
-    batches = read_batches(config, source, images)
+    batches = (meshes.place_batch(batch, mesh) for batch in read_batches(config, source, images))
+    batch = next(batches)
+    programs = compile_programs(config, d, frozen, state, batch, mesh)
     try:
-        with Progress(f"train {config.name}", t.images, "img", done=images) as progress:
+        with StopRequests() as requests, Progress(f"train {config.name}", t.images, "img", done=images) as progress:
             while images < t.images:
-                state, metrics = iteration(
-                    config, programs, frozen, state, meshes.place_batch(next(batches), mesh), images
-                )
+                state, metrics = iteration(config, programs, frozen, state, batch, images)
                 images += t.batch_size
+                batch = next(batches)
                 log.add(images, metrics)
                 if _crosses(images, t.log_every, t) and (problem := log.write()):
                     checkpoints.save(state, {**metadata, "problem": problem})
                     raise UserError(f"{workdir}: {problem}; lower a learning rate, then run with another --workdir")
                 if _crosses(images, t.sample_every, t):
                     painter.draw(state.ema, images)
-                if _crosses(images, t.checkpoint_every, t):
+                if _crosses(images, t.checkpoint_every, t) or requests.stop:
                     checkpoints.save(state, metadata)
                 progress.advance(t.batch_size)
+                if requests.stop and images < t.images:
+                    checkpoints.wait()
+                    requests.leave()
     finally:
         log.close()
     return state
@@ -231,10 +269,8 @@ def iteration(
     if fools:
         state, generated, metrics = programs.g_adversarial(frozen, state, batch)
     else:
-        # Without D's arrays this is the program of a regression-only run, which may have been compiled before.
         adversary = {name: getattr(state, name) for name in ("discriminator", "discriminator_optimizer")}
-        alone = dataclasses.replace(state, discriminator={}, discriminator_optimizer={})
-        alone, generated, metrics = programs.g_regression(frozen, alone, batch)
+        alone, generated, metrics = programs.g_regression(frozen, _without_adversary(state), batch)
         state = dataclasses.replace(alone, **adversary)
     if discriminates:
         state, d_metrics = programs.d(frozen, state, batch, generated)

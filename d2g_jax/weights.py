@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes  # noqa: F401  (teaches numpy the bfloat16 that safetensors returns)
@@ -23,10 +25,15 @@ from d2g_jax.models.network import Params
 STEMS = ("diffusion_pytorch_model", "model")
 """File stems that diffusers and transformers write, looked for in this order."""
 
+Place = Callable[[tuple[str, ...], np.ndarray], Any]
+"""(path of a leaf, float32 array) -> what stands in the tree in its place."""
+
 _TORCH_LEAF = dict.fromkeys(("kernel", "scale", "embedding"), "weight") | {"mean": "running_mean", "var": "running_var"}
 _IGNORABLE = ("position_ids", "num_batches_tracked")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION_KEY = re.compile(r"^(.*attentions\.\d+\.)(query|key|value|proj_attn)(\.(?:weight|bias))$")
+_POINTWISE_KEY = re.compile(r"(^|\.)attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -47,26 +54,13 @@ def load_state_dict(path: str | Path, dtype: Any = np.float32) -> dict[str, np.n
 def to_params(state: Mapping[str, np.ndarray], abstract: Params, *, source: str | Path) -> Params:
     """PyTorch tensors as a float32 parameter tree with the paths and shapes of `abstract` (`Network.abstract()`).
 
-    Accepts the old names of the VAE's attention (`query`, `key`, `value`, `proj_attn`) and CLIP keys without their
-    `text_model.` prefix; `position_ids` and `num_batches_tracked` are not parameters and are left out. Raises
-    `UserError` that names `source` and the key for a missing, extra or wrongly shaped tensor and for NaN or infinity.
+    Accepts the old names of the VAE's attention (`query`, `key`, `value`, `proj_attn`), its weights as 1x1 convolutions
+    and CLIP keys without their `text_model.` prefix; `position_ids` and `num_batches_tracked` are not parameters and
+    are left out. Raises `UserError` that names `source` and the key for a missing, extra or wrongly shaped tensor and
+    for NaN or infinity.
     """
-    expected = {_torch_key(path): (path, leaf) for path, leaf in _leaves(abstract)}
-    renamed: dict[str, str] = {}
-    for key in state:
-        name = _canonical(key, expected)
-        if name in expected:
-            if name in renamed:
-                raise UserError(f"{source}: {key} and {renamed[name]} are the same tensor; keep one of them")
-            renamed[name] = key
-        elif key.rpartition(".")[2] not in _IGNORABLE:
-            raise UserError(f"{source}: unexpected tensor {key}; the network of its config.json has no such parameter")
-    params: Params = {}
-    for name, (path, leaf) in expected.items():
-        if name not in renamed:
-            raise UserError(f"{source}: tensor {name} is missing; the network of its config.json needs it")
-        _put(params, path, _to_leaf(state[renamed[name]], path, leaf.shape, f"{source}: tensor {renamed[name]}"))
-    return params
+    stored = {key: _Stored(source, key, value.shape, partial(np.asarray, value)) for key, value in state.items()}
+    return _tree(_matched(stored, abstract, source), None)
 
 
 def to_state_dict(params: Params) -> dict[str, np.ndarray]:
@@ -104,9 +98,20 @@ def save_state_dict(state: Mapping[str, np.ndarray], file: str | Path, dtype: An
         raise UserError(f"cannot write {file}: {error}; give a writable place with room") from error
 
 
-def load_params(folder: str | Path, abstract: Params) -> Params:
-    """`to_params(load_state_dict(folder), abstract)`: one model folder of a pipeline as a float32 tree."""
-    return to_params(load_state_dict(folder), abstract, source=folder)
+def load_params(folder: str | Path, abstract: Params, place: Place | None = None) -> Params:
+    """The weights of one model folder, or file, as a tree with the paths and shapes of `abstract`, leaf by leaf.
+
+    `place(path, leaf)` gets every leaf as soon as it is float32 in our layout, and its result stands in the tree; None
+    keeps the arrays. Files are read lazily: with a `place` that moves leaves to devices the host holds about one leaf.
+
+    Raises `UserError` as `load_state_dict` and `to_params` do; what the headers tell (missing, extra or wrongly shaped
+    tensors, damaged files) before the first tensor is read, NaN or infinity at its tensor.
+    """
+    with ExitStack() as opened:
+        stored: dict[str, _Stored] = {}
+        for file in _files(Path(folder)):
+            stored |= _headers(file, opened.enter_context(_open(file)))
+        return _tree(_matched(stored, abstract, folder), place)
 
 
 def _files(path: Path) -> list[Path]:
@@ -142,16 +147,53 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _read(file: Path) -> dict[str, np.ndarray]:
+@contextmanager
+def _reading(file: str | Path) -> Iterator[None]:
+    """Says of a failure to read `file` what to do about it."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
 
     try:
-        return load_file(file)
+        yield
     except SafetensorError as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """A safetensors file, mapped: its header is checked here, its tensors are read one by one."""
+    from safetensors import safe_open
+
+    with _reading(file):
+        handle = safe_open(file, framework="numpy")
+    with handle:
+        yield handle
+
+
+class _Stored(NamedTuple):
+    """A tensor that can be read: where it lies, its shape there, and how."""
+
+    source: str | Path
+    key: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def _headers(file: Path, handle: Any) -> dict[str, _Stored]:
+    """What an open file holds, by key."""
+    stored = {}
+    for key in handle.keys():  # noqa: SIM118  (not a dict)
+        header = handle.get_slice(key)
+        if header.get_dtype() not in _DTYPES:
+            raise UserError(f"{file}: tensor {key} is stored as {header.get_dtype()}; export it as float16 or float32")
+        stored[key] = _Stored(file, key, tuple(header.get_shape()), partial(handle.get_tensor, key))
+    return stored
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    with _open(file) as handle, _reading(file):
+        return {key: tensor.read() for key, tensor in _headers(file, handle).items()}
 
 
 def _is_float(array: np.ndarray) -> bool:
@@ -188,6 +230,35 @@ def _torch_key(path: tuple[str, ...]) -> str:
     return ".".join((*path[:-1], _TORCH_LEAF.get(path[-1], path[-1])))
 
 
+def _matched(
+    stored: Mapping[str, _Stored], abstract: Params, source: str | Path
+) -> list[tuple[tuple[str, ...], int, _Stored]]:
+    """(path, number of axes, stored tensor) of every leaf; `UserError` for a missing, extra or wrongly shaped one."""
+    expected = {_torch_key(path): (path, leaf) for path, leaf in _leaves(abstract)}
+    renamed: dict[str, str] = {}
+    for key, tensor in stored.items():
+        name = _canonical(key, expected)
+        if name in expected:
+            if name in renamed:
+                raise UserError(f"{source}: {key} and {renamed[name]} are the same tensor; keep one of them")
+            renamed[name] = key
+        elif key.rpartition(".")[2] not in _IGNORABLE:
+            raise UserError(
+                f"{tensor.source}: unexpected tensor {key}; the network of its config.json has no such parameter"
+            )
+    matched = []
+    for name, (path, leaf) in expected.items():
+        if name not in renamed:
+            raise UserError(f"{source}: tensor {name} is missing; the network of its config.json needs it")
+        tensor, shape = stored[renamed[name]], _torch_shape(leaf.shape, path[-1])
+        pointwise = _POINTWISE_KEY.search(name) is not None and tensor.shape == (*shape, 1, 1)
+        if tensor.shape != shape and not pointwise:
+            where = f"{tensor.source}: tensor {tensor.key}"
+            raise UserError(f"{where} has shape {tensor.shape}, the network of its config.json needs {shape}")
+        matched.append((path, len(leaf.shape), tensor))
+    return matched
+
+
 def _canonical(key: str, expected: Mapping[str, Any]) -> str:
     """Today's name of a stored tensor, given the names that the network expects."""
     if key in expected:
@@ -211,16 +282,28 @@ def _torch_shape(shape: tuple[int, ...], leaf_name: str) -> tuple[int, ...]:
     return _torch_axes(np.broadcast_to(np.float32(0), shape), leaf_name).shape
 
 
-def _to_leaf(array: np.ndarray, path: tuple[str, ...], shape: tuple[int, ...], where: str) -> np.ndarray:
-    if path[-1] == "kernel" and array.ndim == 4:
-        value = array.transpose(2, 3, 1, 0)  # OIHW -> HWIO
-    elif path[-1] == "kernel" and array.ndim == 2:
-        value = array.T  # (out, in) -> (in, out)
-    else:
-        value = array
-    if value.shape != tuple(shape):
-        expected = _torch_shape(shape, path[-1])
-        raise UserError(f"{where} has shape {array.shape}, the network of its config.json needs {expected}")
-    if not _finite(array):
-        raise UserError(f"{where} holds NaN or infinity; fetch or export the weights again")
-    return np.ascontiguousarray(value, dtype=np.float32)
+def _tree(matched: list[tuple[tuple[str, ...], int, _Stored]], place: Place | None) -> Params:
+    """Reads, converts and places one tensor after the other, and keeps no reference to what is done."""
+    params: Params = {}
+    for path, ndim, tensor in matched:
+        leaf = _to_leaf(tensor, path, ndim)
+        _put(params, path, leaf if place is None else place(path, leaf))
+        del leaf  # or it would live on while the next one is read
+    return params
+
+
+def _to_leaf(tensor: _Stored, path: tuple[str, ...], ndim: int) -> np.ndarray:
+    """A stored tensor as a contiguous float32 leaf of `ndim` axes; `UserError` for NaN and infinity."""
+    with _reading(tensor.source):
+        array = tensor.read()
+    if path[-1] == "kernel" and ndim == 4:
+        array = array.transpose(2, 3, 1, 0)  # OIHW -> HWIO
+    elif path[-1] == "kernel" and ndim == 2:
+        array = array.reshape(array.shape[:2]).T  # (out, in) or (out, in, 1, 1) -> (in, out)
+    with np.errstate(over="ignore"):  # float64 that overflows is the infinity that is looked for below
+        leaf = np.ascontiguousarray(array, dtype=np.float32)
+    if not _finite(leaf):
+        raise UserError(
+            f"{tensor.source}: tensor {tensor.key} holds NaN or infinity; fetch or export the weights again"
+        )
+    return leaf

@@ -1,5 +1,6 @@
-"""Ctrl-C in the middle of a job: exit code 130, one line, and the same command goes on from whole files."""
+"""Signals in the middle of a job: exit code 130 or 143, one line, and the same command goes on from whole files."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ SMALL_PAIRS = ["--config.pairs.records_per_shard=8", "--config.pairs.steps=3", "
 SMALL_TRAIN = ["--config.train.batch_size=8", "--config.train.log_every=8", "--config.train.checkpoint_every=8"]
 
 
-def interrupted(ready, *arguments):
-    """(exit code, stderr) of a job that gets SIGINT as soon as `ready()` is true."""
+def interrupted(ready, *arguments, by=signal.SIGINT):
+    """(exit code, stderr) of a job that gets a signal as soon as `ready()` is true."""
     command = [sys.executable, "-c", LISTENING, *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 300
@@ -28,15 +29,15 @@ def interrupted(ready, *arguments):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(by)
         _, err = process.communicate(timeout=120)
     return process.returncode, err
 
 
-def assert_polite(code, err):
-    assert code == 130, err
+def assert_polite(code, err, word="interrupted", expected=130):
+    assert code == expected, err
     assert "Traceback" not in err
-    assert err.rstrip().splitlines()[-1] == "d2g: interrupted; the same command goes on from here"
+    assert err.rstrip().splitlines()[-1] == f"d2g: {word}; the same command goes on from here"
 
 
 def test_pairs_go_on_after_an_interrupt(tmp_path):
@@ -64,14 +65,26 @@ def test_training_goes_on_after_an_interrupt(tmp_path):
         capture_output=True,
     )
     train = ["train", f"--workdir={tmp_path}", *SMALL_TRAIN, "--config.adversarial.weight=0"]
+    rows = lambda: (tmp_path / "metrics.jsonl").read_text().splitlines()  # noqa: E731
     saved = lambda: [file for file in (tmp_path / "checkpoints").glob("*") if file.name.isdigit()]  # noqa: E731
-    assert_polite(*interrupted(lambda: len(saved()) >= 2, *train, "--config.train.images=80000"))
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        images = checkpoints.latest()
-        assert checkpoints.restore_any()["state"]["images"] == images
+    endless = [*train, "--config.train.images=80000"]
+    assert_polite(*interrupted(lambda: len(saved()) >= 2, *endless))
+    first = newest(tmp_path)
+    assert len(rows()) == first // 8  # the step under way was finished, logged and saved
+    # Every later step is saved at once, so the signal often comes in the middle of a save.
+    outcome = interrupted(lambda: max(int(file.name) for file in saved()) >= first + 16, *endless, by=signal.SIGTERM)
+    assert_polite(*outcome, word="terminated", expected=143)
+    second = newest(tmp_path)
     again = subprocess.run(
-        [*command, *train, f"--config.train.images={images + 8}"], check=True, capture_output=True, text=True
+        [*command, *train, f"--config.train.images={second + 8}"], check=True, capture_output=True, text=True
     )
-    assert f"{images + 8}/{images + 8}" in again.stderr
-    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert len(rows) == (images + 8) // 8  # each step once, whatever was written past the checkpoint
+    assert f"{second + 8}/{second + 8}" in again.stderr
+    assert [json.loads(row)["images"] for row in rows()] == list(range(8, second + 9, 8))  # each step once
+
+
+def newest(workdir):
+    """Images at the newest checkpoint, all of whose arrays can be read."""
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        images = checkpoints.latest()
+        assert int(checkpoints.restore_any()["state"]["images"]) == images
+    return images

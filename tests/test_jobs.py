@@ -197,10 +197,35 @@ def test_student_draws_in_one_step(trained, tmp_path, capsys):
     workdir, _, _ = trained
     command = ["sample", f"--model={workdir}", "--prompt=a thin 4", "--images=3", f"--out={tmp_path}"]
     assert main(command) == 0
-    assert set(json.loads(capsys.readouterr().out)["seconds"]) == {"compile", "text_and_unet", "vae"}
+    assert set(json.loads(capsys.readouterr().out)["seconds"]) == {"load", "compile", "text", "unet", "vae"}
     assert pixels(tmp_path / "00002.png").shape == (32, 32, 3)
     assert main([*command, "--steps=4"]) == 2
     assert "one-step student" in capsys.readouterr().err
+
+
+def test_every_job_on_sdxl(tiny_sdxl, tmp_path):
+    """Two text towers, pooled text and image sizes, from prompts to a drawn image: pairs, G, D, R1, sampling."""
+    config = small_config()
+    with config.unlocked():
+        config.pipeline, config.loss.name = str(tiny_sdxl), "mse"
+        config.pairs.update({"prompts": str(tmp_path / "prompts.txt"), "count": 8, "steps": 2, "solver": "euler"})
+        config.train.update({"images": 24, "sample_every": 24})
+        config.adversarial.update({"start_images": 0, "warmup_images": 8})
+        config.discriminator.head_channels = 8
+    (tmp_path / "prompts.txt").write_text("the cat\nthe dog\n")
+    folder = pairs.make_pairs(config, tmp_path)
+    source = records.PairSource(folder)
+    assert source.manifest.solver == "euler"
+    assert source[0]["input_ids"].shape == (32,)  # both tokenizers'
+    train(config, tmp_path, folder)
+    rows = metrics_of(tmp_path)
+    assert {"loss_regression", "loss_adversarial", "loss_discriminator", "loss_r1"} <= rows[-1].keys()
+    out = tmp_path / "drawn"
+    command = ["sample", f"--model={tmp_path}", "--prompt=the cat", "--height=64", f"--out={out}", "--dtype=bfloat16"]
+    assert main(command) == 0
+    assert pixels(out / "00000.png").shape == (64, 32, 3)
+    assert np.load(out / "latents.npy").shape == (1, 4, 16, 8)
+    assert main([*command, "--width=61"]) == 2
 
 
 def test_a_workdir_of_another_config_is_refused(trained):

@@ -15,6 +15,7 @@ import pytest
 
 from d2g_jax import pipeline as pipelines
 from d2g_jax import weights
+from d2g_jax.conditioning import encode_text, tokenize_prompts
 from d2g_jax.errors import UserError
 from d2g_jax.models import vae
 from d2g_jax.pipeline import Pipeline
@@ -65,7 +66,7 @@ def test_our_folder_in_diffusers_and_back(loaded: Pipeline, tmp_path: Path):
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(3, 8, 8, 4)).astype(np.float32)
     ids = pipelines.tokenize(loaded.tokenizer, PROMPTS)
-    text = jax.jit(lambda params, ids: pipelines.encode_text(loaded, params, ids))(loaded.params, ids)
+    text = jax.jit(lambda params, ids: encode_text(loaded, params, ids))(loaded.params, ids)
     predict = jax.jit(loaded.unet.apply)
     predicted = predict(loaded.params["unet"], latents, np.full(3, 981), text.encoder_hidden_states)
     unscaled = vae.unscale_latents(loaded.vae.config, latents)
@@ -99,21 +100,18 @@ def test_sdxl_folder_in_diffusers_and_back(tiny_sdxl: Path, tmp_path: Path):
     loaded = Pipeline.load(tiny_sdxl)
     save(loaded, tmp_path)
     theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path, add_watermarker=False)
-    ids = [pipelines.tokenize(tokenizer, PROMPTS) for tokenizer in loaded.tokenizers]
-    text = jax.jit(lambda params, ids: pipelines.encode_text(loaded, params, *ids))(loaded.params, ids)
-    latents = np.random.default_rng(0).normal(size=(3, 8, 8, 4)).astype(np.float32)
+    ids = tokenize_prompts(loaded, PROMPTS)
     time_ids = np.tile(np.float32([32, 32, 0, 4, 32, 32]), (3, 1))
-    added = {"text_embeds": text.pooled, "time_ids": time_ids}
-    predicted = jax.jit(loaded.unet.apply)(
-        loaded.params["unet"], latents, np.full(3, 399), text.encoder_hidden_states, added
-    )
+    text = jax.jit(lambda params, ids: encode_text(loaded, params, ids, time_ids[0]))(loaded.params, ids)
+    latents = np.random.default_rng(0).normal(size=(3, 8, 8, 4)).astype(np.float32)
+    predicted = jax.jit(loaded.unet.apply)(loaded.params["unet"], latents, np.full(3, 399), *text)
     with torch.no_grad():
         hidden, _, pooled, _ = theirs.encode_prompt(PROMPTS, device="cpu", do_classifier_free_guidance=False)
         their_added = {"text_embeds": pooled, "time_ids": torch.tensor(time_ids)}
         nchw = torch.tensor(latents.transpose(0, 3, 1, 2))
         their_predicted = theirs.unet(nchw, 399, hidden, added_cond_kwargs=their_added).sample
     assert relative(text.encoder_hidden_states, hidden) <= 1e-5
-    assert relative(text.pooled, pooled) <= 1e-5
+    assert relative(text.added["text_embeds"], pooled) <= 1e-5
     assert relative(predicted, their_predicted.numpy().transpose(0, 2, 3, 1)) <= 1e-5
     assert trees_equal(Pipeline.load(tmp_path).params, loaded.params)
 

@@ -9,6 +9,7 @@ import pytest
 
 from d2g_jax import mesh as meshes
 from d2g_jax import noise
+from d2g_jax.conditioning import Conditioning
 from d2g_jax.diffusion import Schedule
 from d2g_jax.digits.config import optimizer
 from d2g_jax.digits.teacher import SCHEDULER
@@ -46,9 +47,10 @@ def problem():
     d_config = discriminator.DiscriminatorConfig(UNET, head_channels=8)
     rates = optimizer()
     rates.generator.warmup_images = rates.discriminator.warmup_images = 0
+    tower = clip.build(TEXT)
     d = Distillation(
         unet=unet.build(UNET),
-        text_encoder=clip.build(TEXT),
+        encode_text=lambda towers, ids: Conditioning(tower.apply(towers["text_encoder"], ids).last_hidden_state, None),
         discriminator=discriminator.build(d_config),
         discriminator_plain=discriminator.build(d_config, attention="plain"),
         schedule=Schedule.from_config(SCHEDULER),
@@ -68,7 +70,7 @@ def problem():
     )
     key = jax.random.key(0)
     teacher = d.unet.init(key)
-    frozen = Frozen(d.text_encoder.init(jax.random.fold_in(key, 1)), None)
+    frozen = Frozen({"text_encoder": tower.init(jax.random.fold_in(key, 1))}, None)
     adversary = discriminator.init_from_teacher(d.discriminator, jax.random.fold_in(key, 2), teacher)
     # The zero-initialised layers would hide whether noise and resized latents reach the logits.
     adversary = jax.tree.map(
@@ -117,7 +119,7 @@ def test_g_step_follows_the_gradient_of_the_whole_loss():
     def loss(params):
         c = condition(d, frozen, batch)
         x = generate(d, params, c.noise, c.text)
-        fooling = adversarial.generator_loss(d.discriminator.apply(state.discriminator, x, c.noise, c.text)).mean()
+        fooling = adversarial.generator_loss(d.discriminator.apply(state.discriminator, x, c.noise, *c.text)).mean()
         return mse(x, c.target).mean() + d.adversarial_weight * fooling
 
     expected = jax.jit(jax.grad(loss))(state.generator)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -122,6 +124,56 @@ def test_shards(name: str, variant: str, tmp_path: Path):
     one_line(error, f"{name}{variant}-00002-of-00002.safetensors", index.name)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_leaf_by_leaf_equals_the_whole_file(dtype, tmp_path: Path):
+    """Two shards; every leaf goes through `place` once, as float32 in our layout, and stands where it belongs."""
+    state = {key: value.astype(dtype) for key, value in torch_state().items()}
+    state["ids.position_ids"] = np.arange(3)
+    keys = sorted(state)
+    for i, part in enumerate((keys[:5], keys[5:])):
+        save_file({key: state[key] for key in part}, tmp_path / f"{i}.safetensors")
+    weight_map = {key: f"{int(i >= 5)}.safetensors" for i, key in enumerate(keys)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    seen = {}
+
+    def place(path: tuple[str, ...], leaf: np.ndarray):
+        assert (leaf.dtype, leaf.flags.c_contiguous) == (np.float32, True)
+        assert path not in seen
+        seen[path] = leaf
+        return jnp.asarray(leaf)
+
+    params = weights.load_params(tmp_path, ABSTRACT, place)
+    expected = weights.to_params(state, ABSTRACT, source="here")
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(params))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    np.testing.assert_array_equal(seen["layers", "10", "kernel"], expected["layers"]["10"]["kernel"])
+    assert len(seen) == len(jax.tree.leaves(ABSTRACT))
+    jax.tree.map(np.testing.assert_array_equal, weights.load_params(tmp_path, ABSTRACT), expected)
+
+
+@pytest.mark.parametrize(("dtype", "leaves"), [(np.float32, 32), (np.float16, 64)])
+def test_memory_is_that_of_a_leaf(dtype, leaves: int, tmp_path: Path):
+    """A 64 MB file whose leaves are dropped: what is held at once is a few leaves of 2 MB, not a copy of the file."""
+    file = tmp_path / "model.safetensors"
+    state = {f"layers.{i}.weight": np.zeros((1024, 512), dtype) for i in range(leaves)}
+    weights.save_state_dict(state, file)
+    del state
+    assert file.stat().st_size > 64e6
+    abstract = {"layers": {str(i): {"kernel": leaf(512, 1024)} for i in range(leaves)}}
+
+    def peak(place) -> int:
+        tracemalloc.start()
+        weights.load_params(tmp_path, abstract, place)
+        try:
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(lambda path, value: None) < 8e6
+    assert peak(None) > leaves * 2e6  # the measure sees arrays
+
+
 def test_plain_file_comes_before_variant(tmp_path: Path):
     save_file({"a": np.float16([1])}, tmp_path / "model.fp16.safetensors")
     assert weights.load_state_dict(tmp_path)["a"] == 1
@@ -129,7 +181,8 @@ def test_plain_file_comes_before_variant(tmp_path: Path):
     assert weights.load_state_dict(tmp_path)["a"] == 2
 
 
-def test_old_names_of_the_vae_attention():
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_old_names_of_the_vae_attention(convolutions: bool):
     config = vae.VaeConfig(block_out_channels=(4,), norm_num_groups=2)
     network = vae.build(config)
     state = random_state(network.abstract())
@@ -138,7 +191,9 @@ def test_old_names_of_the_vae_attention():
     for key, value in state.items():
         for new_name, old_name in renames.items():
             key = key.replace(new_name, old_name)
-        old[key] = value
+        pointwise = convolutions and ".attentions.0." in key and value.ndim == 2
+        old[key] = value[:, :, None, None] if pointwise else value
+    assert sum(value.ndim == 4 for value in old.values()) == sum(v.ndim == 4 for v in state.values()) + 8 * convolutions
     assert sum("attentions.0.query" in key for key in old) == 4
     again = weights.to_state_dict(weights.to_params(old, network.abstract(), source="vae"))
     assert again.keys() == state.keys()
@@ -205,6 +260,45 @@ def test_bad_tensor_is_one_line(name: str):
     one_line(error, "model/unet: ", *words)
 
 
+@pytest.mark.parametrize("name", ["missing", "extra", "shape", "transposed"])
+def test_headers_tell_before_a_tensor_is_read(name: str, tmp_path: Path):
+    damage, words = BAD_STATES[name]
+    state = torch_state()
+    damage(state)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        weights.load_params(tmp_path, ABSTRACT, lambda path, leaf: pytest.fail(f"{path} was read"))
+    one_line(error, str(tmp_path), *words)
+
+
+def test_nan_is_told_at_its_tensor(tmp_path: Path):
+    state = torch_state()
+    state["norm.weight"] = state["norm.weight"].astype(np.float64)
+    state["norm.weight"][1] = 1e300  # infinite in float32
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        weights.load_params(tmp_path, ABSTRACT)
+    one_line(error, str(tmp_path / "model.safetensors"), "tensor norm.weight holds NaN or infinity")
+
+
+def test_other_number_formats_are_refused(tmp_path: Path):
+    """A file of eight-bit floats, written by hand: numpy has no such type."""
+    header = json.dumps({"w": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    for load in (weights.load_state_dict, lambda folder: weights.load_params(folder, ABSTRACT)):
+        with pytest.raises(UserError) as error:
+            load(tmp_path)
+        one_line(error, "model.safetensors: tensor w is stored as F8_E4M3", "float16")
+
+
+def test_only_the_vae_attention_may_be_convolutions():
+    state = torch_state()
+    state["layers.3.weight"] = state["layers.3.weight"][:, :, None, None]
+    with pytest.raises(UserError) as error:
+        weights.to_params(state, ABSTRACT, source="here")
+    one_line(error, "layers.3.weight has shape (3, 2, 1, 1)")
+
+
 def test_both_names_of_one_tensor():
     network = clip.build(clip.ClipTextConfig("CLIPTextModel", 9, 4, 4, 1, 1, 5))
     state = random_state(network.abstract())
@@ -219,9 +313,10 @@ def test_truncated_file(kept: int, tmp_path: Path):
     file = tmp_path / "model.safetensors"
     weights.save_state_dict(torch_state(), file)
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(UserError) as error:
-        weights.load_state_dict(tmp_path)
-    one_line(error, str(file), "not a whole safetensors file")
+    for load in (weights.load_state_dict, lambda folder: weights.load_params(folder, ABSTRACT)):
+        with pytest.raises(UserError) as error:
+            load(tmp_path)
+        one_line(error, str(file), "not a whole safetensors file")
 
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.ckpt", "pytorch_model.pth"])

@@ -45,6 +45,8 @@ def pairs() -> ConfigDict:
             "count": 2048,
             "records_per_shard": 512,
             "steps": 50,
+            "solver": "ddim",  # ddim, euler, dpmpp_2m, heun
+            "guidance_rescale": 0.0,  # phi of arXiv 2305.08891; not in the paper
             "guidance_scale": 2.0,  # measured: see docs/digits.md; the paper has 3 and 8 for SD 1.5
             "negative_prompt": "",
             "seed": 0,

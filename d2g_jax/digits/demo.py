@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import resource
 import sys
@@ -17,7 +18,9 @@ import numpy as np
 
 from d2g_jax import atomic, pairs, records, runs, sample
 from d2g_jax import mesh as meshes
+from d2g_jax.conditioning import tokenize_prompts
 from d2g_jax.digits import captions, evaluation
+from d2g_jax.draw import Programs, decode_all, draw
 from d2g_jax.grid import grid, save_png
 from d2g_jax.report import write_report
 from d2g_jax.train import train
@@ -101,35 +104,34 @@ def measure(
     e = config.evaluation
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     prompts = captions.evaluation_prompts(e.samples, e.seed)
-    teacher = sample.Sampler.load(config.pipeline)
-    channels_first = tuple(teacher.pipeline.latent_shape[i] for i in (2, 0, 1))
-    drawn = sample.draw_noise(config.seed + 1 + config.pairs.seed, e.samples, channels_first)
-    ids = pairs.tokenize(teacher.pipeline.tokenizer, [p.prompt for p in prompts])
-    guidance = config.pairs.guidance_scale
+    teacher = sample.Sampler.load(config.pipeline, mesh)
+    drawn = sample.draw_noise(config.seed + 1 + config.pairs.seed, e.samples, sample.latent_shape(teacher.pipeline))
+    ids = tokenize_prompts(teacher.pipeline, [p.prompt for p in prompts])
+    solution = pairs.solution(config.pairs)
 
-    def draw(sampler: sample.Sampler, steps: int | None) -> np.ndarray:
-        solver = sample.make_solver(sampler, mesh, steps=steps, guidance_scale=guidance)
-        return sample.solve(solver, mesh, drawn, ids, e.batch_size)
+    def solve(programs: Programs) -> np.ndarray:
+        batches = draw(programs, mesh, drawn, ids, e.batch_size, images=False)
+        return np.concatenate([batch.latents for batch in batches])
 
-    latents, calls = {}, {}
+    systems, latents = {TEACHER: teacher.programs(mesh, solution)}, {}
     with clock.stage("teacher samples"):
-        latents[TEACHER] = _cached(workdir / "evaluation" / "teacher.npy", lambda: draw(teacher, config.pairs.steps))
-        calls[TEACHER] = 2 * config.pairs.steps  # both halves of guidance
+        latents[TEACHER] = _cached(workdir / "evaluation" / "teacher.npy", lambda: solve(systems[TEACHER]))
     with clock.stage("evaluate"):
-        latents[ONE_STEP], calls[ONE_STEP] = draw(teacher, 1), 2
+        systems[ONE_STEP] = teacher.programs(mesh, dataclasses.replace(solution, steps=1))
         for name in student_configs(config, full=full):
-            student = sample.Sampler.load(workdir / "students" / name)
-            latents[STUDENTS[name]], calls[STUDENTS[name]] = draw(student, None), 1
-        images = {name: sample.decode_all(teacher.pipeline, x, e.batch_size) for name, x in latents.items()}
+            systems[STUDENTS[name]] = sample.Sampler.load(workdir / "students" / name, mesh).programs(mesh)
+        latents |= {name: solve(programs) for name, programs in systems.items() if name not in latents}
+        calls = {name: programs.network_calls for name, programs in systems.items()}
+        images = {name: decode_all(teacher.pipeline, mesh, x, e.batch_size) for name, x in latents.items()}
         source = records.PairSource(pairs_folder, fields=("latents",))
         others = np.stack([source[i]["latents"] for i in range(min(e.samples, len(source)))]).astype(np.float32)
-        other_images = sample.decode_all(teacher.pipeline, others, e.batch_size)
+        other_images = decode_all(teacher.pipeline, mesh, others, e.batch_size)
         result = evaluation.score(images, other_images, prompts, calls, latents, teacher=TEACHER)
         _show(workdir, [p.prompt for p in prompts[:SHOWN]], images)
     result["protocol"] |= {
         "prompts": f"{e.samples} drawn with seed {e.seed} from the captions that the pairs were drawn from",
         "noise": f"held out, seed {config.seed + 1 + config.pairs.seed}",
-        "guidance_scale": guidance,
+        "guidance_scale": solution.guidance_scale,
     }
     result["environment"] = {
         **runs.environment(),

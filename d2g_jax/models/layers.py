@@ -17,6 +17,7 @@ from flax import nnx
 from d2g_jax.errors import UserError
 from d2g_jax.models.initializers import Initializer, full, torch_uniform
 from d2g_jax.models.network import Keys
+from d2g_jax.models.platform import platform
 
 Padding = int | tuple[tuple[int, int], tuple[int, int]]
 
@@ -73,7 +74,7 @@ def prefers_matmul(x_shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> b
     if kernel_shape[:2] == (1, 1):
         return True
     small_and_wide = x_shape[1] * x_shape[2] <= 256 and kernel_shape[2] >= 512
-    return small_and_wide and jax.default_backend() == "cpu"
+    return small_and_wide and platform() == "cpu"
 
 
 class Conv(nnx.Module):
@@ -249,7 +250,7 @@ def attention_implementation(attention: str, head_dim: int, dtype: Any) -> str:
     if attention != "auto":
         return attention
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    fused = half and head_dim % 8 == 0 and head_dim <= 128 and jax.default_backend() == "gpu"
+    fused = half and head_dim % 8 == 0 and head_dim <= 128 and platform() == "gpu"
     return "cudnn" if fused else "xla"
 
 

@@ -7,11 +7,12 @@ Diffusion Models", 2022): all group norms have eps 1e-6, the mid blocks have one
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from d2g_jax.errors import UserError
@@ -240,3 +241,65 @@ class AutoencoderKL(nnx.Module):
 def build(config: VaeConfig, dtype: jnp.dtype = jnp.float32) -> Network:
     """The autoencoder as a `Network`; use `method="encode"` or `method="decode"`."""
     return Network.build(config, lambda rngs: AutoencoderKL(config, dtype, rngs=rngs))
+
+
+def decode_tiled(
+    config: VaeConfig,
+    decode: Callable[[np.ndarray], jax.Array],
+    latents: jax.Array,
+    tile: int | None = None,
+    overlap: float = 0.25,
+) -> np.ndarray:
+    """Decodes large images in overlapping tiles, so that the device holds the activations of one tile only.
+
+    Tiles, overlap and blending are those of diffusers' `AutoencoderKL.enable_tiling()`: each tile is decoded by itself
+    and faded in over what the tiles above and to the left of it show. Latents that fit into one tile are decoded whole.
+
+    Args:
+      config: of the VAE that `decode` runs.
+      decode: unscaled latents (B, h, w, C) -> images (B, H, W, 3), jitted; compiled for up to four shapes of tiles.
+      latents: unscaled, (B, h, w, C).
+      tile: height and width of a tile in latent pixels; None is the VAE's native size.
+      overlap: the part of a tile's side that lies on its neighbour, in [0, 1).
+
+    Returns:
+      float32 (B, H, W, 3) on the host, about [-1, 1] and not clipped.
+
+    Raises:
+      UserError: for a tile or an overlap that leaves no step from one tile to the next.
+    """
+    native = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+    tile = native // config.downscale if tile is None else tile
+    step = int(tile * (1 - overlap))
+    if overlap < 0 or step < 1:
+        raise UserError(f"tile={tile} with overlap={overlap} leaves no step; give tile >= 2 and 0 <= overlap < 1")
+    latents = np.asarray(latents)
+    height, width = latents.shape[1:3]
+    if height <= tile and width <= tile:
+        return np.asarray(decode(latents), np.float32)
+    blended, shown = (tile - step) * config.downscale, step * config.downscale  # image pixels
+    rows, above = [], []
+    for top in range(0, height, step):
+        row: list[np.ndarray] = []
+        for column, left in enumerate(range(0, width, step)):
+            image = np.array(decode(latents[:, top : top + tile, left : left + tile]), np.float32)
+            if above:
+                _fade_in(image, above[column], blended, axis=1)
+            if row:
+                _fade_in(image, row[-1], blended, axis=2)
+            row.append(image)
+        rows.append(np.concatenate([image[:, :shown, :shown] for image in row], axis=2))
+        above = row
+    return np.concatenate(rows, axis=1)
+
+
+def _fade_in(image: np.ndarray, before: np.ndarray, extent: int, axis: int) -> None:
+    """Changes the first `extent` rows or columns of `image` linearly from the last ones of `before` to its own."""
+    extent = min(extent, image.shape[axis], before.shape[axis])
+    weights = np.arange(extent, dtype=np.float32) / max(extent, 1)
+    weights = weights.reshape((-1, 1, 1) if axis == 1 else (-1, 1))
+    start = before.shape[axis] - extent
+    old = before[:, start:] if axis == 1 else before[:, :, start:]
+    new = image[:, :extent] if axis == 1 else image[:, :, :extent]
+    new *= weights
+    new += old * (1 - weights)

@@ -13,6 +13,7 @@ from d2g_jax.models import unet
 from d2g_jax.models.unet_config import UNetConfig
 
 SOURCE = "unet/config.json"
+BFLOAT16_BOUND = 0.05  # max |a - b| / max |b| of a whole small UNet; measured below
 CROSS_DOWN, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_UP, UP = "CrossAttnUpBlock2D", "UpBlock2D"
 SD1 = dict(
@@ -115,6 +116,76 @@ def test_output_and_gradients_equal_diffusers(fields, size):
     ours = weights.to_state_dict(of_params)
     worst = max((error(ours[key], value, floor), key) for key, value in gradients.items())
     assert worst[0] < 1e-4, worst
+
+
+def test_sdxl_gradients_equal_diffusers():
+    """Through two text towers' states, pooled text and the transformer of depth 2."""
+    from torch_oracle import error, nchw, nhwc, normal, quick_jit, torch
+
+    model, network, params = oracle(SDXL)
+    latents, timesteps, text, added = batch(network.config, 4, 6)
+    cotangent = normal(2, *latents.shape)
+    pooled, ids = added["text_embeds"], added["time_ids"]
+
+    @quick_jit
+    def run(latents, text, pooled):
+        def forward(x, c, p):
+            return network.apply(params, x, timesteps, c, {"text_embeds": p, "time_ids": ids})
+
+        return jax.vjp(forward, latents, text, pooled)[1](cotangent)
+
+    leaves = [nchw(latents), torch.from_numpy(text), torch.from_numpy(pooled)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    conditions = {"text_embeds": leaves[2], "time_ids": torch.from_numpy(ids)}
+    theirs = model(leaves[0], torch.from_numpy(timesteps), leaves[1], added_cond_kwargs=conditions).sample
+    (theirs * nchw(cotangent)).sum().backward()
+    of_latents, of_text, of_pooled = run(latents, text, pooled)
+    assert error(of_latents, nhwc(leaves[0].grad)) < 1e-4
+    assert error(of_text, leaves[1].grad.numpy()) < 1e-4
+    assert error(of_pooled, leaves[2].grad.numpy()) < 1e-4
+
+
+@pytest.mark.parametrize("fields", [SD1, SDXL], ids=["sd1", "sdxl"])
+def test_bfloat16_is_as_near_to_float32_as_pytorchs(fields):
+    """Norms' statistics and softmax in float32 keep ours no worse than PyTorch's own bfloat16."""
+    from torch_oracle import error, nchw, nhwc, quick_jit, torch
+
+    model, network, params = oracle(fields)
+    latents, timesteps, text, added = batch(network.config, 6, 4)
+    half = unet.build(network.config, dtype=jnp.bfloat16)
+    ours = quick_jit(half.apply)(params, latents, timesteps, text, added)
+    assert ours.dtype == jnp.bfloat16
+
+    def run(dtype):
+        conditions = added and {key: torch.from_numpy(value).to(dtype) for key, value in added.items()}
+        x, c = nchw(latents).to(dtype), torch.from_numpy(text).to(dtype)
+        with torch.no_grad():
+            return nhwc(model.to(dtype)(x, torch.from_numpy(timesteps), c, added_cond_kwargs=conditions).sample.float())
+
+    exact = run(torch.float32)
+    assert error(ours, exact) < BFLOAT16_BOUND
+    assert error(ours, exact) < 1.5 * error(run(torch.bfloat16), exact)
+
+
+@pytest.mark.slow
+def test_full_size_sd15_forward_equals_pytorch():
+    """Random weights, 512x512, batch 2 with different timesteps: two minutes and 14 GiB."""
+    from torch_oracle import diffusers, error, nchw, nhwc, params_of, torch
+
+    torch.manual_seed(0)
+    model = diffusers.UNet2DConditionModel(**FULL_SD15, sample_size=64).eval()
+    network = unet.build(UNetConfig.from_json(dict(model.config), source=SOURCE))
+    assert sum(leaf.size for leaf in jax.tree.leaves(network.abstract())) == 859_520_964
+    rng = np.random.default_rng(1)
+    latents = rng.normal(size=(2, 64, 64, 4)).astype(np.float32)
+    text = rng.normal(size=(2, 77, 768)).astype(np.float32)
+    timesteps = np.array([999, 3], np.int32)
+    with torch.no_grad():
+        theirs = nhwc(model(nchw(latents), torch.from_numpy(timesteps), torch.from_numpy(text)).sample)
+    params = params_of(model, network)
+    del model
+    ours = jax.jit(network.apply)(params, latents, timesteps, text)
+    assert error(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""Prompts as the UNet takes them: hidden states of the text towers, and for SDXL pooled text and image sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2g_jax.models.network import Params
+from d2g_jax.pipeline import Pipeline, tokenize
+
+
+class Conditioning(NamedTuple):
+    """What the UNet takes from the prompts: hidden states (N, L, D) and, for SDXL only, what is added to its time.
+
+    `added` is {"text_embeds": (N, P), "time_ids": (N, 6)}. The tuple is the UNet's last two arguments.
+    """
+
+    encoder_hidden_states: jax.Array
+    added: dict[str, jax.Array] | None
+
+
+def tokenize_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> np.ndarray:
+    """Prompts as int32 (N, `pipeline.token_length`): what `encode_text` takes."""
+    return np.concatenate([tokenize(tokenizer, prompts) for tokenizer in pipeline.tokenizers], axis=1)
+
+
+def size_ids(pipeline: Pipeline, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+    """SDXL's six numbers: original (height, width), crop (top, left) = 0, target (height, width) of images in pixels.
+
+    `size` None is the native size.
+    """
+    factor = pipeline.vae.config.downscale
+    height, width = size or tuple(factor * side for side in pipeline.latent_shape[:2])
+    return height, width, 0, 0, height, width
+
+
+def encode_text(
+    pipeline: Pipeline, params: Mapping[str, Params], input_ids: jax.Array, sizes: Sequence[int] | None = None
+) -> Conditioning:
+    """Token ids (N, `pipeline.token_length`) as the UNet's conditioning; pure. `sizes`: see `size_ids`."""
+    if pipeline.text_encoder_2 is None:
+        first = pipeline.text_encoder.apply(params["text_encoder"], input_ids)
+        return Conditioning(first.last_hidden_state, None)
+    split = pipeline.tokenizer.model_max_length
+    first = pipeline.text_encoder.apply(params["text_encoder"], input_ids[:, :split])
+    second = pipeline.text_encoder_2.apply(params["text_encoder_2"], input_ids[:, split:])
+    hidden = jnp.concatenate([first.penultimate_hidden_state, second.penultimate_hidden_state], axis=-1)
+    numbers = jnp.asarray(size_ids(pipeline) if sizes is None else sizes, jnp.float32)
+    time_ids = jnp.broadcast_to(numbers, (input_ids.shape[0], 6))
+    return Conditioning(hidden, {"text_embeds": second.text_embeds, "time_ids": time_ids})
+
+
+def encode_negative(
+    pipeline: Pipeline, params: Mapping[str, Params], prompt: str, sizes: Sequence[int] | None = None
+) -> Conditioning:
+    """The other half of guidance, one row: an empty prompt is all zeros for SDXL, as in diffusers."""
+    encoded = encode_text(pipeline, params, jnp.asarray(tokenize_prompts(pipeline, [prompt])), sizes)
+    if prompt or not pipeline.zeros_for_empty_prompt:
+        return encoded
+    pooled = {**encoded.added, "text_embeds": jnp.zeros_like(encoded.added["text_embeds"])}
+    return Conditioning(jnp.zeros_like(encoded.encoder_hidden_states), pooled)

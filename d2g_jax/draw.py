@@ -1,0 +1,250 @@
+"""From prompts and noise to latents and images: the compiled programs that pairs, sampling and evaluation share."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2g_jax import mesh as meshes
+from d2g_jax import solvers
+from d2g_jax.conditioning import Conditioning, encode_negative, encode_text, size_ids
+from d2g_jax.diffusion import Schedule, guided, one_step
+from d2g_jax.errors import UserError
+from d2g_jax.models import vae
+from d2g_jax.models.network import Params
+from d2g_jax.pipeline import Pipeline, decode, to_uint8
+
+_OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """How a teacher is solved.
+
+    Attributes:
+      steps: of the solver; Heun calls the network 2 steps - 1 times.
+      guidance_scale: classifier-free guidance; at 1 or less only the conditional half runs.
+      guidance_rescale: phi of arXiv 2305.08891, section 3.4; 0 is off.
+      negative_prompt: the other half of guidance.
+      solver: a name of `solvers.SOLVERS`.
+      spacing: leading, trailing or linspace; None is the pipeline's own.
+    """
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    negative_prompt: str = ""
+    solver: str = "ddim"
+    spacing: str | None = None
+
+    def schedule(self, pipeline: Pipeline) -> Schedule:
+        """The pipeline's schedule; raises `UserError` for a spacing or for noise levels that are not implemented.
+
+        A file without a spacing means leading to diffusers' DDIM and linspace to its other solvers; so it does here.
+        """
+        source = str(pipeline.folder / "scheduler" / "scheduler_config.json")
+        config = {"timestep_spacing": "leading" if self.solver == "ddim" else "linspace", **pipeline.scheduler}
+        if self.spacing is not None:
+            config["timestep_spacing"] = self.spacing
+        for key in _OTHER_SIGMAS:
+            if self.solver != "ddim" and config.get(key):
+                raise UserError(f"{source}: {key}=true is not implemented; set it to false or take the solver ddim")
+        return Schedule.from_config(config, source=source)
+
+    @property
+    def network_calls(self) -> int:
+        """UNet evaluations per image, both halves of guidance counted."""
+        halves = 2 if self.guidance_scale > 1.0 else 1
+        return halves * solvers.network_calls(self.solver, self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Compiled on first use, over the mesh; every array has the batch in front.
+
+    Attributes:
+      encode: token ids (B, T L) to `Conditioning`.
+      solve: float32 noise (B, C, h, w) and conditioning to float32 scaled latents (B, C, h, w).
+      decode: scaled latents (B, C, h, w) to uint8 images (B, H, W, 3).
+      network_calls: UNet evaluations per image.
+    """
+
+    encode: Callable[[jax.Array], Conditioning]
+    solve: Callable[[jax.Array, Conditioning], jax.Array]
+    decode: Callable[[jax.Array], jax.Array]
+    network_calls: int
+
+
+class Drawn(NamedTuple):
+    """One batch: scaled latents (B, C, h, w), and uint8 images (B, H, W, 3) if they were asked for."""
+
+    latents: np.ndarray
+    images: np.ndarray | None
+
+
+def teacher_programs(
+    pipeline: Pipeline,
+    mesh: jax.sharding.Mesh,
+    solution: Solution,
+    size: tuple[int, int] | None = None,
+    *,
+    tiled: bool = False,
+) -> Programs:
+    """A pipeline solved in steps; `size` is (height, width) of the images for SDXL's conditioning.
+
+    `tiled` decodes large images piece by piece (`vae.decode_tiled`).
+
+    Raises `UserError` for a solver or a number of steps that the schedule does not have.
+    """
+    if solution.solver not in solvers.SOLVERS:
+        raise UserError(f"solver {solution.solver!r} is unknown; choose one of {', '.join(solvers.SOLVERS)}")
+    schedule, solver = solution.schedule(pipeline), solvers.SOLVERS[solution.solver]
+    solvers.first_timestep(solution.solver, schedule, solution.steps)  # refuses an impossible number before compiling
+    towers, unet = (meshes.place(params, mesh) for params in (pipeline.text_params, pipeline.params["unet"]))
+    sizes = size_ids(pipeline, size)
+
+    @jax.jit
+    def solve(towers: dict[str, Params], unet: Params, drawn: jax.Array, condition: Conditioning) -> jax.Array:
+        one = encode_negative(pipeline, towers, solution.negative_prompt, sizes)
+        negative = jax.tree.map(lambda row, like: jnp.broadcast_to(row, like.shape).astype(like.dtype), one, condition)
+        denoise = guided(
+            lambda x, t, c: pipeline.unet.apply(unet, x, t, *c),
+            condition,
+            negative,
+            solution.guidance_scale,
+            solution.guidance_rescale,
+        )
+        latents = solver(denoise, schedule, solution.steps, _to_nhwc(drawn))
+        return _to_nchw(latents)
+
+    return Programs(
+        _encoder(pipeline, mesh, sizes),
+        lambda drawn, condition: solve(towers, unet, drawn, condition),
+        _tiled_decoder(pipeline, mesh) if tiled else _decoder(pipeline, mesh),
+        solution.network_calls,
+    )
+
+
+def student_programs(
+    pipeline: Pipeline,
+    unet: Params,
+    timestep: int,
+    mesh: jax.sharding.Mesh,
+    size: tuple[int, int] | None = None,
+    *,
+    tiled: bool = False,
+) -> Programs:
+    """A one-step generator: `unet` are its parameters, `timestep` where in the schedule its one call happens."""
+    schedule, unet = Schedule.from_config(pipeline.scheduler), meshes.place(unet, mesh)
+
+    @jax.jit
+    def solve(unet: Params, drawn: jax.Array, condition: Conditioning) -> jax.Array:
+        call = lambda x, t: pipeline.unet.apply(unet, x, jnp.broadcast_to(t, x.shape[:1]), *condition)  # noqa: E731
+        return _to_nchw(one_step(call, schedule, timestep, _to_nhwc(drawn)))
+
+    return Programs(
+        _encoder(pipeline, mesh, size_ids(pipeline, size)),
+        lambda drawn, condition: solve(unet, drawn, condition),
+        _tiled_decoder(pipeline, mesh) if tiled else _decoder(pipeline, mesh),
+        1,
+    )
+
+
+def _encoder(
+    pipeline: Pipeline, mesh: jax.sharding.Mesh, sizes: tuple[int, ...]
+) -> Callable[[jax.Array], Conditioning]:
+    towers = meshes.place(pipeline.text_params, mesh)
+    encode = jax.jit(lambda towers, input_ids: encode_text(pipeline, towers, input_ids, sizes))
+    return lambda input_ids: encode(towers, input_ids)
+
+
+def _decoder(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
+    program = jax.jit(lambda params, latents: decode(pipeline, params, _to_nhwc(latents)))
+    params = meshes.place({"vae": pipeline.params["vae"]}, mesh)
+    return lambda latents: program(params, latents)
+
+
+def _tiled_decoder(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
+    config, params = pipeline.vae.config, meshes.place(pipeline.params["vae"], mesh)
+    program = jax.jit(lambda params, unscaled: pipeline.vae.apply(params, unscaled, method="decode"))
+
+    def decode_in_tiles(latents: jax.Array) -> jax.Array:
+        unscaled = vae.unscale_latents(config, _to_nhwc(latents))
+        return to_uint8(vae.decode_tiled(config, lambda tile: program(params, tile), unscaled))
+
+    return decode_in_tiles
+
+
+def draw(
+    programs: Programs,
+    mesh: jax.sharding.Mesh,
+    drawn: np.ndarray,
+    input_ids: np.ndarray,
+    batch_size: int,
+    *,
+    images: bool,
+    seconds: dict[str, float] | None = None,
+) -> Iterator[Drawn]:
+    """Batch by batch in order; the last one is padded on the devices and cut on the host.
+
+    Args:
+      drawn: float32 noise (N, C, h, w).
+      input_ids: int32 (N, T L).
+      batch_size: a multiple of the mesh's devices.
+      images: whether to decode.
+      seconds: if given, time is added to its "text", "unet" and "vae", each stage waited for.
+    """
+
+    def timed(name: str, start: float, value: jax.Array | Conditioning) -> float:
+        if seconds is None:
+            return start
+        jax.block_until_ready(value)
+        now = time.monotonic()
+        seconds[name] = seconds.get(name, 0.0) + now - start
+        return now
+
+    for first in range(0, len(drawn), batch_size):
+        part = slice(first, first + batch_size)
+        count = len(drawn[part])
+        batch = meshes.place_batch(
+            {"noise": _padded(drawn[part], batch_size), "ids": _padded(input_ids[part], batch_size)}, mesh
+        )
+        now = time.monotonic()
+        condition = programs.encode(batch["ids"])
+        now = timed("text", now, condition)
+        latents = programs.solve(batch["noise"], condition)
+        now = timed("unet", now, latents)
+        decoded = programs.decode(latents) if images else None
+        if images:
+            timed("vae", now, decoded)
+        fetched = jax.device_get((latents, decoded))
+        yield Drawn(*(None if x is None else x[:count] for x in fetched))
+
+
+def decode_all(pipeline: Pipeline, mesh: jax.sharding.Mesh, latents: np.ndarray, batch_size: int) -> np.ndarray:
+    """Scaled latents (N, C, h, w) to uint8 images (N, H, W, 3)."""
+    program, images = _decoder(pipeline, mesh), []
+    for first in range(0, len(latents), batch_size):
+        part = latents[first : first + batch_size]
+        batch = meshes.place_batch({"latents": _padded(part, batch_size)}, mesh)
+        images.append(jax.device_get(program(batch["latents"]))[: len(part)])
+    return np.concatenate(images)
+
+
+def _padded(x: np.ndarray, count: int) -> np.ndarray:
+    """`x` with its last row repeated up to `count` rows: one program for every batch."""
+    return np.concatenate([x, np.repeat(x[-1:], count - len(x), axis=0)])
+
+
+def _to_nhwc(x: jax.Array) -> jax.Array:
+    return jnp.transpose(x, (0, 2, 3, 1))
+
+
+def _to_nchw(x: jax.Array) -> jax.Array:
+    return jnp.transpose(x, (0, 3, 1, 2))

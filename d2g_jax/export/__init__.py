@@ -1,0 +1,89 @@
+"""A one-step student for others to draw with: `d2g export --model=WORKDIR --to=diffusers|flax|stablehlo --out=PATH`.
+
+docs/export.md says how each is used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from d2g_jax import exported
+from d2g_jax.diffusion import Schedule
+from d2g_jax.errors import UserError
+from d2g_jax.export import to_diffusers, to_flax, to_stablehlo
+from d2g_jax.sample import Sampler, latent_shape
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def export_student(
+    sampler: Sampler,
+    to: str,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    size: tuple[int | None, int | None] = (None, None),
+) -> Path:
+    """Writes `sampler` in another form, whole or not at all, and returns `out`. One process only.
+
+    Args:
+      sampler: a one-step student; a teacher (timestep None) goes to diffusers and flax as it is.
+      to: "diffusers": a folder for diffusers' own pipeline classes. "flax": a folder of Orbax parameters and JSON.
+        "stablehlo": one zip file with a program, its weights and a runner.
+      out: a folder, or for stablehlo a file, that does not exist or is empty.
+      dtype: "float32", "float16" or "bfloat16". diffusers: of the UNet's tensors, the other components stay as they
+        are. flax: of kernels and embeddings; the rest is float32. stablehlo: the same, and what is computed in.
+      size: (height, width) in pixels of a stablehlo program's images; None is the native side.
+
+    Raises:
+      UserError: one line, for an unknown `to` or `dtype`, an `out` that is not empty or cannot be written, a value that
+        overflows in `dtype`, and what a form cannot hold.
+    """
+    out = Path(out).absolute()
+    if to not in exported.FORMATS:
+        raise UserError(f"--to={to} is unknown; choose one of {', '.join(exported.FORMATS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    _check_out(out, to)
+    _check_timestep(sampler)
+    if to == "stablehlo":
+        if sampler.timestep is None:
+            raise UserError(
+                "--to=stablehlo exports one-step students only, and this is a teacher; take diffusers or flax"
+            )
+        to_stablehlo.write(sampler.pipeline, sampler.timestep, out, dtype, latent_shape(sampler.pipeline, size))
+        return out
+    if size != (None, None):
+        raise UserError(f"--height and --width are for --to=stablehlo; a {to} folder draws every size, leave them out")
+    write = to_diffusers.write if to == "diffusers" else to_flax.write
+    write(sampler.pipeline, sampler.timestep, out, dtype)
+    return out
+
+
+def load_flax(folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: jnp.dtype = jnp.float32) -> Sampler:
+    """A Flax folder as a `Sampler`: `exported.load_pipeline` and the timestep of its description."""
+    folder = Path(folder)
+    pipeline = exported.load_pipeline(folder, dtype, mesh)
+    return Sampler(pipeline, exported.read_description(folder)["timestep"])
+
+
+def _check_out(out: Path, to: str) -> None:
+    if out.is_dir():
+        if to == "stablehlo":
+            raise UserError(f"{out}: is a folder, and --to=stablehlo writes one file; give a name such as student.zip")
+        if any(out.iterdir()):
+            raise UserError(f"{out}: is not empty; give --out a new place or empty it")
+    elif out.exists():
+        if to != "stablehlo":
+            raise UserError(f"{out}: is a file, and --to={to} writes a folder; give --out a new place")
+        if out.stat().st_size:
+            raise UserError(f"{out}: exists; give --out a new name or remove it")
+
+
+def _check_timestep(sampler: Sampler) -> None:
+    total = Schedule.from_config(sampler.pipeline.scheduler).num_train_timesteps
+    if sampler.timestep is not None and not 0 <= sampler.timestep < total:
+        raise UserError(f"timestep {sampler.timestep} is out of range: the teacher's schedule has 0 to {total - 1}")

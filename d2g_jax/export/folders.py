@@ -1,0 +1,79 @@
+"""Files of a pipeline folder and how they get into another one."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from d2g_jax.atomic import TEMPORARY, replacing, write_bytes
+from d2g_jax.errors import UserError
+from d2g_jax.hub import needed_files
+
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_LICENSE = re.compile(r"(licen[cs]e|notice)([.-].*)?", re.IGNORECASE)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `out` and renames it to `out` once on leaving; removes it when the body raises.
+
+    Raises `UserError` when the disk is full or the place is read-only.
+    """
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            temporary.replace(out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{out}: cannot be written ({reason}); free space or choose a writable place") from error
+
+
+def file_names(folder: Path) -> list[str]:
+    """Every file of a pipeline folder and of its components' folders, relative to it."""
+    return sorted(p.relative_to(folder).as_posix() for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file())
+
+
+def component_files(names: Sequence[str], component: str) -> list[str]:
+    """Of `file_names` those that a component needs: its settings, and one set of safetensors where it has any."""
+    return [name for name in needed_files(names, with_extras=True) if name.startswith(f"{component}/")]
+
+
+def settings_files(names: Sequence[str], component: str) -> list[str]:
+    """`component_files` without weights."""
+    return [name for name in component_files(names, component) if ".safetensors" not in name]
+
+
+def is_pickled(names: Sequence[str], component: str) -> bool:
+    """Whether a component has pickled weights and no safetensors."""
+    has_safetensors = any(".safetensors" in name for name in component_files(names, component))
+    return not has_safetensors and any(n.startswith(f"{component}/") and n.endswith(_PICKLES) for n in names)
+
+
+def license_files(names: Iterable[str]) -> list[str]:
+    """The licence texts beside a model: most ask to be handed on."""
+    return [name for name in names if _LICENSE.fullmatch(name)]
+
+
+def copy(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copies files byte for byte. An fp16 variant gets the plain name, which every loader finds unasked."""
+    for name in names:
+        with replacing(
+            target / name.replace(".fp16.safetensors", ".safetensors").replace(".fp16.json", ".json")
+        ) as new:
+            shutil.copyfile(source / name, new)
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object, indented."""
+    write_bytes(file, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,34 @@
+"""A folder of Orbax parameters with everything else as the JSON and tokenizer files of a diffusers folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from d2g_jax import exported
+from d2g_jax.export import folders
+from d2g_jax.hub import EXTRAS, SETTINGS
+from d2g_jax.pipeline import Pipeline
+
+_PARTS = {
+    "params": "Orbax StandardCheckpointer tree {network: parameters}; NHWC and HWIO layout, '/' joins the paths",
+    "unet": "config.json of the network, as in diffusers; so are those of the other networks",
+    "tokenizer": "CLIP tokenizer files; tokenizer_2 is SDXL's second",
+    "scheduler": "the teacher's noise schedule, as in diffusers",
+    "model_index.json": "pipeline class and classes of the components, as in diffusers",
+}
+
+
+def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str) -> None:
+    """Writes a student, or with timestep None a teacher. `exported.load_pipeline` reads it."""
+    source, names = pipeline.folder, folders.file_names(pipeline.folder)
+    with folders.new_folder(out) as folder:
+        for component in (*pipeline.params, *SETTINGS):
+            folders.copy(source, folder, folders.settings_files(names, component))
+        folders.copy(source, folder, folders.license_files(names))
+        exported.save_params(folder, exported.store(pipeline.params, jnp.dtype(dtype)))
+        description = exported.describe(pipeline, timestep, "flax", dtype)
+        folders.write_json(folder / exported.DESCRIPTION, {**description, "parts": _PARTS})
+        index = {key: [None, None] if key in EXTRAS else value for key, value in pipeline.index.items()}
+        folders.write_json(folder / "model_index.json", index)

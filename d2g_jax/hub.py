@@ -1,0 +1,160 @@
+"""A model by name: a local folder as it is, or of a repository on the Hugging Face hub the files that we read."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from d2g_jax.errors import UserError
+from d2g_jax.weights import STEMS
+
+NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
+"""Folders with a config and weights."""
+
+SETTINGS = ("tokenizer", "tokenizer_2", "scheduler")
+"""Folders with small text files only."""
+
+EXTRAS = ("safety_checker", "feature_extractor", "image_encoder")
+"""Folders that drawing does not need; fetched only when asked for."""
+
+_INDEX = "model_index.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_REMEDY = "pass a local folder in diffusers' layout or a hub id 'owner/name'"
+
+
+def resolve(model: str | Path, revision: str | None = None, with_extras: bool = False) -> Path:
+    """The local folder of a model.
+
+    Args:
+      model: an existing path, returned as it is, or a hub id "owner/name", fetched into the hub's cache (where that
+        is: see huggingface_hub's HF_HOME). Without a network, and for a repository that refuses us, what is cached.
+      revision: branch, tag or commit of a hub id; None is the main branch.
+      with_extras: also the weights and settings of `EXTRAS`.
+
+    Raises:
+      UserError: one line that says what to fetch and where to put it, for no network with nothing in the cache, an
+        unknown or gated repository, an unknown revision, a repository without safetensors, and a missing folder.
+    """
+    if Path(model).exists():
+        if revision is not None:
+            raise UserError(f"{model}: revision {revision!r} is for hub ids, and this is a local path; leave it out")
+        return Path(model)
+    if not _HUB_ID.fullmatch(str(model)):
+        raise UserError(f"{model}: no such folder; {_REMEDY}")
+    return _fetch(str(model), revision, with_extras)
+
+
+def needed_files(names: Sequence[str], with_extras: bool = False) -> list[str]:
+    """Of all files of a repository those that `Pipeline.load` reads, in the order of `names`.
+
+    The index, every component's settings, and of each network one set of safetensors as `weights.load_params` would
+    choose it: the plain one before fp16, a single file before shards. No pickles, no EMA duplicates, no single-file
+    checkpoints. A network that has no safetensors gets its config only (see `pickled_networks`).
+    """
+    chosen = {_INDEX}
+    for folder in (*NETWORKS, *SETTINGS, *(EXTRAS if with_extras else ())):
+        inside = [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
+        settings = [name for name in inside if re.fullmatch(r"[\w.-]+\.(json|txt)", name) and ".index." not in name]
+        chosen |= {f"{folder}/{name}" for name in (*settings, *_weight_files(inside))}
+    return [name for name in names if name in chosen]
+
+
+def pickled_networks(names: Iterable[str]) -> list[str]:
+    """The networks of a repository that are there, but not as safetensors."""
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    stored = {name.partition("/")[0] for name in names if name.endswith(".safetensors")}
+    return [folder for folder in NETWORKS if folder in folders - stored]
+
+
+def _weight_files(inside: Sequence[str]) -> list[str]:
+    """One set of weights among the files of a component's folder."""
+    for variant in ("", ".fp16"):
+        for stem in STEMS:
+            if (single := f"{stem}{variant}.safetensors") in inside:
+                return [single]
+            if (index := f"{stem}.safetensors.index{variant}.json") in inside:
+                # diffusers wrote the variant behind the number before it wrote it in front
+                number, name, label = r"-\d{5}-of-\d{5}", re.escape(stem), re.escape(variant)
+                shard = re.compile(rf"{name}({label}{number}|{number}{label})\.safetensors")
+                return [index, *(name for name in inside if shard.fullmatch(name))]
+    return []
+
+
+def _fetch(repo: str, revision: str | None, with_extras: bool) -> Path:
+    import huggingface_hub  # only here: half a second that local folders need not pay
+    from huggingface_hub.errors import HFValidationError, HTTPError, RevisionNotFoundError  # HTTPError: its library's
+
+    try:
+        # not list_repo_files: without a network that retries for half a minute
+        files = huggingface_hub.HfApi().model_info(repo, revision=revision).siblings or ()
+        names = [file.rfilename for file in files]
+        _check(repo, names)
+        wanted = [glob.escape(name) for name in needed_files(names, with_extras)]
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"{repo}: no revision {revision!r} on the hub; give one of its branches, tags, commits"
+        ) from error
+    except HFValidationError as error:
+        raise UserError(f"{repo}: not a hub id ({_first_line(error)}); {_REMEDY}") from error
+    except (OSError, HTTPError, ValueError) as error:  # ValueError: an answer that is not JSON, as of a login page
+        return _cached(repo, revision, error)
+
+
+def _check(repo: str, names: Sequence[str]) -> None:
+    if _INDEX not in names:
+        raise UserError(f"{repo}: has no {_INDEX}, so it is no diffusers pipeline; {_REMEDY}")
+    if pickled := pickled_networks(names):
+        raise UserError(
+            f"{repo}: {' and '.join(pickled)} hold no safetensors, and pickle files are refused because they can run "
+            "code; give a revision that has them or convert a local copy"
+        )
+
+
+def _cached(repo: str, revision: str | None, error: Exception) -> Path:
+    """The snapshot in the cache; raises what `error` means when there is none or when it is not whole."""
+    import huggingface_hub
+
+    index = huggingface_hub.try_to_load_from_cache(repo, _INDEX, revision=revision)
+    if isinstance(index, str) and _is_whole(Path(index).parent):
+        return Path(index).parent
+    raise UserError(_explain(repo, revision, error)) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a snapshot has something in the folder of every component that its index names, and safetensors."""
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    if not isinstance(index, dict):
+        return False
+    for name in (*NETWORKS, *SETTINGS):
+        kind = "*.safetensors" if name in NETWORKS else "*"
+        if (index.get(name) or [None])[0] is not None and not any((folder / name).glob(kind)):
+            return False
+    return True
+
+
+def _explain(repo: str, revision: str | None, error: Exception) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    page = f"https://huggingface.co/{repo}"
+    if isinstance(error, GatedRepoError):
+        return f"{repo}: gated; accept its terms at {page}, run 'hf auth login', and try again"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{repo}: no local folder and not on the hub (a private one needs 'hf auth login'); {_REMEDY}"
+    wanted = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+    return (
+        f"{repo}: not whole in the cache {constants.HF_HUB_CACHE} and cannot be fetched ({_first_line(error)}); on a "
+        f"machine with a network run '{wanted} --local-dir DIR', copy DIR here and pass it instead"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

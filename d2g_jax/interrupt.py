@@ -1,0 +1,54 @@
+"""Ctrl-C and SIGTERM as requests: the step under way is finished and saved, and only then does the job end.
+
+An exception out of nowhere would strike in the middle of a checkpoint's start, and Orbax may then wait for ever.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType
+
+
+class Terminated(Exception):
+    """SIGTERM came, as before a pre-emption; the state has been saved. The `d2g` command exits with 143."""
+
+
+class StopRequests:
+    """A context in which the first SIGINT or SIGTERM is only remembered; a second SIGINT interrupts at once.
+
+    Off the main thread, where Python handles no signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequests:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # A job that a shell started in the background ignores SIGINT, and goes on doing so.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+        text = "Ctrl-C again stops at once" if number == signal.SIGINT else "SIGTERM"
+        print(f"d2g: saving after this step ({text})", file=sys.stderr, flush=True)
+
+    @property
+    def stop(self) -> bool:
+        """Whether a signal has come."""
+        return self._signal is not None
+
+    def leave(self) -> None:
+        """Raises what the signal stands for: `KeyboardInterrupt` or `Terminated`."""
+        raise KeyboardInterrupt if self._signal == signal.SIGINT else Terminated
