@@ -255,14 +255,14 @@ def test_flax_to_diffusers(flax_sd: Path, tiny_sd: Path, tmp_path: Path):
     assert json.loads((out / "d2g.json").read_text())["teacher"] == tiny_sd.name
 
 
-def test_the_example_in_the_docs(flax_sd: Path, tiny_sd: Path, tmp_path: Path, monkeypatch):
-    text = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
+def test_the_example_in_the_readme(flax_sd: Path, tiny_sd: Path, tmp_path: Path, monkeypatch):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(code.strip().splitlines()) <= 20
     monkeypatch.chdir(tmp_path)
     (tmp_path / "student-flax").symlink_to(flax_sd)
     names: dict = {}
-    exec(compile(code, "export.md", "exec"), names)
+    exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "student.png").stat().st_size > 100
     _, images = our_images(student(tiny_sd, 399), names["noise"], names["prompts"])
     assert np.abs(names["batch"].images - images).max() <= 1

@@ -8,6 +8,7 @@ from PIL import Image
 
 from d2g_jax import mesh as meshes
 from d2g_jax.__main__ import main
+from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.draw import Solution
 from d2g_jax.pipeline import Pipeline
 from d2g_jax.sample import Sampler
@@ -89,6 +90,19 @@ def test_half_precision_keeps_kernels_in_half_and_draws_nearly_the_same(tiny_sd,
     full, _, _ = drawn(tiny_sd, tmp_path / "full", "--steps=4", "--solver=dpmpp_2m")
     half, _, _ = drawn(tiny_sd, tmp_path / "half", "--steps=4", "--solver=dpmpp_2m", "--dtype=bfloat16")
     assert 0 < np.abs(full - half).mean() < 4  # levels of 255
+
+
+def test_weights_go_straight_into_the_shards():
+    """A full kernel is on no device of a (1, 2) mesh, and the values are those of one device."""
+    import jax
+
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    sharded = Pipeline.load(WEIGHTS / "pipeline", mesh=meshes.make_mesh(1, 2)).params["unet"]
+    whole = Pipeline.load(WEIGHTS / "pipeline").params["unet"]
+    kernel = sharded["mid_block"]["resnets"]["0"]["conv1"]["kernel"]
+    assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 2}
+    jax.tree.map(np.testing.assert_array_equal, sharded, whole)
 
 
 def test_heun_and_many_images(tiny_sd, tmp_path, capsys):
