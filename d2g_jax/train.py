@@ -179,9 +179,9 @@ def compile_programs(
     batch: dict[str, jax.Array],
     mesh: jax.sharding.Mesh,
 ) -> Programs:
-    """Compiles what is left of the run to need, all at once: no pause when the adversary starts, no late surprise.
+    """Compiles all that the rest of the run needs: no pause when the adversary starts, no late surprise.
 
-    A program is traced under Python's lock and compiled without it, so threads keep the cores busy.
+    A program is traced under Python's lock and compiled without it, so `train.compile_workers` threads share the work.
     """
     a, t, images = config.adversarial, config.train, int(state.images)
     fools_from = a.start_images + a.warmup_images
@@ -203,7 +203,7 @@ def compile_programs(
         name: jax.jit(step, donate_argnums=1, out_shardings=out).lower(frozen, *arguments)
         for name, (step, arguments, out) in steps.items()
     }
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(t.compile_workers) as pool:
         return Programs(**dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -14,11 +15,21 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="d2g_jax_tests_")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from d2g_jax import mesh  # noqa: E402
 
 mesh.use_cpu_devices(2)  # as the demo has
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """A file's compiled programs go with it: together they would take ten gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 MERGES = ["c a", "ca t</w>", "d o", "do g</w>", "t h", "th e</w>"]

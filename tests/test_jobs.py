@@ -209,8 +209,8 @@ def test_every_job_on_sdxl(tiny_sdxl, tmp_path):
     with config.unlocked():
         config.pipeline, config.loss.name = str(tiny_sdxl), "mse"
         config.pairs.update({"prompts": str(tmp_path / "prompts.txt"), "count": 8, "steps": 2, "solver": "euler"})
-        config.train.update({"images": 24, "sample_every": 24})
-        config.adversarial.update({"start_images": 0, "warmup_images": 8})
+        config.train.update({"images": 16, "sample_every": 16, "checkpoint_every": 16})
+        config.adversarial.update({"start_images": 0, "warmup_images": 0, "r1_interval": 1})
         config.discriminator.head_channels = 8
     (tmp_path / "prompts.txt").write_text("the cat\nthe dog\n")
     folder = pairs.make_pairs(config, tmp_path)
