@@ -324,21 +324,21 @@ class Painter:
             return
         batch = {name: np.stack([source[i][name] for i in range(count)]) for name in _FIELDS}
         self._batch = meshes.place_batch({**batch, "id": batch["id"].astype(np.uint32)}, mesh)
-        self._frozen, self._pipeline = frozen, pipeline
+        self._frozen, self._vae = frozen, {"vae": pipeline.params["vae"]}
 
         @jax.jit
-        def students(params: Any, frozen: Frozen, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def images(params: Any, frozen: Frozen, vae: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             c = condition(d, frozen, batch)
-            return c.target, generate(d, params, c.noise, c.text)
+            student = generate(d, params, c.noise, c.text)
+            return decode(pipeline, vae, c.target), decode(pipeline, vae, student)
 
-        self._students = students
+        self._images = images
 
     def draw(self, params: Any, images: int) -> None:
         """Writes samples/images_XXXXXXXX.png, named by images seen."""
         if not self._count:
             return
-        pair = jax.device_get(self._students(params, self._frozen, self._batch))
-        teacher, student = (np.asarray(decode(self._pipeline, self._pipeline.params, latents)) for latents in pair)
+        teacher, student = jax.device_get(self._images(params, self._frozen, self._vae, self._batch))
         columns = 16
         rows = [part[i : i + columns] for i in range(0, self._count, columns) for part in (teacher, student)]
         save_png(self._workdir / "samples" / f"images_{images:08d}.png", grid(np.concatenate(rows), columns))

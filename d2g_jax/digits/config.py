@@ -89,7 +89,7 @@ def adversarial() -> ConfigDict:
     return ConfigDict(
         {
             "weight": 0.1,  # lambda_GAN, not in the paper: aim for 0.1 to 0.5 of the regression's gradient norm
-            "start_images": 2_048,  # regression alone before D starts
+            "start_images": 1_536,  # regression alone before D starts
             "warmup_images": 512,  # D alone learns for so long before G listens to it
             "r1_gamma": 0.2,  # not in the paper; the term should be 1 to 10% of D's loss
             "r1_interval": 16,  # the paper's
@@ -125,7 +125,7 @@ def train() -> ConfigDict:
     """Length, batch, and how often things are written; all counted in images."""
     return ConfigDict(
         {
-            "images": 5_120,
+            "images": 4_096,
             "batch_size": 64,
             "groups": 2,  # logical groups of the batch; R1 takes one sample of each. A multiple of the devices
             "dtype": "float32",
@@ -134,7 +134,7 @@ def train() -> ConfigDict:
             "ema_half_life_images": 2_000.0,
             "log_every": 512,
             "sample_every": 2_048,
-            "checkpoint_every": 2_560,
+            "checkpoint_every": 2_048,
             "keep_checkpoints": 2,
         }
     )
