@@ -1,0 +1,206 @@
+"""Pixel LPIPS as frozen pure functions: the baseline that LatentLPIPS is measured against.
+
+The metric of Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018, by the rules
+of version 0.1 of its `lpips` package: VGG16 without batch norm over images in [-1, 1], features before each pool,
+non-negative heads. Where it differs from `LatentLPIPS`: a scaling layer in front, and the epsilon of the unit length
+stands outside the root.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2g_jax import perceptual
+from d2g_jax.atomic import write_text
+from d2g_jax.errors import UserError
+from d2g_jax.models import vgg
+from d2g_jax.models.network import Network, Params
+from d2g_jax.weights import load_state_dict, save_state_dict, to_params, to_state_dict
+
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+"""The scaling layer: (image - SHIFT) / SCALE is ImageNet's normalisation of an image in [-1, 1]."""
+
+UNIT_EPS = 1e-10  # outside the root
+
+KIND = "lpips"
+"""What `metric` says in the config.json of a folder of this metric."""
+
+Decode = Callable[[jax.Array], jax.Array]
+"""Scaled latents (B, h, w, C) -> images (B, H, W, 3), about [-1, 1]: a VAE's decoder behind `vae.unscale_latents`."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "heads"], meta_fields=["network"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class LPIPS:
+    """A frozen metric; methods are pure and may be jitted, vmapped and differentiated by their first images.
+
+    It is a pytree of its arrays: passed as an argument to a jitted function it is no constant of the program.
+
+    Attributes:
+      network: the trunk (`vgg.build`).
+      params: its kernels and biases.
+      heads: of each tap the non-negative weights (C_k,).
+    """
+
+    network: Network
+    params: Params
+    heads: tuple[jax.Array, ...]
+
+    @classmethod
+    def from_params(
+        cls,
+        params: Params,
+        heads: Sequence[Any],
+        config: vgg.VGGConfig = vgg.PIXELS,
+        dtype: Any = jnp.float32,
+        source: str = "metric",
+    ) -> LPIPS:
+        """From the tree of `vgg.build(config)` and the heads' weights; `dtype` is the trunk's compute dtype.
+
+        Feature normalisation and distances are float32 at least. Raises `UserError` for heads that are negative, not
+        finite or of the wrong length, and for a trunk that is not over three channels or has batch norms.
+        """
+        _check_config(config, source)
+        for i, (head, width) in enumerate(zip(heads, config.widths, strict=True)):
+            perceptual._check_head(np.asarray(head), width, f"{source}: tensor lin{i}.model.1.weight")
+        return cls(
+            vgg.build(config, dtype), jax.tree.map(jnp.asarray, params), tuple(jnp.asarray(head) for head in heads)
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, *, dtype: Any = jnp.float32) -> LPIPS:
+        """From a folder of `save_lpips`, or a safetensors file with its tensor names and the full-size topology.
+
+        Raises `UserError` for a missing or damaged file, a latent metric's folder, and for tensors that are missing,
+        extra, wrongly shaped, NaN, or negative where they are heads.
+        """
+        path = Path(path)
+        if path.is_dir():
+            config, file = _read_config(path / "config.json"), path / "metric.safetensors"
+            _check_config(config, str(path / "config.json"))
+        else:
+            config, file = vgg.PIXELS, path
+        tree = to_params(load_state_dict(file), perceptual._abstract(config), source=str(file))
+        heads = [tree[f"lin{i}"]["model"]["1"]["kernel"].reshape(-1) for i in range(len(config.widths))]
+        return cls.from_params(tree["net"], heads, config, dtype, source=str(file))
+
+    def layer_distances(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """The terms of `distance` by tap: (B, K)."""
+        self._check(a, b)
+        # As in LatentLPIPS: apart, so that the target has no backward pass; behind a barrier against constant folding.
+        params = jax.lax.optimization_barrier(jax.lax.stop_gradient(self.params))
+        features_a = self.network.apply(params, _scaling_layer(a))
+        features_b = self.network.apply(params, _scaling_layer(jax.lax.stop_gradient(b)))
+        terms = []
+        for x, y, head in zip(features_a, features_b, jax.lax.stop_gradient(self.heads), strict=True):
+            difference = jnp.square(_unit_difference(x, y)).mean((1, 2))  # (B, C_k)
+            terms.append((difference * head.astype(difference.dtype)).sum(-1))
+        return jnp.stack(terms, axis=-1)
+
+    def distance(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """LPIPS between images (B, H, W, 3) in [-1, 1]: (B,), float32 (float64 for float64), zero for equal inputs.
+
+        Gradients flow to `a` alone. Raises `UserError` for unlike shapes, other than three channels, integers, and
+        images too small for the trunk's four pools.
+        """
+        return self.layer_distances(a, b).sum(-1)
+
+    def _check(self, a: jax.Array, b: jax.Array) -> None:
+        if a.shape != b.shape:
+            raise UserError(f"images have shapes {a.shape} and {b.shape}; a distance needs two of one shape")
+        if a.ndim != 4 or a.shape[-1] != 3:
+            raise UserError(f"images have shape {a.shape}; LPIPS takes (B, H, W, 3)")
+        if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (a, b)):
+            raise UserError(f"images are {a.dtype} and {b.dtype}; LPIPS takes floating point in [-1, 1]")
+        smallest = self.smallest_side
+        if min(a.shape[1:3]) < smallest:
+            raise UserError(f"images have shape {a.shape}; LPIPS needs at least {smallest}x{smallest}")
+
+    @property
+    def smallest_side(self) -> int:
+        """Pixels along a side, below which a pool would leave nothing."""
+        return 2 ** sum(self.network.config.pools)
+
+
+def decoded_lpips(lpips: LPIPS, decode: Decode, a: jax.Array, b: jax.Array) -> jax.Array:
+    """LPIPS of what two scaled latents (B, h, w, C) look like: (B,); the baseline that the paper trains against.
+
+    Gradients flow to `a` alone, through the decoder; the target is decoded and seen without a backward pass. Images are
+    not clipped to [-1, 1]: beyond it a clipped one would have no gradient.
+    """
+    target = jax.lax.stop_gradient(decode(jax.lax.stop_gradient(b)))
+    return lpips.distance(decode(a), target)
+
+
+def save_lpips(folder: str | Path, params: Params, heads: Sequence[Any], config: vgg.VGGConfig = vgg.PIXELS) -> None:
+    """Writes a metric folder that `LPIPS.load` reads, with the `lpips` package's tensor names.
+
+    Args:
+      params: the tree of `vgg.build(config)`.
+      heads: of each tap the non-negative weights (C_k,).
+
+    Raises:
+      UserError: as `LPIPS.from_params`, and when the folder cannot be written.
+    """
+    folder = Path(folder)
+    LPIPS.from_params(params, heads, config, source=str(folder))
+    lins = {f"lin{i}": {"model": {"1": {"kernel": np.reshape(head, (1, 1, -1, 1))}}} for i, head in enumerate(heads)}
+    save_state_dict(to_state_dict({"net": params, **lins}), folder / "metric.safetensors")
+    # Last: a folder with a config.json is whole.
+    write_text(folder / "config.json", json.dumps({"metric": KIND, **config.to_json()}, indent=2) + "\n")
+
+
+def _read_config(file: Path) -> vgg.VGGConfig:
+    try:
+        config = json.loads(file.read_text())
+        kind, space = config.pop("metric", None), config.get("latent_space")
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}; a metric folder holds one") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not a metric's config ({error})") from error
+    if kind != KIND:
+        found = "that of a latent metric" if space is not None else f"metric is {kind!r}"
+        raise UserError(f"{file}: not the config of a pixel metric, {found}; give a folder whose metric is {KIND!r}")
+    return vgg.VGGConfig.from_json(config, source=str(file))
+
+
+def _check_config(config: vgg.VGGConfig, source: str) -> None:
+    if config.in_channels != 3 or config.batch_norm:
+        raise UserError(f"{source}: LPIPS has in_channels 3 and batch_norm false; this config is another network's")
+
+
+def _scaling_layer(images: jax.Array) -> jax.Array:
+    images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+    return (images - jnp.asarray(SHIFT, images.dtype)) / jnp.asarray(SCALE, images.dtype)
+
+
+def _unit_difference(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x / (|x| + eps) - y / (|y| + eps) over the channels of features (B, h, w, C).
+
+    Written as in `perceptual`, where it says why: exactly zero for equals, exactly the opposite when they swap.
+    """
+    x, y = (z.astype(jnp.promote_types(z.dtype, jnp.float32)) for z in (x, y))
+    r, s = (_inverse_length(z) for z in (x, y))
+    return ((x - y) * (r + s) + (x + y) * (r - s)) / 2
+
+
+def _inverse_length(x: jax.Array) -> jax.Array:
+    """1 / (|x| + eps) over channels, (B, h, w, 1); 0 where x is 0.
+
+    There the root has no gradient, the product with x is 0 whatever this is, and behind a closed ReLU no gradient
+    passes anyway.
+    """
+    squares = jnp.square(x).sum(-1, keepdims=True)
+    positive = squares > 0
+    length = jnp.sqrt(jnp.where(positive, squares, 1))
+    return jnp.where(positive, 1 / (length + UNIT_EPS), 0)

@@ -1,0 +1,128 @@
+"""Stage two: the heads of a metric, calibrated on two-alternative forced choices (2AFC); and the 2AFC score.
+
+Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (arXiv 1801.03924), its "lin"
+variant: the trunk stands still, so everything but the heads is computed once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from d2g_jax.lpips_training.fit import Recipe, fit, sampled_rows
+from d2g_jax.models import vgg
+from d2g_jax.models.network import Params
+from d2g_jax.perceptual import LatentLPIPS, LatentSpace
+
+JUDGE_WIDTH = 32
+"""Of the small network that turns two distances into a verdict; LPIPS' own."""
+
+
+class Triplets(NamedTuple):
+    """Scaled latents (N, h, w, C), and judgements (N,): the share of judges who find `right` closer."""
+
+    reference: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    judgement: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Differences:
+    """Of N triplets `channel_differences` of each side to the reference, (N, C_k) per tap, and judgements (N,)."""
+
+    left: list[np.ndarray]
+    right: list[np.ndarray]
+    judgement: np.ndarray
+
+
+def uniform_heads(config: vgg.VGGConfig) -> list[np.ndarray]:
+    """Heads before calibration: every channel counts 1."""
+    return [np.ones(width, np.float32) for width in config.widths]
+
+
+def uncalibrated(config: vgg.VGGConfig, trunk: Params, space: LatentSpace) -> LatentLPIPS:
+    """The metric of a trunk (`vgg.build_training`'s whole tree) with uniform heads."""
+    return LatentLPIPS.from_params(config, trunk, uniform_heads(config), space)
+
+
+def head_differences(metric: LatentLPIPS, a: np.ndarray, b: np.ndarray, batch_size: int = 250) -> list[np.ndarray]:
+    """`metric.channel_differences` of N pairs of scaled latents: (N, C_k) per tap."""
+    slices = [slice(i, i + batch_size) for i in range(0, len(a), batch_size)]
+    parts = [jax.device_get(_channel_differences(metric, a[part], b[part])) for part in slices]
+    return [np.concatenate(tap) for tap in zip(*parts, strict=True)]
+
+
+@jax.jit
+def _channel_differences(metric: LatentLPIPS, a: jax.Array, b: jax.Array) -> list[jax.Array]:
+    return metric.channel_differences(a, b, scaled=True)
+
+
+def differences(metric: LatentLPIPS, triplets: Triplets, batch_size: int = 250) -> Differences:
+    """What calibration and scoring see of `triplets`; the heads of `metric` play no part."""
+    return Differences(
+        head_differences(metric, triplets.left, triplets.reference, batch_size),
+        head_differences(metric, triplets.right, triplets.reference, batch_size),
+        triplets.judgement,
+    )
+
+
+def calibrate(recipe: Recipe, data: Differences, *, label: str) -> list[np.ndarray]:
+    """Non-negative heads (C_k,) by LPIPS' ranking loss: a small network judges the two distances.
+
+    (d0, d1, d0 - d1, d0 / (d1 + 0.1), d1 / (d0 + 0.1)) -> 32 -> 32 -> 1 with LeakyReLU 0.2, cross-entropy with the
+    judgement. Heads are clamped at zero after each update. LPIPS' dropout inside the heads is left out.
+    """
+    widths = [tap.shape[1] for tap in data.left]
+    keys = jax.random.split(jax.random.key(recipe.seed), 3)
+    sizes = ((5, JUDGE_WIDTH), (JUDGE_WIDTH, JUDGE_WIDTH), (JUDGE_WIDTH, 1))
+    judge = [
+        {"kernel": jax.random.normal(key, size) * np.sqrt(2 / size[0]), "bias": jnp.zeros(size[1])}
+        for key, size in zip(keys, sizes, strict=True)
+    ]
+
+    def loss(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        heads = [params["heads"][f"{i}"] for i in range(len(widths))]
+        d0 = sum(batch[f"left{i}"] @ head for i, head in enumerate(heads))
+        d1 = sum(batch[f"right{i}"] @ head for i, head in enumerate(heads))
+        x = jnp.stack([d0, d1, d0 - d1, d0 / (d1 + 0.1), d1 / (d0 + 0.1)], axis=-1)
+        for i, layer in enumerate(params["judge"]):
+            x = x @ layer["kernel"] + layer["bias"]
+            x = jax.nn.leaky_relu(x, 0.2) if i < 2 else x
+        return optax.sigmoid_binary_cross_entropy(x[:, 0], batch["judgement"]).mean()
+
+    def batch_at(step: int) -> dict[str, np.ndarray]:
+        rows = sampled_rows(len(data.judgement), recipe.batch_size, recipe.seed, step)
+        sides = {
+            f"{name}{i}": tap[rows]
+            for name, taps in (("left", data.left), ("right", data.right))
+            for i, tap in enumerate(taps)
+        }
+        return {**sides, "judgement": data.judgement[rows]}
+
+    def project(params: Params) -> Params:
+        return {**params, "heads": jax.tree.map(lambda head: jnp.maximum(head, 0.0), params["heads"])}
+
+    start = {"heads": {f"{i}": jnp.full(width, 0.1) for i, width in enumerate(widths)}, "judge": judge}
+    params = fit(loss, start, batch_at, recipe, label=label, project=project)
+    return [params["heads"][f"{i}"] for i in range(len(widths))]
+
+
+def two_afc(heads: Sequence[np.ndarray], data: Differences) -> float:
+    """Expected agreement with the judges, as LPIPS scores it: the share of judges on its side, half at a tie."""
+    left, right = (
+        sum(tap @ np.asarray(head) for tap, head in zip(taps, heads, strict=True)) for taps in (data.left, data.right)
+    )
+    votes = np.where(right < left, data.judgement, 1 - data.judgement)
+    return float(np.mean(np.where(right == left, 0.5, votes)))
+
+
+def two_afc_of_judges(judgement: np.ndarray) -> float:
+    """What a metric that always sides with the majority would score: the bound that no metric passes."""
+    return float(np.mean(np.maximum(judgement, 1 - judgement)))

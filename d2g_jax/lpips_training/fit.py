@@ -1,0 +1,171 @@
+"""One supervised training loop, data-parallel over all devices, that goes on where it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from d2g_jax import mesh as meshes
+from d2g_jax import noise, runs, weights
+from d2g_jax.errors import UserError
+from d2g_jax.interrupt import StopRequests
+from d2g_jax.progress import Progress
+
+CHECKPOINT = "checkpoint.safetensors"
+
+Loss = Callable[[Any, dict[str, jax.Array], jax.Array], jax.Array]
+"""(parameters, batch, key) -> scalar."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a training goes.
+
+    Attributes:
+      optimizer: with its schedule, which counts updates from 0.
+      steps: updates in all.
+      batch_size: rows of a batch, a multiple of the devices.
+      seed: of the initial weights, the choice of rows and the loss' keys.
+      folder: gets `checkpoint.safetensors` and `metrics.jsonl`; None keeps nothing, and a stopped training is lost.
+      save_every: steps between checkpoints.
+    """
+
+    optimizer: optax.GradientTransformation
+    steps: int
+    batch_size: int
+    seed: int
+    folder: Path | None = None
+    save_every: int = 1000
+
+
+def fit(
+    loss: Loss,
+    params: Any,
+    batch_at: Callable[[int], dict[str, np.ndarray]],
+    recipe: Recipe,
+    *,
+    label: str,
+    project: Callable[[Any], Any] = lambda params: params,
+    ema: float = 0.0,
+) -> Any:
+    """Trains `params`; with `recipe.folder` the same call after an interruption gives the result of an unbroken run.
+
+    Args:
+      loss: pure; its key is a function of (seed, label, step).
+      params: float32 tree.
+      batch_at: host batch of a step, a pure function of it.
+      label: the config section that the recipe is from; named in messages and part of the loss' keys.
+      project: applied after each update (for example to keep weights non-negative).
+      ema: decay of a moving average that is returned in place of the last parameters; 0 for none.
+
+    Returns:
+      The trained parameters as host arrays.
+
+    Raises:
+      UserError: a loss that is not finite, or a checkpoint of another training.
+      KeyboardInterrupt, Terminated: a signal came; with a folder, the step under way has been finished and saved.
+    """
+    mesh, key = meshes.make_mesh(), noise.purpose_key(recipe.seed, label)
+
+    @jax.jit
+    def update(carry: tuple[Any, Any, Any], batch: dict[str, jax.Array], step: jax.Array) -> tuple[Any, jax.Array]:
+        params, average, state = carry
+        value, gradient = jax.value_and_grad(loss)(params, batch, jax.random.fold_in(key, step))
+        updates, state = recipe.optimizer.update(gradient, state, params)
+        params = project(optax.apply_updates(params, updates))
+        # Early on the average follows closely, so that the random start is forgotten.
+        decay = jnp.minimum(ema, (1.0 + step) / (10.0 + step))
+        average = jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), average, params) if ema else average
+        return (params, average, state), value
+
+    first, carry = _restore(recipe.folder, (params, params if ema else {}, recipe.optimizer.init(params)))
+    carry = meshes.place(carry, mesh)
+    with ExitStack() as opened:
+        log = _Log(recipe, first, opened)
+        progress = opened.enter_context(Progress(label, recipe.steps, "step", done=first))
+        for step in range(first, recipe.steps):
+            carry, value = update(carry, meshes.place_batch(batch_at(step), mesh), step)
+            value = float(value)  # waits: simulated devices abort when the host runs ahead
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{label}: the loss is {value} at step {step + 1} of {recipe.steps}; lower {label}.learning_rate "
+                    "and start in another --workdir"
+                )
+            log.add(step + 1, value, carry)
+            progress.advance(note=f"loss {value:.5f}")
+    return jax.device_get(carry[1] if ema else carry[0])
+
+
+def sampled_rows(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Row numbers of one step's batch, drawn with replacement; a pure function of (seed, step)."""
+    return np.random.default_rng([seed, step]).integers(count, size=batch_size)
+
+
+class _Log:
+    """Checkpoints, the metrics file and stop requests of one training; does nothing for a recipe without a folder."""
+
+    def __init__(self, recipe: Recipe, first: int, opened: ExitStack):
+        self._recipe, self._every = recipe, max(1, recipe.steps // 1000)
+        if recipe.folder is None:
+            return
+        recipe.folder.mkdir(parents=True, exist_ok=True)
+        runs.truncate_metrics(recipe.folder, first * recipe.batch_size)
+        self._metrics = runs.MetricsLog(recipe.folder, recipe.folder.name, first * recipe.batch_size)
+        opened.callback(self._metrics.close)
+        self._requests = opened.enter_context(StopRequests())
+
+    def add(self, steps: int, value: float, carry: Any) -> None:
+        """Takes note of a finished step; leaves with what a signal stands for, after saving."""
+        recipe, last = self._recipe, steps == self._recipe.steps
+        if recipe.folder is None:
+            return
+        if steps % self._every == 0 or last:
+            self._metrics.add(steps * recipe.batch_size, {"loss": jnp.float32(value)})
+            self._metrics.write()
+        if steps % recipe.save_every == 0 or last or self._requests.stop:
+            _save(recipe.folder / CHECKPOINT, steps, carry)
+        if self._requests.stop and not last:
+            self._requests.leave()
+
+
+def _save(file: Path, steps: int, carry: Any) -> None:
+    """Every leaf under its path in the tree, and the number of steps done."""
+    leaves = {_name(path): _contiguous(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(carry)}
+    weights.save_state_dict({"steps": np.asarray(steps, np.int64), **leaves}, file)
+
+
+def _restore(folder: Path | None, carry: Any) -> tuple[int, Any]:
+    """(steps done, carry) of the folder's checkpoint, or (0, `carry`) without one."""
+    file = None if folder is None else folder / CHECKPOINT
+    if file is None or not file.exists():
+        return 0, carry
+    state = weights.load_state_dict(file, dtype=None)
+    paths, tree = jax.tree_util.tree_flatten_with_path(carry)
+    for path, leaf in paths:
+        stored = state.get(_name(path))
+        if stored is None or stored.shape != np.shape(leaf) or stored.dtype != leaf.dtype:
+            raise UserError(
+                f"{file}: not a checkpoint of this training ({_name(path)} differs); remove it to start over"
+            )
+    if "steps" not in state:
+        raise UserError(f"{file}: not a checkpoint of this training (steps is missing); remove it to start over")
+    return int(state["steps"]), jax.tree.unflatten(tree, [state[_name(path)] for path, _ in paths])
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return f"carry{jax.tree_util.keystr(path)}"
+
+
+def _contiguous(leaf: jax.Array) -> np.ndarray:
+    """On the host as safetensors needs it; `np.ascontiguousarray` alone would give a scalar an axis."""
+    array = np.asarray(jax.device_get(leaf))
+    return np.ascontiguousarray(array).reshape(array.shape)

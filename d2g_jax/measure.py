@@ -1,0 +1,304 @@
+"""The `d2g metric` job: distances between files, by a latent metric or by pixel LPIPS.
+
+A sample's value depends on the metric's weights, its two files and, with augmentation, on (seed, its index): not on how
+many samples are measured beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from d2g_jax import augment
+from d2g_jax.errors import UserError
+from d2g_jax.lpips import KIND, LPIPS
+from d2g_jax.perceptual import LatentLPIPS, check_latents, e_latent_lpips
+from d2g_jax.progress import Progress
+
+LATENTS = ".npy"
+IMAGES = (".png", ".jpg", ".jpeg")
+CONTACT_SHEET = "grid.png"
+"""What `d2g sample` lays beside its images; no sample of a folder."""
+
+_KINDS = {"latents": f"a {LATENTS} file of latents", "image": "an image", "folder": "a folder"}
+_LOCATIONS = 2**16  # pixels or latent pixels that one call measures: below a gigabyte of features at full width
+_BATCH = 64
+
+Distance = Callable[[np.ndarray, np.ndarray, np.ndarray], jax.Array]
+"""(indices (B,) int32, a (B, h, w, C), b) -> (B,)."""
+
+
+class Pair(NamedTuple):
+    """One sample's two sides, float32 (h, w, C): latents as they are in their files, or images in [-1, 1]."""
+
+    index: int
+    a: np.ndarray
+    b: np.ndarray
+
+
+def measure(
+    weights: str | Path,
+    a: str | Path,
+    b: str | Path,
+    *,
+    draws: int = 0,
+    seed: int = 0,
+    preset: str = "bgo",
+    scaled: bool = True,
+) -> dict[str, Any]:
+    """Distances between `a` and `b` as a dict for JSON.
+
+    Args:
+      weights: a metric folder, of `LatentLPIPS` or of `LPIPS`.
+      a, b: for a latent metric two .npy files (N, C, h, w) of one shape; for LPIPS two images of one size, or two
+        folders whose images bear the same names.
+      draws: 0 measures without augmentation; K averages E-LatentLPIPS over K draws. Latent metrics only.
+      seed: of the draws.
+      preset: of the draws, one of `augment.PRESETS`.
+      scaled: whether latents have been through their VAE's scaling.
+
+    Returns:
+      `metric` (lpips, latent_lpips, e_latent_lpips), `space`, `mean`, `distances` (one for each sample, in order),
+      `names` (of images; None for latents), `draws`, `preset` and `seed` (None without draws), `scaled` (None for
+      images), `weights` and `weights_sha256`.
+
+    Raises:
+      UserError: one line, for whatever is wrong with the metric, with the files, or with what is asked of them.
+    """
+    weights, a, b = Path(weights), Path(a), Path(b)
+    _check_draws(draws, seed, preset)
+    kind = _kind_of_both(a, b)
+    metric = load_metric(weights)
+    pixels = isinstance(metric, LPIPS)
+    _check_request(weights, a, kind, pixels=pixels, draws=draws, scaled=scaled)
+    if pixels:
+        names = _image_names(a, b)
+        distances = _measure_images(metric, a, b, names)
+    else:
+        names, distances = None, _measure_latents(metric, a, b, draws=draws, seed=seed, preset=preset, scaled=scaled)
+    for i, value in enumerate(distances):
+        if not np.isfinite(value):
+            where = f"{a}: sample {names[i] if names else i}"
+            raise UserError(f"{where} has the distance {value}; its values are too large for float32")
+    return {
+        "metric": "lpips" if pixels else "e_latent_lpips" if draws else "latent_lpips",
+        "space": "pixels" if pixels else metric.space.name,
+        "mean": float(np.mean(distances)),
+        "distances": distances,
+        "names": names,
+        "draws": draws,
+        "preset": preset if draws else None,
+        "seed": seed if draws else None,
+        "scaled": None if pixels else scaled,
+        "weights": str(weights),
+        "weights_sha256": _sha256(weights / "metric.safetensors"),
+    }
+
+
+def load_metric(folder: str | Path) -> LatentLPIPS | LPIPS:
+    """The metric of a folder, of the kind that its config.json says. Raises `UserError` as their `load` do."""
+    folder = Path(folder)
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no metric folder; give one with config.json and metric.safetensors")
+    try:
+        config = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}; a metric folder holds one") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not a metric's config ({error})") from error
+    pixels = isinstance(config, dict) and config.get("metric") == KIND
+    return LPIPS.load(folder) if pixels else LatentLPIPS.load(folder)
+
+
+def _check_draws(draws: int, seed: int, preset: str) -> None:
+    augment.check_preset(preset)
+    if draws < 0:
+        raise UserError(f"--draws={draws}; give 0 for no augmentation, or the number of draws to average")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed={seed}; give a number from 0 to {2**32 - 1}")
+
+
+def _kind_of_both(a: Path, b: Path) -> str:
+    """One of `_KINDS`; raises `UserError` unless both are of it."""
+    kind, other = _kind(a), _kind(b)
+    if kind != other:
+        raise UserError(f"{a} is {_KINDS[kind]} and {b} is {_KINDS[other]}; give two of a kind")
+    return kind
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "folder"
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if path.suffix.lower() in (LATENTS, *IMAGES):
+        return "latents" if path.suffix.lower() == LATENTS else "image"
+    raise UserError(f"{path}: neither latents ({LATENTS}) nor an image ({', '.join(IMAGES)}) nor a folder of images")
+
+
+def _check_request(weights: Path, a: Path, kind: str, *, pixels: bool, draws: int, scaled: bool) -> None:
+    """Raises `UserError` where metric and files, or metric and flags, do not go together."""
+    if pixels and kind == "latents":
+        raise UserError(f"{a}: latents, but {weights} measures images; give two images, or a latent metric")
+    if not pixels and kind != "latents":
+        raise UserError(f"{a}: not latents, which {weights} measures; give two {LATENTS} files, or a pixel metric")
+    if pixels and draws:
+        raise UserError(f"--draws={draws}: only latents are augmented, and {weights} measures images; leave it out")
+    if pixels and not scaled:
+        raise UserError(f"--raw: only latents have a scaling, and {weights} measures images; leave it out")
+
+
+def _measure_latents(
+    metric: LatentLPIPS, a: Path, b: Path, *, draws: int, seed: int, preset: str, scaled: bool
+) -> list[float]:
+    both = [_read_latents(metric, file, scaled) for file in (a, b)]
+    shapes = [(len(x), x.shape[3], *x.shape[1:3]) for x in both]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"{a} has shape {shapes[0]} and {b} has {shapes[1]}; give latents of one shape")
+    key = jax.random.key(seed)
+    distance = functools.partial(_latent_distances, metric, key, preset=preset, draws=draws, scaled=scaled)
+    return _measure_all(distance, map(Pair, range(shapes[0][0]), *both), shapes[0][0])
+
+
+def _measure_images(metric: LPIPS, a: Path, b: Path, names: list[str]) -> list[float]:
+    return _measure_all(lambda _, a, b: _image_distances(metric, a, b), _image_pairs(metric, a, b, names), len(names))
+
+
+def _read_latents(metric: LatentLPIPS, file: Path, scaled: bool) -> np.ndarray:
+    """float32 (N, h, w, C); raises `UserError` for what is no such array, and warns when its scale looks wrong."""
+    channels, smallest = metric.space.channels, 2 ** sum(metric.network.config.pools)
+    form = f"space {metric.space.name} is floating point (N, {channels}, h, w)"
+    try:
+        with file.open("rb") as stream:
+            latents = np.lib.format.read_array(stream, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: cannot be read as {LATENTS} ({reason}); {form}") from error
+    if latents.dtype.kind != "f":
+        raise UserError(f"{file}: holds {latents.dtype}; {form}")
+    if latents.ndim != 4 or latents.shape[1] != channels or not len(latents):
+        remedy = "; move its last axis to the second place" if latents.shape[-1:] == (channels,) else ""
+        raise UserError(f"{file}: shape {latents.shape}; {form}{remedy}")
+    if min(latents.shape[2:]) < smallest:
+        raise UserError(f"{file}: shape {latents.shape}; this metric needs at least {smallest}x{smallest}")
+    with np.errstate(over="ignore"):  # an overflow is the infinity that is looked for next
+        latents = latents.astype(np.float32)
+    check_latents(metric, latents, scaled=scaled, source=str(file))
+    return np.moveaxis(latents, 1, -1)
+
+
+def _image_names(a: Path, b: Path) -> list[str]:
+    """Of two folders the names of their images; of two files that of `a`. Raises `UserError` for unlike folders."""
+    if not a.is_dir():
+        return [a.name]
+    names = [_names_in(folder) for folder in (a, b)]
+    for present, wanted, folder in ((names[1], names[0], b), (names[0], names[1], a)):
+        if lacking := sorted(wanted - present):
+            more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+            raise UserError(f"{folder}: lacks {lacking[0]}{more}, which the other folder has; give equal names")
+    return sorted(names[0])
+
+
+def _names_in(folder: Path) -> set[str]:
+    names = {file.name for file in folder.iterdir() if file.suffix.lower() in IMAGES and file.name != CONTACT_SHEET}
+    if not names:
+        raise UserError(f"{folder}: holds no image ({', '.join(IMAGES)})")
+    return names
+
+
+def _image_pairs(metric: LPIPS, a: Path, b: Path, names: list[str]) -> Iterator[Pair]:
+    """Read one by one: folders may hold more than memory does."""
+    for index, name in enumerate(names):
+        files = (a / name, b / name) if a.is_dir() else (a, b)
+        images = tuple(_read_image(file) for file in files)
+        sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in images]
+        if sizes[0] != sizes[1]:
+            raise UserError(f"{files[0]} is {sizes[0]} and {files[1]} is {sizes[1]} pixels; give images of one size")
+        if min(images[0].shape[:2]) < metric.smallest_side:
+            smallest = f"{metric.smallest_side}x{metric.smallest_side}"
+            raise UserError(f"{files[0]} is {sizes[0]} pixels; this metric needs at least {smallest}")
+        yield Pair(index, *images)
+
+
+def _read_image(file: Path) -> np.ndarray:
+    """float32 (H, W, 3) in [-1, 1]; raises `UserError` for what is no 8-bit image in colour or grey without alpha."""
+    try:
+        with Image.open(file) as image:
+            if image.mode not in ("RGB", "L", "P", "1") or "transparency" in image.info:
+                raise UserError(f"{file}: mode {image.mode}; give 8-bit RGB or grey without transparency")
+            pixels = np.asarray(image.convert("RGB"), np.float32)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file}: cannot be read as an image ({' '.join(str(error).split())})") from error
+    return pixels / np.float32(127.5) - np.float32(1)
+
+
+def _measure_all(distance: Distance, pairs: Iterator[Pair], count: int) -> list[float]:
+    values: list[float] = []
+    with Progress("distances", count, "sample") as progress:
+        for group in _groups(pairs, count):
+            # Filled up with its last pair: one compiled program for all groups of a shape.
+            filled = group + [group[-1]] * (_batch_size(group[0], count) - len(group))
+            index = np.array([pair.index for pair in filled], np.int32)
+            result = distance(index, np.stack([pair.a for pair in filled]), np.stack([pair.b for pair in filled]))
+            values.extend(np.asarray(result, np.float64)[: len(group)].tolist())
+            progress.advance(len(group))
+    return values
+
+
+def _groups(pairs: Iterator[Pair], count: int) -> Iterator[list[Pair]]:
+    """Consecutive pairs of one shape, at most as many as one call measures."""
+    group: list[Pair] = []
+    for pair in pairs:
+        if group and (pair.a.shape != group[0].a.shape or len(group) == _batch_size(pair, count)):
+            yield group
+            group = []
+        group.append(pair)
+    if group:
+        yield group
+
+
+def _batch_size(pair: Pair, count: int) -> int:
+    height, width = pair.a.shape[:2]
+    return max(1, min(count, _BATCH, _LOCATIONS // (height * width)))
+
+
+@functools.partial(jax.jit, static_argnames=("preset", "draws", "scaled"))
+def _latent_distances(
+    metric: LatentLPIPS,
+    key: jax.Array,
+    index: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    preset: str,
+    draws: int,
+    scaled: bool,
+) -> jax.Array:
+    """(B,) for latents (B, h, w, C): those of `perceptual.expected_distance` of all samples at once."""
+    if not draws:
+        return metric.distance(a, b, scaled=scaled)
+
+    def one(key: jax.Array) -> jax.Array:
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(index)  # as `augment.draw` does for one key
+        return e_latent_lpips(metric, keys, a, b, preset, scaled=scaled)
+
+    return jax.lax.map(one, jax.random.split(key, draws)).mean(0)
+
+
+@jax.jit
+def _image_distances(metric: LPIPS, a: jax.Array, b: jax.Array) -> jax.Array:
+    return metric.distance(a, b)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,84 @@
+"""The training loop: resumed equals unbroken, and what it refuses."""
+
+import json
+import os
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from d2g_jax.errors import UserError
+from d2g_jax.interrupt import Terminated
+from d2g_jax.lpips_training.fit import CHECKPOINT, Recipe, fit, sampled_rows
+
+DATA = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+
+
+def recipe(folder=None, save_every=2, optimizer=None):
+    return Recipe(optimizer or optax.adam(0.1), 7, 4, 0, folder, save_every)
+
+
+def train(recipe, batch_at=lambda step: {"x": DATA[sampled_rows(40, 4, 0, step)]}, scale=1.0, **arguments):
+    start = {"10": jnp.ones(3), "2": {"bias": jnp.zeros(())}}
+
+    def loss(params, batch, key):
+        return scale * jnp.square(batch["x"] @ params["10"] + params["2"]["bias"]).mean()
+
+    return fit(loss, start, batch_at, recipe, label="part", **arguments)
+
+
+def assert_same(a, b):
+    np.testing.assert_array_equal(a["10"], b["10"])
+    np.testing.assert_array_equal(a["2"]["bias"], b["2"]["bias"])
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_training_that_broke_gives_the_unbroken_result(tmp_path, ema):
+    def breaks(step):
+        if step == 5:
+            raise OSError("the disk went away")
+        return {"x": DATA[sampled_rows(40, 4, 0, step)]}
+
+    whole = train(recipe(), ema=ema)
+    with pytest.raises(OSError, match="went away"):
+        train(recipe(tmp_path), breaks, ema=ema)
+    seen = []
+    again = train(
+        recipe(tmp_path), lambda step: seen.append(step) or {"x": DATA[sampled_rows(40, 4, 0, step)]}, ema=ema
+    )
+    assert seen == [4, 5, 6]  # from the checkpoint of step 4
+    assert_same(whole, again)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in rows] == [4, 8, 12, 16, 20, 24, 28]  # each step once
+
+
+def test_sigterm_saves_the_step_under_way(tmp_path):
+    def stopped(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"x": DATA[sampled_rows(40, 4, 0, step)]}
+
+    with pytest.raises(Terminated):
+        train(recipe(tmp_path, save_every=100), stopped)
+    seen = []
+    again = train(recipe(tmp_path), lambda step: seen.append(step) or {"x": DATA[sampled_rows(40, 4, 0, step)]})
+    assert seen[0] == 3
+    assert_same(train(recipe()), again)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_setting():
+    with pytest.raises(UserError, match=r"part: the loss is nan at step 1 of 7; lower part\.learning_rate"):
+        train(recipe(), scale=np.nan)
+
+
+def test_another_training_s_checkpoint_is_refused(tmp_path):
+    train(recipe(tmp_path))
+    with pytest.raises(UserError, match=rf"{CHECKPOINT}: not a checkpoint of this training.*remove it"):
+        train(recipe(tmp_path, optimizer=optax.sgd(0.1, 0.9)))
+
+
+def test_projection_follows_each_update():
+    params = train(recipe(), project=lambda params: {**params, "10": jnp.maximum(params["10"], 0.99)})
+    assert params["10"].min() == np.float32(0.99)

@@ -1,0 +1,174 @@
+"""`train_lpips` from files to a metric folder, stopped and resumed; the shipped config; the digits' metric."""
+
+import importlib.util
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from d2g_jax.digits import data, distortions
+from d2g_jax.digits import metric as digits_metric
+from d2g_jax.errors import UserError
+from d2g_jax.interrupt import Terminated
+from d2g_jax.lpips_training import classify
+from d2g_jax.lpips_training import job as jobs
+from d2g_jax.lpips_training.job import train_lpips
+from d2g_jax.models import vgg
+from d2g_jax.perceptual import LatentLPIPS
+
+CONFIG = Path(__file__).parents[2] / "configs" / "lpips.py"
+
+
+def shipped():
+    spec = importlib.util.spec_from_file_location("lpips_config", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.fixture
+def config(pipeline, class_folders, triplet_folder):
+    """The shipped config with everything made small."""
+    c = shipped()
+    changes = {
+        "name": "tiny",
+        "pipeline": str(pipeline),
+        "trunk": {"widths": (4, 4, 4, 4, 8), "convs": (1, 1, 1, 1, 1)},
+        "images": {"train": str(class_folders), "held_out": 0.3, "size": 16, "resize": 16, "views": 2},
+        "encoder": {"batch_size": 4},
+        "classification": {
+            "epochs": 4.0, "batch_size": 6, "learning_rate": 0.02, "pool": 2, "hidden": (8,), "save_every": 3,
+            "dtype": "float32",
+        },
+        "triplets": {"folder": str(triplet_folder), "size": 16},
+        "calibration": {"epochs": 2.0, "decay_epochs": 1.0, "batch_size": 4, "save_every": 3},
+    }  # fmt: skip
+    c.update(ConfigDict(changes))
+    return c
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted((folder / "metric").iterdir())}
+
+
+def test_job_makes_a_metric_and_resumes(config, tmp_path, monkeypatch):
+    config.images.cache = str(tmp_path / "cache")
+    scores = train_lpips(config, tmp_path / "whole")
+    assert scores == json.loads((tmp_path / "whole" / "metric" / "scores.json").read_text())
+    assert 0 <= scores["accuracy"] <= 1
+    assert scores["accuracy_images"] == 5
+    for name in ("2afc", "2afc_without_calibration", "2afc_of_judges"):
+        assert scores[name].keys() == {"noise", "tint"}
+        assert all(0 <= value <= 1 for value in scores[name].values())
+    assert scores["2afc_of_judges"] == {"noise": 1.0, "tint": 1.0}
+    metric = LatentLPIPS.load(tmp_path / "whole" / "metric")
+    assert (metric.space.name, metric.space.scale, metric.space.channels) == ("tiny", 0.5, 4)
+    latents = np.random.default_rng(0).normal(size=(2, 2, 8, 8, 4)).astype(np.float32)
+    assert (np.asarray(metric.distance(*latents, scaled=True)) > 0).all()
+    assert not (tmp_path / "whole" / "classification" / "checkpoint.safetensors").exists()
+
+    # Stopped once in each stage, and in front of the triplets, the same command ends with the same bytes.
+    sampled, patches = classify.sampled_rows, jobs.TripletFolder.patches
+    for module, name, original, at in (
+        (classify, "sampled_rows", sampled, 4),
+        (jobs.TripletFolder, "patches", patches, 5),
+        (jobs.calibrate, "sampled_rows", jobs.calibrate.sampled_rows, 5),
+    ):
+        calls = []
+
+        def stops(*arguments, original=original, calls=calls, at=at):
+            calls.append(arguments)
+            if len(calls) == at:
+                if original is patches:
+                    raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stops)
+            with pytest.raises((Terminated, KeyboardInterrupt)):
+                train_lpips(config, tmp_path / "stopped")
+    assert train_lpips(config, tmp_path / "stopped") == scores
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+    config.classification.epochs = 5.0
+    with pytest.raises(UserError, match=r"classification\.epochs=4\.0, this one has 5\.0; choose another --workdir"):
+        train_lpips(config, tmp_path / "whole")
+
+
+def test_on_the_fly_with_samples(config, class_folders, tmp_path):
+    config.images.val = str(class_folders)
+    config.classification.epochs = 1.0
+    scores = train_lpips(config, tmp_path / "run")
+    assert scores["accuracy_images"] == 18
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("classification.learning_rate", float("nan"), r"classification: the loss is nan at step 2 of 9"),
+        ("calibration.batch_size", 5, r"calibration\.batch_size=5 is not a multiple of the 2 devices"),
+        ("encoder.dtype", "half", r"encoder\.dtype='half' is unknown; choose one of float32, bfloat16"),
+        ("images.posterior", "mode", r"images\.posterior='mode' is unknown; choose one of mean, sample"),
+        ("images.size", 18, r"images\.resize=16 is less than images\.size=18"),
+        ("triplets.size", 6, r"triplets\.size=6; this VAE and trunk need a multiple of 2 from 8 on"),
+        ("trunk.widths", (4, 4), r"config\.trunk: widths, convs and pools must be lists of one length"),
+        ("images.train", "", r"images\.train is empty; give a folder of class folders"),
+        ("triplets.folder", "nowhere", r"nowhere/train: no such folder"),
+        ("calibration.epochs", 0.0, r"calibration\.epochs=0\.0; give a number above 0"),
+    ],
+)
+def test_bad_input_is_one_clear_line(config, tmp_path, key, value, message):
+    section, name = key.split(".")
+    with config.ignore_type():
+        config[section][name] = value
+    with pytest.raises(UserError, match=message) as caught:
+        train_lpips(config, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_classes_in_the_held_out_images(config, class_folders, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("blue", "green"):
+        (other / name).symlink_to(class_folders / "blue")
+    config.images.val = str(other)
+    with pytest.raises(UserError, match="other: its classes are not those of"):
+        train_lpips(config, tmp_path / "run")
+
+
+def test_shipped_config_is_the_published_topology():
+    c = shipped()
+    assert vgg.VGGConfig.from_json(c.trunk.to_dict(), source="config") == vgg.VGGConfig()
+    assert c.is_locked
+    head = classify.Head(1000, c.classification.pool, tuple(c.classification.hidden), c.classification.dropout)
+    shapes = jax.tree.leaves(classify.abstract(vgg.VGGConfig(), head, (64, 64, 4)))
+    statistics = 2 * 4224  # running means and variances are no parameters
+    total = sum(int(np.prod(leaf.shape)) for leaf in shapes) - statistics
+    assert abs(total / 1e6 - 138.4) < 0.05  # 138.4 M parameters, as measured on the released classifier
+
+
+def test_digits_metric_by_the_same_functions(tmp_path, monkeypatch):
+    """Two steps of each stage on a stand-in for their autoencoder: what `d2g teacher` calls."""
+    recipe = {"steps": 2, "batch_size": 10, "learning_rate": 1e-3, "seed": 0}
+    config = ConfigDict({"trunk": {**recipe, "weight_decay": 0.01, "rounds": 0}, "heads": {**recipe, "triplets": 40}})
+    train, test = (data.Digits(part.images[:40], part.labels[:40]) for part in data.load())
+    monkeypatch.setattr(data, "load", lambda: (train, test))
+
+    def encode(images):
+        channels = np.concatenate([images, images[..., :1] ** 2], axis=-1)
+        return channels.reshape(-1, 8, 4, 8, 4, 4).mean((2, 4))
+
+    scores = digits_metric.train_metric(config, tmp_path, encode)
+    assert scores.keys() == {"2afc", "2afc_without_calibration", "2afc_of_judges"}
+    assert scores == digits_metric.train_metric(config, tmp_path, encode)  # read, not trained again
+    metric = LatentLPIPS.load(tmp_path)
+    held_out = distortions.triplets(test.images, 1, 10)
+    a, b = (np.asarray(metric.distance(encode(x), encode(held_out.reference), scaled=True)) for x in held_out[1:3])
+    votes = np.where(b < a, held_out.judgement, 1 - held_out.judgement)
+    assert scores["2afc"] == pytest.approx(votes.mean(), abs=1e-6)
