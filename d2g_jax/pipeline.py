@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -160,6 +161,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def load_tokenizer(folder: Path, text_config: clip.ClipTextConfig | None = None) -> Any:
     """transformers' `CLIPTokenizer` of a folder; `UserError` without merges or when it does not fit the text tower."""
     _check_merges(folder)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises torch, which nothing here uses
     from transformers import CLIPTokenizer  # 1.5 s to import, and no torch
 
     tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
