@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
-import importlib.util
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from d2g_jax.errors import UserError
 from d2g_jax.interrupt import Terminated
+
+_library_format = warnings.formatwarning
 
 JOBS = {
     "demo": "pairs, three students, figures and a report on the embedded digits teacher",
@@ -27,8 +28,11 @@ JOBS = {
     "train": "distil the teacher into a one-step generator",
     "sample": "draw images from a pipeline folder or a trained student",
     "export": "a trained student as a diffusers folder, a Flax checkpoint or one StableHLO file",
+    "metric": "distances between files of latents or images; `metric convert FILE` reads published PyTorch weights",
+    "lpips": "train a LatentLPIPS for the latents of any VAE",
 }
 
+_CONFIGURED = ("demo", "teacher", "pairs", "train", "lpips")
 _CONFIG_HELP = """
 Settings: --config=FILE.py names a file with get_config(); without it the digits configuration is taken.
 --config.KEY=VALUE overrides one setting, for example --config.train.images=100000.
@@ -38,6 +42,7 @@ Settings: --config=FILE.py names a file with get_config(); without it the digits
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one job and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    warnings.formatwarning = _format_warning
     try:
         return _run(arguments)
     except UserError as error:
@@ -51,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 143
 
 
+def _format_warning(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """Ours in one line without the place in the source; those of libraries as ever."""
+    return f"d2g: warning: {message}\n" if category is UserWarning else _library_format(message, category, *place)
+
+
 def _run(arguments: list[str]) -> int:
     usage = "usage: d2g JOB [--flag=value ...]\n\n" + "\n".join(f"  {job:9}{text}" for job, text in JOBS.items())
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -61,6 +71,8 @@ def _run(arguments: list[str]) -> int:
         raise UserError(f"unknown job {job!r}; known are {', '.join(JOBS)}")
     if job == "pairs" and rest[:1] == ["verify"]:
         return _verify(rest[1:])
+    if job == "metric" and rest[:1] == ["convert"]:
+        return _convert(rest[1:])
     return {
         "demo": _demo,
         "teacher": _teacher,
@@ -68,6 +80,8 @@ def _run(arguments: list[str]) -> int:
         "train": _train,
         "sample": _sample,
         "export": _export,
+        "metric": _metric,
+        "lpips": _lpips,
     }[job](rest)
 
 
@@ -82,7 +96,7 @@ def _parser(job: str, text: str | None = None) -> _Parser:
     return _Parser(
         prog=f"d2g {job}",
         description=text or JOBS[job],
-        epilog=_CONFIG_HELP if text is None and job not in ("sample", "export") else None,
+        epilog=_CONFIG_HELP if job in _CONFIGURED else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -93,54 +107,12 @@ def _parse_with_config(parser: _Parser, arguments: list[str]) -> tuple[argparse.
     parser.add_argument("--config", type=Path, metavar="FILE.py")
     own, rest = parser.parse_known_args(arguments)
     overrides = [a for a in rest if a.startswith("--config.")]
+    from d2g_jax.configuration import read_config
+
     config = read_config(own.config, overrides)
     if unknown := [a for a in rest if a not in overrides]:
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see `{parser.prog} --help`")
     return own, config
-
-
-def read_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Any:
-    """The config of `file` (None: the digits) with `--config.key=value` flags applied; `UserError` for unknown keys."""
-    from absl import flags
-    from ml_collections import config_flags
-
-    config = _load_config(file or Path(__file__).parent / "digits" / "config.py")
-    for override in overrides:
-        key, equals, _ = override.removeprefix("--config.").partition("=")
-        _check_key(config, key)
-        if not equals:
-            raise UserError(f"{override}: give the value behind an equals sign, {override}=VALUE")
-    values, command = flags.FlagValues(), ["d2g", *overrides]
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
-        values(command)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"config: {' '.join(str(error).split())}") from error
-    return values.config
-
-
-def _check_key(config: Any, key: str) -> None:
-    """Raises `UserError` for a setting that does not exist, with the nearest one that does."""
-    from d2g_jax.runs import flatten
-
-    known = list(flatten(config.to_dict()))
-    if key not in known:
-        nearest = difflib.get_close_matches(key, known, n=1)
-        raise UserError(f"--config.{key}: no such setting" + (f"; did you mean {nearest[0]}?" if nearest else ""))
-
-
-def _load_config(file: Path) -> Any:
-    """What `get_config()` of a Python file returns."""
-    if not file.is_file():
-        raise UserError(f"--config={file}: no such file; give a Python file with get_config()")
-    spec = importlib.util.spec_from_file_location("d2g_config", file)
-    if spec is None:
-        raise UserError(f"--config={file}: not a Python file; give one with get_config()")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config={file}: has no get_config(); see configs/digits.py")
-    return module.get_config()
 
 
 def _start(config: Any) -> None:
@@ -293,6 +265,52 @@ def _export(arguments: list[str]) -> int:
 
     sampler = Sampler.load(own.model, mesh.make_mesh())
     print(export_student(sampler, own.to, own.out, dtype=own.dtype, size=(own.height, own.width)))
+    return 0
+
+
+def _metric(arguments: list[str]) -> int:
+    parser = _parser("metric")
+    parser.add_argument("--weights", type=Path, required=True, help="metric folder, latent or pixel")
+    parser.add_argument("--a", type=Path, required=True, help="latents (N, C, h, w) as .npy; or an image or a folder")
+    parser.add_argument("--b", type=Path, required=True, help="the same form as --a")
+    parser.add_argument("--draws", type=int, default=0, help="augmentations averaged; 0 (default) for none")
+    parser.add_argument("--seed", type=int, default=0, help="of the augmentations")
+    parser.add_argument("--preset", default="bgo", help="of the augmentations: b, g, c, o, co, bg, bgc, bgo, bgco")
+    parser.add_argument("--raw", action="store_true", help="the latents have not been through the VAE's scaling")
+    own = parser.parse_args(arguments)
+    from ml_collections import ConfigDict
+
+    _start(ConfigDict({"mesh": {}}))
+    from d2g_jax.measure import measure
+
+    measured = measure(own.weights, own.a, own.b, draws=own.draws, seed=own.seed, preset=own.preset, scaled=not own.raw)
+    print(json.dumps(measured, indent=2))
+    return 0
+
+
+def _convert(arguments: list[str]) -> int:
+    parser = _parser("metric convert", "published PyTorch weights of a metric -> a metric folder; needs PyTorch")
+    parser.add_argument("file", type=Path, help="SPACE_latest_vgg16_tuned.pth, or torchvision's vgg16")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--space", help="of a LatentLPIPS: sd15, sd21, sdxl, sd3 or flux")
+    parser.add_argument("--heads", type=Path, help="of pixel LPIPS: the lpips package's weights/v0.1/vgg.pth")
+    own = parser.parse_args(arguments)
+    from d2g_jax.convert import convert
+
+    print(convert(own.file, own.out, own.space, own.heads))
+    return 0
+
+
+def _lpips(arguments: list[str]) -> int:
+    parser = _parser("lpips")
+    parser.add_argument("--workdir", type=Path, required=True)
+    own, config = _parse_with_config(parser, arguments)
+    if own.config is None:
+        raise UserError("--config is missing; give a file such as configs/lpips.py")
+    _start(config)
+    from d2g_jax.lpips_training.job import train_lpips
+
+    print(json.dumps(train_lpips(config, own.workdir), indent=2))
     return 0
 
 

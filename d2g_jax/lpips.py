@@ -72,7 +72,7 @@ class LPIPS:
         """
         _check_config(config, source)
         for i, (head, width) in enumerate(zip(heads, config.widths, strict=True)):
-            perceptual._check_head(np.asarray(head), width, f"{source}: tensor lin{i}.model.1.weight")
+            perceptual.check_head(np.asarray(head), width, f"{source}: tensor lin{i}.model.1.weight")
         return cls(
             vgg.build(config, dtype), jax.tree.map(jnp.asarray, params), tuple(jnp.asarray(head) for head in heads)
         )
@@ -90,7 +90,7 @@ class LPIPS:
             _check_config(config, str(path / "config.json"))
         else:
             config, file = vgg.PIXELS, path
-        tree = to_params(load_state_dict(file), perceptual._abstract(config), source=str(file))
+        tree = to_params(load_state_dict(file), perceptual.metric_tree(config), source=str(file))
         heads = [tree[f"lin{i}"]["model"]["1"]["kernel"].reshape(-1) for i in range(len(config.widths))]
         return cls.from_params(tree["net"], heads, config, dtype, source=str(file))
 
@@ -103,7 +103,7 @@ class LPIPS:
         features_b = self.network.apply(params, _scaling_layer(jax.lax.stop_gradient(b)))
         terms = []
         for x, y, head in zip(features_a, features_b, jax.lax.stop_gradient(self.heads), strict=True):
-            difference = jnp.square(_unit_difference(x, y)).mean((1, 2))  # (B, C_k)
+            difference = jnp.square(perceptual.unit_difference(x, y, _inverse_length)).mean((1, 2))  # (B, C_k)
             terms.append((difference * head.astype(difference.dtype)).sum(-1))
         return jnp.stack(terms, axis=-1)
 
@@ -182,16 +182,6 @@ def _check_config(config: vgg.VGGConfig, source: str) -> None:
 def _scaling_layer(images: jax.Array) -> jax.Array:
     images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
     return (images - jnp.asarray(SHIFT, images.dtype)) / jnp.asarray(SCALE, images.dtype)
-
-
-def _unit_difference(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x / (|x| + eps) - y / (|y| + eps) over the channels of features (B, h, w, C).
-
-    Written as in `perceptual`, where it says why: exactly zero for equals, exactly the opposite when they swap.
-    """
-    x, y = (z.astype(jnp.promote_types(z.dtype, jnp.float32)) for z in (x, y))
-    r, s = (_inverse_length(z) for z in (x, y))
-    return ((x - y) * (r + s) + (x + y) * (r - s)) / 2
 
 
 def _inverse_length(x: jax.Array) -> jax.Array:

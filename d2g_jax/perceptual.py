@@ -101,7 +101,7 @@ class LatentLPIPS:
                 f"{source}: in_channels is {config.in_channels} but latent space {space.name} has {space.channels}"
             )
         for i, (head, width) in enumerate(zip(heads, config.widths, strict=True)):
-            _check_head(np.asarray(head), width, f"{source}: tensor lin{i}.model.1.weight")
+            check_head(np.asarray(head), width, f"{source}: tensor lin{i}.model.1.weight")
         folded = jax.tree.map(jnp.asarray, vgg.fold_batch_norm(*vgg.split_statistics(params)))
         return cls(space, vgg.build(config, dtype), folded, tuple(jnp.asarray(head) for head in heads))
 
@@ -119,7 +119,7 @@ class LatentLPIPS:
             raise UserError(f"{path}: not a metric folder; give one with config.json, or a file and its latent space")
         else:
             config, file = vgg.VGGConfig(in_channels=space.channels), path
-        tree = to_params(_without_duplicates(load_state_dict(file)), _abstract(config), source=str(file))
+        tree = to_params(_without_duplicates(load_state_dict(file)), metric_tree(config), source=str(file))
         heads = [tree[f"lin{i}"]["model"]["1"]["kernel"].reshape(-1) for i in range(len(config.widths))]
         return cls.from_params(config, tree["net"], heads, space, dtype, source=str(file))
 
@@ -136,7 +136,7 @@ class LatentLPIPS:
         features_a = self.network.apply(params, a)
         features_b = self.network.apply(params, jax.lax.stop_gradient(b))
         pairs = zip(features_a, features_b, strict=True)
-        return [jnp.square(_unit_difference(x, y)).mean((1, 2)) for x, y in pairs]
+        return [jnp.square(unit_difference(x, y, _inverse_length)).mean((1, 2)) for x, y in pairs]
 
     def layer_distances(self, a: jax.Array, b: jax.Array, *, scaled: bool) -> jax.Array:
         """The terms of `distance` by tap: (B, K)."""
@@ -165,19 +165,24 @@ class LatentLPIPS:
             raise UserError(f"latents have shape {a.shape}; this metric needs at least {smallest}x{smallest}")
 
 
-def _unit_difference(x: jax.Array, y: jax.Array) -> jax.Array:
+def unit_difference(x: jax.Array, y: jax.Array, inverse_length: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """The difference of features (B, h, w, C) after each is brought to unit length over channels.
 
-    x r - y s is written as ((x - y) (r + s) + (x + y) (r - s)) / 2: compilers contract the short form to a fused
-    multiply-add, whose rounding makes equal inputs differ. This one is exactly zero for them and changes sign exactly
-    when they swap.
+    `inverse_length` gives a metric's own 1 / length, (B, h, w, C) -> (B, h, w, 1). x r - y s is written as
+    ((x - y) (r + s) + (x + y) (r - s)) / 2: compilers contract the short form to a fused multiply-add, whose rounding
+    makes equal inputs differ. This one is exactly zero for them and changes sign exactly when they swap.
     """
     x, y = (z.astype(jnp.promote_types(z.dtype, jnp.float32)) for z in (x, y))
-    r, s = (jax.lax.rsqrt(jnp.square(z).sum(-1, keepdims=True) + UNIT_EPS) for z in (x, y))
+    r, s = inverse_length(x), inverse_length(y)
     return ((x - y) * (r + s) + (x + y) * (r - s)) / 2
 
 
-def _check_head(head: np.ndarray, width: int, where: str) -> None:
+def _inverse_length(x: jax.Array) -> jax.Array:
+    return jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + UNIT_EPS)
+
+
+def check_head(head: np.ndarray, width: int, where: str) -> None:
+    """Raises `UserError` that begins with `where` for a head that is not (width,), finite and non-negative."""
     if head.shape != (width,):
         raise UserError(f"{where} has {head.size} weights; its tap has {width} channels")
     if not np.isfinite(head).all():
@@ -325,7 +330,7 @@ def _read_config(file: Path) -> tuple[vgg.VGGConfig, LatentSpace]:
     return vgg.VGGConfig.from_json(config, source=str(file)), space
 
 
-def _abstract(config: vgg.VGGConfig) -> Params:
+def metric_tree(config: vgg.VGGConfig) -> Params:
     """The tree of a metric file: the trunk with batch norm as `net`, the heads as 1x1 convolutions `lin{k}.model.1`."""
     head = lambda width: {"model": {"1": {"kernel": jax.ShapeDtypeStruct((1, 1, width, 1), jnp.float32)}}}  # noqa: E731
     lins = {f"lin{i}": head(width) for i, width in enumerate(config.widths)}

@@ -1,12 +1,15 @@
 """The `d2g` command as a stranger meets it: exit codes and one line for whatever is wrong."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from d2g_jax.__main__ import JOBS, main, read_config
+from d2g_jax.__main__ import JOBS, main
+from d2g_jax.configuration import read_config
 from d2g_jax.errors import UserError
 
 
@@ -98,3 +101,55 @@ loaded = {"torch", "tensorflow", "diffusers"} & set(sys.modules)
 assert not loaded, loaded
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """Two files of scaled latents as `d2g sample` writes them."""
+    folder, rng = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
+    files = [folder / "a.npy", folder / "b.npy"]
+    for file in files:
+        np.save(file, rng.normal(size=(3, 4, 8, 8)).astype(np.float32))
+    return files
+
+
+METRIC = Path("d2g_jax/digits/weights/metric")
+
+
+def test_metric_prints_json(capsys, latents):
+    code, out, _ = run(capsys, "metric", f"--weights={METRIC}", f"--a={latents[0]}", f"--b={latents[1]}", "--draws=2")
+    measured = json.loads(out)
+    assert code == 0
+    assert measured["metric"] == "e_latent_lpips"
+    assert len(measured["distances"]) == 3
+    assert min(measured["distances"]) > 0
+
+
+def test_warnings_are_one_line(latents):
+    """In a process of its own, where they are printed."""
+    code = f"""
+import sys, warnings
+from d2g_jax.__main__ import main
+code = main(["metric", "--weights={METRIC}", "--a={latents[0]}", "--b={latents[1]}"])
+warnings.warn("looks raw")
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1] == "d2g: warning: looks raw"
+
+
+def test_convert_of_a_missing_file(capsys, tmp_path):
+    pytest.importorskip("torch")
+    error = one_line(capsys, "metric", "convert", tmp_path / "none.pth", "--space=sd15", f"--out={tmp_path / 'out'}")
+    assert "none.pth" in error
+
+
+def test_lpips_needs_a_config(capsys, tmp_path):
+    assert "configs/lpips.py" in one_line(capsys, "lpips", f"--workdir={tmp_path}")
+
+
+def test_lpips_names_what_is_missing(capsys, tmp_path):
+    pipeline = Path("d2g_jax/digits/weights/pipeline").resolve()
+    overrides = [f"--config.pipeline={pipeline}", "--config.images.train=nowhere"]
+    assert "nowhere" in one_line(capsys, "lpips", "--config=configs/lpips.py", f"--workdir={tmp_path}", *overrides)

@@ -311,7 +311,7 @@ def test_folder_round_trip(folder, metric):
 def test_published_file_layout(tmp_path):
     """101 entries, heads twice, batch counters; the full-size topology without a config."""
     rng = np.random.default_rng(4)
-    tree = perceptual._abstract(vgg.VGGConfig(in_channels=16))
+    tree = perceptual.metric_tree(vgg.VGGConfig(in_channels=16))
     state = to_state_dict(jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), tree))
     state |= {f"lins.{k[3:]}": v for k, v in state.items() if k.startswith("lin")}
     norms = [k for k in state if k.endswith("running_mean")]

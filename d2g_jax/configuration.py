@@ -1,0 +1,57 @@
+"""A configuration file with `--config.key=value` flags applied to it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from d2g_jax.errors import UserError
+from d2g_jax.runs import flatten
+
+
+def read_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Any:
+    """The config of `file` (None: the digits) with flags such as `--config.train.images=1000` applied.
+
+    Raises `UserError` for a file without `get_config()`, an unknown key and a value of the wrong type.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    config = _load_config(file or Path(__file__).parent / "digits" / "config.py")
+    for override in overrides:
+        key, equals, _ = override.removeprefix("--config.").partition("=")
+        _check_key(config, key)
+        if not equals:
+            raise UserError(f"{override}: give the value behind an equals sign, {override}=VALUE")
+    values, command = flags.FlagValues(), ["d2g", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
+        values(command)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"config: {' '.join(str(error).split())}") from error
+    return values.config
+
+
+def _check_key(config: Any, key: str) -> None:
+    """Raises `UserError` for a setting that does not exist, with the nearest one that does."""
+    known = list(flatten(config.to_dict()))
+    if key not in known:
+        nearest = difflib.get_close_matches(key, known, n=1)
+        raise UserError(f"--config.{key}: no such setting" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+
+
+def _load_config(file: Path) -> Any:
+    """What `get_config()` of a Python file returns."""
+    if not file.is_file():
+        raise UserError(f"--config={file}: no such file; give a Python file with get_config()")
+    spec = importlib.util.spec_from_file_location("d2g_config", file)
+    if spec is None:
+        raise UserError(f"--config={file}: not a Python file; give one with get_config()")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={file}: has no get_config(); see configs/digits.py")
+    return module.get_config()
