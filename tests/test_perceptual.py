@@ -3,6 +3,7 @@
 import json
 import warnings
 import zlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -369,3 +370,23 @@ def test_broken_folders(folder, trunk, tmp_path):
     with pytest.raises(UserError, match="has 7 weights"):
         perceptual.save_metric(tmp_path / "other", NARROW, params, [heads[0][:7], *heads[1:]], SPACE)
     assert not (tmp_path / "other").exists()
+
+
+def test_the_readmes_three_lines(monkeypatch):
+    """As printed there, in a step under jit that differentiates by the generated latents."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    text = Path("README.md").read_text()
+    section = text[text.index("## The loss in your own training") :]
+    code = compile(section[section.index("```python\n") + 10 : section.index("```\n\nWeights")], "README.md", "exec")
+    target = jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
+
+    def value(generated):
+        names = {"key": jax.random.key(0), "generated": generated, "target": target}
+        exec(code, names)
+        return names["loss"]
+
+    step = jax.jit(jax.value_and_grad(value))
+    loss, gradient = step(target + 0.5)
+    assert loss > 0
+    assert float(jnp.abs(gradient).max()) > 0
+    assert step(target)[0] == 0
