@@ -12,7 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict, config_dict
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""Package data, made by `d2g teacher`: pipeline/, metric/, classifier.safetensors, prompts.txt."""
+"""Package data, made by `d2g teacher`: pipeline/, metric/, lpips/, classifier.safetensors, prompts.txt."""
 
 
 def get_config() -> ConfigDict:
@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     c.optimizer = optimizer()
     c.train = train()
     c.evaluation = ConfigDict({"samples": 2000, "batch_size": 256, "seed": 1})  # the pairs' batch: one program
+    c.overfit = overfit()
     c.teacher = teacher()
     return c.lock()
 
@@ -141,6 +142,24 @@ def train() -> ConfigDict:
     )
 
 
+def overfit() -> ConfigDict:
+    """Figure 5 of the paper (`d2g overfit`): latents optimised to match targets. The VAE is that of `pipeline`."""
+    return ConfigDict(
+        {
+            "losses": ("mse", "lpips", "latent_lpips", "e_latent_lpips"),
+            "metric": str(WEIGHTS / "metric"),
+            "lpips": str(WEIGHTS / "lpips"),  # pixel LPIPS, the loss `lpips` and everyone's judge
+            "preset": "bgo",  # of e_latent_lpips, as in `loss`
+            "images": "",  # an image, or a folder of images; empty takes the digits' test set
+            "targets": 8,  # images, from the first on; all are optimised at once, each by itself
+            "steps": 2000,
+            "every": 100,  # steps between measurements, and between saved states
+            "learning_rate": 3e-2,  # of Adam, decaying to 0 by a cosine
+            "seed": 0,  # of the noise that the latents start as, and of the augmentation
+        }
+    )
+
+
 def teacher() -> ConfigDict:
     """Training of the embedded teacher (`d2g teacher`), stage by stage."""
     return ConfigDict(
@@ -162,23 +181,31 @@ def teacher() -> ConfigDict:
                 "ema": 0.999,
                 "seed": 0,
             },
-            "metric": {
-                "trunk": {
-                    "steps": 2000,
-                    "batch_size": 128,
-                    "learning_rate": 2e-3,
-                    "weight_decay": 0.01,
-                    "rounds": 15,  # warped copies of every image
-                    "seed": 0,
-                },
-                "heads": {
-                    "steps": 2000,
-                    "batch_size": 50,
-                    "learning_rate": 1e-3,
-                    "triplets": 8000,
-                    "seed": 0,
-                },
-            },
+            "metric": perceptual_metric(steps=2000, batch_size=128, rounds=15),
+            "pixel_metric": perceptual_metric(steps=1000, batch_size=64, rounds=7),
             "prompts": {"count": 4096, "seed": 2},  # training prompts; the demo evaluates on others
+        }
+    )
+
+
+def perceptual_metric(steps: int, batch_size: int, rounds: int) -> ConfigDict:
+    """Classification, then calibration: of the latent metric and of the pixel metric, each its own."""
+    return ConfigDict(
+        {
+            "trunk": {
+                "steps": steps,
+                "batch_size": batch_size,
+                "learning_rate": 2e-3,
+                "weight_decay": 0.01,
+                "rounds": rounds,  # warped copies of every image
+                "seed": 0,
+            },
+            "heads": {
+                "steps": 2000,
+                "batch_size": 50,
+                "learning_rate": 1e-3,
+                "triplets": 8000,
+                "seed": 0,
+            },
         }
     )

@@ -1,8 +1,8 @@
 """`d2g teacher`: the embedded miniature Stable Diffusion, trained from nothing on scikit-learn's digits.
 
 Stages, each skipped when its files are there: autoencoder, text tower and denoiser (together, with caption dropout for
-guidance), latent metric, independent classifier. The result is a diffusers folder beside the metric's and the
-classifier's weights; what ships as package data was made by this command.
+guidance), latent metric, pixel metric, independent classifier. The result is a diffusers folder beside the metrics'
+and the classifier's weights; what ships as package data was made by this command.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from d2g_jax import pipeline as pipelines
 from d2g_jax import weights
 from d2g_jax.atomic import write_text
 from d2g_jax.diffusion import Schedule, add_noise, training_target
-from d2g_jax.digits import captions, classifier, data, metric, tokenizer
+from d2g_jax.digits import captions, classifier, data, metric, pixel_metric, tokenizer
 from d2g_jax.digits.fit import fit, sampled_rows
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Params
@@ -214,12 +214,14 @@ def train_pipeline(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def make_teacher(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Everything that ships as package data: pipeline/, metric/, classifier.safetensors, prompts.txt."""
+    """Everything that ships as package data: pipeline/, metric/, lpips/, classifier.safetensors, prompts.txt."""
     train_pipeline(config, workdir)
     pipeline = pipelines.Pipeline.load(workdir / "pipeline")
     params, scale = pipeline.params["vae"], pipeline.scaling_factor
     scores = metric.train_metric(config.metric, workdir / "metric", lambda images: _means(params, images, scale))
     print(f"metric: {scores}", file=sys.stderr)
+    scores = pixel_metric.train_pixel_metric(config.pixel_metric, workdir / "lpips")
+    print(f"pixel metric: {scores}", file=sys.stderr)
     train, _ = data.load()
     if not (workdir / "classifier.safetensors").exists():
         trained = classifier.train_classifier(train.images, train.labels)

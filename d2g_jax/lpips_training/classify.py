@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from d2g_jax import mesh as meshes
-from d2g_jax.lpips_training.fit import Recipe, fit, sampled_rows
+from d2g_jax.lpips_training.fit import Batch, Recipe, fit, sampled_rows
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
 
@@ -46,14 +46,20 @@ class LabelledLatents:
       count: rows.
       classes: labels are 0 to classes - 1.
       shape: (h, w, C) of a latent.
-      batch: (rows (B,), step) -> {"latents": float32 (B, h, w, C), "labels": int (B,)}; a pure function. Where images
-        are encoded on the fly, the step decides about their crops.
+      read: (rows (B,), step) -> what the host has of these rows; a pure function that no device has a part in. Where
+        images are encoded on the fly, the step decides about their crops.
+      encode: what `read` gave -> {"latents": float32 (B, h, w, C), "labels": int (B,)}.
     """
 
     count: int
     classes: int
     shape: tuple[int, int, int]
-    batch: Callable[[np.ndarray, int], dict[str, np.ndarray]]
+    read: Callable[[np.ndarray, int], Batch]
+    encode: Callable[[Batch], Batch] = lambda batch: batch
+
+    def batch(self, rows: np.ndarray, step: int) -> Batch:
+        """The latents and labels of rows (B,)."""
+        return self.encode(self.read(rows, step))
 
     @classmethod
     def from_arrays(cls, latents: np.ndarray, labels: np.ndarray, classes: int) -> LabelledLatents:
@@ -95,16 +101,17 @@ def train_classifier(
         logits = _logits(head, params["head"], taps[-1], key)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
 
-    def batch_at(step: int) -> dict[str, np.ndarray]:
-        return data.batch(sampled_rows(data.count, recipe.batch_size, recipe.seed, step), step)
+    def rows_at(step: int) -> np.ndarray:
+        return sampled_rows(data.count, recipe.batch_size, recipe.seed, step)
 
     @jax.jit
     def measure(params: Params, latents: jax.Array) -> Params:
         tree = vgg.merge_statistics(params, statistics)
         return network.apply(tree, latents, method="train_features")[1]
 
-    params = fit(loss, start, batch_at, recipe, label=label)
-    measured = [measure(params["trunk"], batch_at(step)["latents"]) for step in range(STATISTICS_BATCHES)]
+    params = fit(loss, start, lambda step: data.read(rows_at(step), step), recipe, label=label, encode=data.encode)
+    steps = range(STATISTICS_BATCHES)
+    measured = [measure(params["trunk"], data.batch(rows_at(step), step)["latents"]) for step in steps]
     final = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *jax.device_get(measured))
     return Classifier(vgg.merge_statistics(params["trunk"], final), params["head"])
 

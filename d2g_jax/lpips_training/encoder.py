@@ -31,12 +31,14 @@ class Encoder:
     """An autoencoder's first half.
 
     Attributes:
+      source: the VAE's folder, for messages.
       config: of the VAE.
       sha256: of the weights that encode. A VAE that shares them (a fine-tuned decoder) has the same latent space.
       batch_size: images per call of the program, a multiple of the devices.
       program: (uint8 (B, H, W, 3), ids uint32 (B,), sample) -> float32 scaled latents (B, h, w, C).
     """
 
+    source: Path
     config: vae.VaeConfig
     sha256: str
     batch_size: int
@@ -67,7 +69,7 @@ class Encoder:
         def program(pixels: np.ndarray, ids: np.ndarray, sample: bool) -> jax.Array:
             return encode(placed, meshes.place_batch({"pixels": pixels, "ids": ids}, mesh), sample)
 
-        return cls(config, digest, batch_size, program)
+        return cls(folder, config, digest, batch_size, program)
 
     def space(self, name: str) -> LatentSpace:
         """The latent space of this VAE, called `name`."""
@@ -94,12 +96,19 @@ class Encoder:
         Args:
           posterior: "mean", or "sample" with noise that is a function of the seed and of the image's id.
           ids: (N,), from 0 to 2^32 - 1.
+
+        Raises `UserError` for latents that are not finite.
         """
         latents, ids = [], np.asarray(ids, np.uint32)
         for rows in batches(len(pixels), self.batch_size):
             kept = len(np.unique(rows))
             latents.append(jax.device_get(self.program(pixels[rows], ids[rows], posterior == "sample"))[:kept])
-        return np.concatenate(latents)
+        whole = np.concatenate(latents)
+        if not np.isfinite(whole).all():
+            raise UserError(
+                f"{self.source}: its latents hold NaN or infinity; set encoder.dtype=float32 or fix the VAE"
+            )
+        return whole
 
 
 def sha256_of(params: Params) -> str:

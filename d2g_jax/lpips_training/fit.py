@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ CHECKPOINT = "checkpoint.safetensors"
 
 Loss = Callable[[Any, dict[str, jax.Array], jax.Array], jax.Array]
 """(parameters, batch, key) -> scalar."""
+
+Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +53,11 @@ class Recipe:
 def fit(
     loss: Loss,
     params: Any,
-    batch_at: Callable[[int], dict[str, np.ndarray]],
+    batch_at: Callable[[int], Batch],
     recipe: Recipe,
     *,
     label: str,
+    encode: Callable[[Batch], Batch] = lambda batch: batch,
     project: Callable[[Any], Any] = lambda params: params,
     ema: float = 0.0,
 ) -> Any:
@@ -62,8 +66,10 @@ def fit(
     Args:
       loss: pure; its key is a function of (seed, label, step).
       params: float32 tree.
-      batch_at: host batch of a step, a pure function of it.
+      batch_at: host batch of a step, a pure function of it. Called one step ahead, in another thread: it must not
+        use the devices.
       label: the config section that the recipe is from; named in messages and part of the loss' keys.
+      encode: from what `batch_at` gives to what `loss` takes; may use the devices.
       project: applied after each update (for example to keep weights non-negative).
       ema: decay of a moving average that is returned in place of the last parameters; 0 for none.
 
@@ -92,8 +98,9 @@ def fit(
     with ExitStack() as opened:
         log = _Log(recipe, first, opened)
         progress = opened.enter_context(Progress(label, recipe.steps, "step", done=first))
-        for step in range(first, recipe.steps):
-            carry, value = update(carry, meshes.place_batch(batch_at(step), mesh), step)
+        thread = opened.enter_context(ThreadPoolExecutor(1))
+        for step, batch in _read_ahead(batch_at, range(first, recipe.steps), thread):
+            carry, value = update(carry, meshes.place_batch(encode(batch), mesh), step)
             value = float(value)  # waits: simulated devices abort when the host runs ahead
             if not math.isfinite(value):
                 raise UserError(
@@ -108,6 +115,17 @@ def fit(
 def sampled_rows(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """Row numbers of one step's batch, drawn with replacement; a pure function of (seed, step)."""
     return np.random.default_rng([seed, step]).integers(count, size=batch_size)
+
+
+def _read_ahead(
+    batch_at: Callable[[int], Batch], steps: range, thread: ThreadPoolExecutor
+) -> Iterator[tuple[int, Batch]]:
+    """Each step with its batch, which `thread` reads while the step before is computed."""
+    pending = None
+    for step in steps:
+        batch = pending.result() if pending else batch_at(step)
+        pending = thread.submit(batch_at, step + 1) if step + 1 in steps else None
+        yield step, batch
 
 
 class _Log:

@@ -30,6 +30,17 @@ from d2g_jax.perceptual import LatentLPIPS, save_metric
 TRIPLETS_PER_SHARD = 200
 SCORES = "scores.json"
 DTYPES = ("float32", "bfloat16")
+ABOVE_ZERO = (
+    "images.views",
+    "classification.epochs",
+    "classification.decay_epochs",
+    "classification.learning_rate",
+    "classification.save_every",
+    "calibration.epochs",
+    "calibration.learning_rate",
+    "calibration.save_every",
+)
+NOT_BELOW_ZERO = ("seed", "images.resize", "classification.pool", "calibration.decay_epochs")
 
 
 def train_lpips(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -108,10 +119,17 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"{key}.dtype={config[key].dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     check_posterior(config.images.posterior, "images.posterior")
     check_posterior(config.triplets.posterior, "triplets.posterior")
-    for key in ("classification.epochs", "classification.decay_epochs", "calibration.epochs", "images.views"):
-        section, name = key.split(".")
-        if config[section][name] <= 0:
-            raise UserError(f"{key}={config[section][name]}; give a number above 0")
+    values = runs.flatten(config.to_dict())
+    for key in ABOVE_ZERO:
+        if not values[key] > 0:  # NaN is refused too
+            raise UserError(f"{key}={values[key]}; give a number above 0")
+    for key in NOT_BELOW_ZERO:
+        if not values[key] >= 0:
+            raise UserError(f"{key}={values[key]}; give 0 or more")
+    if not 0 <= config.classification.dropout < 1:
+        raise UserError(f"classification.dropout={config.classification.dropout}; give a share from 0 to below 1")
+    if min(config.classification.hidden, default=1) < 1:
+        raise UserError(f"classification.hidden={config.classification.hidden}; give widths above 0, or none")
 
 
 def read_trunk(config: ml_collections.ConfigDict, encoder: Encoder, *sizes: int) -> vgg.VGGConfig:
@@ -156,10 +174,14 @@ def labelled(
             on_the_fly(val, encoder, crop, "mean", augment=False),
         )
     folder, views = Path(config.cache), config.views
-    return (
+    made = (
         cached(folder / "train", train, encoder, crop, config.posterior, views=views, label="encode training images"),
         cached(folder / "val", val, encoder, crop, "mean", views=1, label="encode held-out images"),
     )
+    classes = [cache.read_made_from(folder / part)["classes"] for part in ("train", "val")]
+    if classes[0] != classes[1]:  # possible where the caches are taken without their images
+        raise UserError(f"{folder}: train and val are of other classes; give a cache of one data set")
+    return made
 
 
 def classification(

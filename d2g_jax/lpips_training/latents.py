@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from d2g_jax.errors import UserError
 from d2g_jax.lpips_training import cache
 from d2g_jax.lpips_training.classify import LabelledLatents
 from d2g_jax.lpips_training.encoder import Encoder
+from d2g_jax.lpips_training.fit import Batch
 from d2g_jax.lpips_training.images import Crop, Images
 
 IMAGES_PER_SHARD = 512
@@ -28,13 +30,15 @@ def on_the_fly(images: Images, encoder: Encoder, crop: Crop, posterior: str, *, 
     the plain crop.
     """
 
-    def batch(rows: np.ndarray, step: int) -> dict[str, np.ndarray]:
-        views = [step + 1 if augment else 0] * len(rows)
-        pixels, labels = _read(images, crop, rows, views)
+    def read(rows: np.ndarray, step: int) -> Batch:
+        pixels, labels = _read(images, crop, rows, [step + 1 if augment else 0] * len(rows))
         ids = (step * len(rows) + np.arange(len(rows))) % 2**32
-        return {"latents": encoder.encode(pixels, posterior, ids), "labels": labels}
+        return {"pixels": pixels, "ids": ids, "labels": labels}
 
-    return LabelledLatents(images.count, len(images.classes), encoder.latent_shape(crop.size), batch)
+    def encode(batch: Batch) -> Batch:
+        return {"latents": encoder.encode(batch["pixels"], posterior, batch["ids"]), "labels": batch["labels"]}
+
+    return LabelledLatents(images.count, len(images.classes), encoder.latent_shape(crop.size), read, encode)
 
 
 def cached(
@@ -49,38 +53,40 @@ def cached(
     described = {**encoder.described(), "size": crop.size}
     if images is None:
         cache.check(folder, described)
-        shards, classes = cache.open_shards(folder), cache.read_made_from(folder)["classes"]
+        shards = cache.open_shards(folder)
     else:
-        classes = list(images.classes)
         described |= {
             "resize": crop.resize,
             "seed": crop.seed,
             "posterior": posterior,
             "views": views,
             "images_sha256": images.sha256,
-            "classes": classes,
+            "classes": list(images.classes),
         }
-        shape = encoder.latent_shape(crop.size)
-        record = np.dtype([("latents", "<f2", shape), ("label", "<i4")])
+        make = functools.partial(_records, images, encoder, crop, posterior, views)
+        shards = cache.build(folder, described, images.count * views, IMAGES_PER_SHARD, make, label=label)
+    classes = cache.read_made_from(folder)["classes"]
 
-        def make(rows: range) -> np.ndarray:
-            made = np.empty(len(rows), record)
-            numbers, chosen = np.divmod(np.asarray(rows), views)
-            pixels, made["label"] = _read(images, crop, numbers, chosen.tolist())
-            latents = encoder.encode(pixels, posterior, np.asarray(rows))
-            if not np.abs(latents).max() <= np.finfo(np.float16).max:
-                raise UserError(f"{folder}: latents are not finite in float16; check the VAE and its scaling_factor")
-            made["latents"] = latents
-            return made
-
-        count = images.count * views
-        shards = cache.build(folder, described, count, IMAGES_PER_SHARD, make, label=label)
-
-    def batch(rows: np.ndarray, step: int) -> dict[str, np.ndarray]:
+    def read(rows: np.ndarray, step: int) -> Batch:
         taken = shards.take(rows)
         return {"latents": taken["latents"].astype(np.float32), "labels": taken["label"]}
 
-    return LabelledLatents(len(shards), len(classes), encoder.latent_shape(crop.size), batch)
+    return LabelledLatents(len(shards), len(classes), encoder.latent_shape(crop.size), read)
+
+
+def _records(images: Images, encoder: Encoder, crop: Crop, posterior: str, views: int, rows: range) -> np.ndarray:
+    """A cache's records of `rows`: structured (n,), latents as float16."""
+    record = np.dtype([("latents", "<f2", encoder.latent_shape(crop.size)), ("label", "<i4")])
+    made = np.empty(len(rows), record)
+    numbers, chosen = np.divmod(np.asarray(rows), views)
+    pixels, made["label"] = _read(images, crop, numbers, chosen.tolist())
+    latents = encoder.encode(pixels, posterior, np.asarray(rows))
+    if (largest := np.abs(latents).max()) > np.finfo(np.float16).max:
+        raise UserError(
+            f"{encoder.source}: latents reach {largest:.3g}, too much for a float16 cache; empty images.cache"
+        )
+    made["latents"] = latents
+    return made
 
 
 def in_threads(function: Callable[[Any], T], items: Iterable[Any]) -> list[T]:

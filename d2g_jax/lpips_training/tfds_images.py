@@ -41,7 +41,9 @@ def open_tfds(folder: Path, split: str) -> Images:
         )
     if splits[split].get("filepathTemplate", TEMPLATE) != TEMPLATE:
         raise UserError(f"{folder}: files of split {split!r} are not named {TEMPLATE}; prepare it again with TFDS")
-    counts = [int(length) for length in splits[split]["shardLengths"]]
+    counts = [int(length) for length in splits[split].get("shardLengths", ())]
+    if not sum(counts):
+        raise UserError(f"{folder}: split {split!r} is empty; prepare it again or choose another")
     paths = [folder / f"{info['name']}-{split}.{file_format}-{i:05d}-of-{len(counts):05d}" for i in range(len(counts))]
     for path in paths:
         if not path.is_file():

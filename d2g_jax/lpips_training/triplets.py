@@ -48,7 +48,7 @@ class TripletFolder:
             value = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{file}: not a readable judgement ({error}); fetch the data set again") from error
-        if value.size != 1 or not 0 <= value.item() <= 1:
+        if value.size != 1 or value.dtype.kind not in "biuf" or not 0 <= value.item() <= 1:
             raise UserError(f"{file}: a judgement is one number from 0 to 1, this holds {value.tolist()}")
         return float(value.item())
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from d2g_jax.models import vae
@@ -22,6 +24,7 @@ VAE = vae.VaeConfig(
     sample_size=16,
     scaling_factor=0.5,
 )
+CONFIG = Path(__file__).parents[2] / "configs" / "lpips.py"
 COLOURS = {"blue": (40, 60, 200), "red": (200, 60, 40)}
 
 
@@ -36,6 +39,24 @@ def write_vae(folder: Path, params) -> Path:
 def picture(rng: np.random.Generator, colour: tuple[int, int, int], size: int) -> Image.Image:
     pixels = np.asarray(colour) + rng.normal(0, 30, (size, size, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _keep_every_program():
+    """A job that goes on compiles again what the stopped one compiled; most of it takes less than jax's one second."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@pytest.fixture
+def shipped() -> ConfigDict:
+    """`configs/lpips.py` as it is."""
+    spec = importlib.util.spec_from_file_location("lpips_config", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
 
 
 @pytest.fixture(scope="session")

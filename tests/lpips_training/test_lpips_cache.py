@@ -84,6 +84,18 @@ def test_encoder_gives_scaled_latents(encoder, vae_params):
     np.testing.assert_allclose(encoder.encode(pixels[3:4], "sample", ids[3:4]), samples[3:4], atol=1e-6)
 
 
+def test_latents_that_are_not_finite_name_the_vae(encoder, class_folders, tmp_path):
+    images, crop = open_images(class_folders, "train"), Crop(16, 16, seed=0)
+    for value, message in (
+        (np.nan, "pipeline.*vae: its latents hold NaN or infinity"),
+        (1e5, "reach 1e\\+05, too much"),
+    ):
+        broken = dataclasses.replace(encoder, program=lambda x, ids, sample, v=value: np.full((len(x), 8, 8, 4), v))
+        with pytest.raises(UserError, match=message):
+            cached(tmp_path / "cache", images, broken, crop, "mean", views=1, label="encode")
+    assert not list((tmp_path / "cache").glob("*.npy"))
+
+
 def test_the_hash_is_of_what_encodes(encoder, vae_params):
     halves = {name: vae_params[name] for name in ("encoder", "quant_conv")}
     assert encoder.sha256 == sha256_of(halves)

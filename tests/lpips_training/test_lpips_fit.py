@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +57,7 @@ def test_a_training_that_broke_gives_the_unbroken_result(tmp_path, ema):
 
 def test_sigterm_saves_the_step_under_way(tmp_path):
     def stopped(step):
-        if step == 2:
+        if step == 3:  # read while step 2 is computed
             os.kill(os.getpid(), signal.SIGTERM)
         return {"x": DATA[sampled_rows(40, 4, 0, step)]}
 
@@ -66,6 +67,36 @@ def test_sigterm_saves_the_step_under_way(tmp_path):
     again = train(recipe(tmp_path), lambda step: seen.append(step) or {"x": DATA[sampled_rows(40, 4, 0, step)]})
     assert seen[0] == 3
     assert_same(train(recipe()), again)
+
+
+def test_batches_are_read_one_step_ahead_and_encoded_here():
+    read, order = set(), []
+
+    def batch_at(step):
+        read.add(threading.current_thread())
+        order.append(("read", step))
+        return {"x": 2 * DATA[sampled_rows(40, 4, 0, step)], "step": np.array(step)}
+
+    def encode(batch):
+        assert threading.current_thread() is threading.main_thread()
+        order.append(("encode", int(batch.pop("step"))))
+        return {"x": batch["x"] / 2}
+
+    assert_same(train(recipe()), train(recipe(), batch_at, encode=encode))
+    assert [step for what, step in order if what == "read"] == list(range(7))  # and none behind the last
+    assert [step for what, step in order if what == "encode"] == list(range(7))
+    assert read == {threading.main_thread(), *read}
+    assert len(read) == 2  # the first batch has nothing to be read behind
+
+
+def test_a_batch_that_cannot_be_read_ends_the_training_with_its_own_error():
+    def batch_at(step):
+        if step == 3:
+            raise UserError("image.png: not a readable image")
+        return {"x": DATA[sampled_rows(40, 4, 0, step)]}
+
+    with pytest.raises(UserError, match=r"^image\.png"):
+        train(recipe(), batch_at)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_setting():

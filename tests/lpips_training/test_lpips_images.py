@@ -1,5 +1,6 @@
 """Labelled images from class folders and TFDS folders, and their crops."""
 
+import importlib.resources
 import io
 import json
 import subprocess
@@ -167,18 +168,30 @@ def test_tfds_folders_without_tensorflow(tmp_path, file_format):
 
 
 @pytest.mark.filterwarnings("ignore")  # TFDS' own
-def test_tfds_itself_reads_what_the_test_wrote(tmp_path):
-    """So the fixture is TFDS' layout and not our idea of it."""
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_what_tfds_itself_writes(tmp_path, file_format, monkeypatch):
+    pytest.importorskip("tensorflow")  # for writing
+    # TFDS takes the backport for granted and does not depend on it.
+    monkeypatch.setitem(sys.modules, "importlib_resources", importlib.resources)
     import tensorflow_datasets as tfds
 
-    pictures = [gradient(10 + i, 12) for i in range(5)]
-    folder = write_tfds(tmp_path / "toy", "array_record", [example(p, i % 2) for i, p in enumerate(pictures)])
-    theirs, ours = tfds.builder_from_directory(folder).as_data_source(split="train"), open_images(folder, "train")
-    assert len(theirs) == ours.count == 5
-    for i in range(5):
-        image, label = ours.read(i)
-        assert theirs[i]["label"] == label
-        np.testing.assert_array_equal(theirs[i]["image"], np.asarray(image))
+    pictures = [np.asarray(gradient(10 + i, 12)) for i in range(5)]
+    builder = tfds.dataset_builders.store_as_tfds_dataset(
+        name="toy",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict(
+            {"image": tfds.features.Image(shape=(None, None, 3)), "label": tfds.features.ClassLabel(names=["b", "a"])}
+        ),
+        split_datasets={"train": [(i, {"image": image, "label": i % 2}) for i, image in enumerate(pictures)]},
+        data_dir=tmp_path,
+        file_format=file_format,
+    )
+    images = open_images(builder.data_path, "train")
+    assert (images.count, images.classes) == (5, ("b", "a"))
+    seen = {image.width - 10: (np.asarray(image), label) for image, label in map(images.read, range(5))}  # shuffled
+    for i, picture in enumerate(pictures):
+        assert seen[i][1] == i % 2
+        np.testing.assert_array_equal(seen[i][0], picture)
 
 
 def test_bad_tfds_folders(tmp_path):
@@ -195,6 +208,15 @@ def test_bad_tfds_folders(tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match=r"00001-of-00002: shard is missing"):
         open_images(folder, "train")
+    info = json.loads((folder / "dataset_info.json").read_text())
+    for change, message in (
+        ({"splits": [{"name": "train"}]}, "split 'train' is empty"),
+        ({"fileFormat": "riegeli"}, "file format 'riegeli' is not read"),
+        ({"splits": [{**info["splits"][0], "filepathTemplate": "{SHARD_X_OF_Y}"}]}, "files of split 'train' are not"),
+    ):
+        (folder / "dataset_info.json").write_text(json.dumps({**info, **change}))
+        with pytest.raises(UserError, match=message):
+            open_images(folder, "train")
     (folder / "features.json").write_text('{"featuresDict": {"features": {"text": {}}}}')
     with pytest.raises(UserError, match=r"features\.json: needs the features image .* has text"):
         open_images(folder, "train")

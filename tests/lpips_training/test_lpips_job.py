@@ -1,10 +1,9 @@
 """`train_lpips` from files to a metric folder, stopped and resumed; the shipped config; the digits' metric."""
 
-import importlib.util
+import itertools
 import json
 import os
 import signal
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,26 +14,16 @@ from d2g_jax.digits import data, distortions
 from d2g_jax.digits import metric as digits_metric
 from d2g_jax.errors import UserError
 from d2g_jax.interrupt import Terminated
-from d2g_jax.lpips_training import classify
+from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.lpips_training import job as jobs
 from d2g_jax.lpips_training.job import train_lpips
 from d2g_jax.models import vgg
 from d2g_jax.perceptual import LatentLPIPS
 
-CONFIG = Path(__file__).parents[2] / "configs" / "lpips.py"
-
-
-def shipped():
-    spec = importlib.util.spec_from_file_location("lpips_config", CONFIG)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
 
 @pytest.fixture
-def config(pipeline, class_folders, triplet_folder):
+def config(shipped, pipeline, class_folders, triplet_folder):
     """The shipped config with everything made small."""
-    c = shipped()
     changes = {
         "name": "tiny",
         "pipeline": str(pipeline),
@@ -48,12 +37,32 @@ def config(pipeline, class_folders, triplet_folder):
         "triplets": {"folder": str(triplet_folder), "size": 16},
         "calibration": {"epochs": 2.0, "decay_epochs": 1.0, "batch_size": 4, "save_every": 3},
     }  # fmt: skip
-    c.update(ConfigDict(changes))
-    return c
+    shipped.update(ConfigDict(changes))
+    return shipped
 
 
 def files(folder):
     return {path.name: path.read_bytes() for path in sorted((folder / "metric").iterdir())}
+
+
+def at_call(number, action, function):
+    """`function`, whose call `number` (the first is 1) does `action` before."""
+    calls = itertools.count(1)
+
+    def counted(*arguments):
+        if next(calls) == number:
+            action()
+        return function(*arguments)
+
+    return counted
+
+
+def ask_to_stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 def test_job_makes_a_metric_and_resumes(config, tmp_path, monkeypatch):
@@ -73,24 +82,13 @@ def test_job_makes_a_metric_and_resumes(config, tmp_path, monkeypatch):
     assert not (tmp_path / "whole" / "classification" / "checkpoint.safetensors").exists()
 
     # Stopped once in each stage, and in front of the triplets, the same command ends with the same bytes.
-    sampled, patches = classify.sampled_rows, jobs.TripletFolder.patches
-    for module, name, original, at in (
-        (classify, "sampled_rows", sampled, 4),
-        (jobs.TripletFolder, "patches", patches, 5),
-        (jobs.calibrate, "sampled_rows", jobs.calibrate.sampled_rows, 5),
+    for module, name, call, stop in (
+        (classify, "sampled_rows", 4, ask_to_stop),
+        (jobs.TripletFolder, "patches", 5, interrupt),
+        (calibrate, "sampled_rows", 5, ask_to_stop),
     ):
-        calls = []
-
-        def stops(*arguments, original=original, calls=calls, at=at):
-            calls.append(arguments)
-            if len(calls) == at:
-                if original is patches:
-                    raise KeyboardInterrupt
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(*arguments)
-
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, stops)
+            patch.setattr(module, name, at_call(call, stop, getattr(module, name)))
             with pytest.raises((Terminated, KeyboardInterrupt)):
                 train_lpips(config, tmp_path / "stopped")
     assert train_lpips(config, tmp_path / "stopped") == scores
@@ -100,18 +98,28 @@ def test_job_makes_a_metric_and_resumes(config, tmp_path, monkeypatch):
         train_lpips(config, tmp_path / "whole")
 
 
-def test_on_the_fly_with_samples(config, class_folders, tmp_path):
+def test_on_the_fly_with_samples(config, class_folders, tmp_path, monkeypatch):
     config.images.val = str(class_folders)
     config.classification.epochs = 1.0
-    scores = train_lpips(config, tmp_path / "run")
+    scores = train_lpips(config, tmp_path / "whole")
     assert scores["accuracy_images"] == 18
-    assert not (tmp_path / "cache").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(classify, "sampled_rows", at_call(2, ask_to_stop, classify.sampled_rows))
+        with pytest.raises(Terminated):
+            train_lpips(config, tmp_path / "stopped")
+    assert train_lpips(config, tmp_path / "stopped") == scores
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("classification.learning_rate", float("nan"), r"classification: the loss is nan at step 2 of 9"),
+        ("classification.learning_rate", 1e30, r"classification: the loss is nan at step \d of 9; lower class"),
+        ("classification.learning_rate", float("nan"), r"classification\.learning_rate=nan; give a number above 0"),
+        ("classification.save_every", 0, r"classification\.save_every=0; give a number above 0"),
+        ("classification.dropout", 1.0, r"classification\.dropout=1\.0; give a share from 0 to below 1"),
+        ("classification.hidden", (0,), r"classification\.hidden=\(0,\); give widths above 0"),
+        ("calibration.decay_epochs", -1.0, r"calibration\.decay_epochs=-1\.0; give 0 or more"),
         ("calibration.batch_size", 5, r"calibration\.batch_size=5 is not a multiple of the 2 devices"),
         ("encoder.dtype", "half", r"encoder\.dtype='half' is unknown; choose one of float32, bfloat16"),
         ("images.posterior", "mode", r"images\.posterior='mode' is unknown; choose one of mean, sample"),
@@ -142,8 +150,19 @@ def test_other_classes_in_the_held_out_images(config, class_folders, tmp_path):
         train_lpips(config, tmp_path / "run")
 
 
-def test_shipped_config_is_the_published_topology():
-    c = shipped()
+def test_caches_of_other_classes_without_their_images(config, tmp_path):
+    config.images.cache = str(tmp_path / "cache")
+    config.classification.epochs = 0.1
+    train_lpips(config, tmp_path / "run")
+    made_from = tmp_path / "cache" / "val" / "made_from.json"
+    made_from.write_text(made_from.read_text().replace('"red"', '"green"'))
+    config.images.train = ""
+    with pytest.raises(UserError, match="cache: train and val are of other classes"):
+        train_lpips(config, tmp_path / "alone")
+
+
+def test_shipped_config_is_the_published_topology(shipped):
+    c = shipped
     assert vgg.VGGConfig.from_json(c.trunk.to_dict(), source="config") == vgg.VGGConfig()
     assert c.is_locked
     head = classify.Head(1000, c.classification.pool, tuple(c.classification.hidden), c.classification.dropout)

@@ -13,7 +13,7 @@ from d2g_jax.lpips_training.job import classification_optimizer
 from d2g_jax.lpips_training.triplets import open_triplets
 from d2g_jax.models import vgg
 
-TINY = vgg.VGGConfig(widths=(4, 4, 4, 4, 8), convs=(1, 1, 1, 1, 1))
+NARROW = vgg.VGGConfig(widths=(8, 8, 8, 8, 8), convs=(1, 1, 1, 1, 1))
 
 
 def labelled(count, seed):
@@ -27,8 +27,8 @@ def labelled(count, seed):
 @pytest.mark.parametrize("head", [classify.Head(3), classify.Head(3, pool=3, hidden=(16,), dropout=0.5)])
 def test_classifier_learns_and_its_statistics_are_the_data_s(head):
     recipe = Recipe(optax.adam(1e-2), 60, 16, seed=0)
-    trained = classify.train_classifier(recipe, TINY, head, labelled(256, 0), label="classification")
-    assert classify.accuracy(trained, TINY, head, labelled(83, 1), 16) > 0.9
+    trained = classify.train_classifier(recipe, NARROW, head, labelled(256, 0), label="classification")
+    assert classify.accuracy(trained, NARROW, head, labelled(83, 1), 16) > 0.9
     # The first convolution sees the data itself, so the mean of its output is known.
     first, statistics = trained.trunk["slice1"]["0"], trained.trunk["slice1"]["1"]
     padded = np.pad(labelled(256, 0).batch(np.arange(256), 0)["latents"], ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -113,6 +113,9 @@ def test_bad_triplets(triplet_folder):
     kind = triplet_folder / "train" / "noise"
     np.save(kind / "judge" / "000002.npy", np.array([1.5]))
     with pytest.raises(UserError, match=r"judge/000002\.npy: a judgement is one number from 0 to 1, this holds \[1\.5"):
+        open_triplets(triplet_folder, "train")[0].judgement(2)
+    np.save(kind / "judge" / "000002.npy", np.array("left"))
+    with pytest.raises(UserError, match="one number from 0 to 1, this holds left"):
         open_triplets(triplet_folder, "train")[0].judgement(2)
     (kind / "judge" / "000002.npy").write_bytes(b"x")
     with pytest.raises(UserError, match=r"000002\.npy: not a readable judgement"):

@@ -1,0 +1,126 @@
+"""The digits' pixel LPIPS: what the latent metric of `metric` is, on the images themselves.
+
+No VGG weights come with this package, and a network for photographs would be a strange judge of 32x32 digits. So the
+trunk is a narrow VGG-BN that classifies the digits' images by the labels that the latent metric learns from. Its batch
+norms are folded away, because LPIPS has none, and its heads are calibrated on the same distortions of known strength.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from d2g_jax.atomic import write_text
+from d2g_jax.digits import data, distortions
+from d2g_jax.digits.fit import adamw_recipe
+from d2g_jax.digits.metric import HEAD, labelled_latents
+from d2g_jax.lpips import LPIPS, SCALE, SHIFT, save_lpips
+from d2g_jax.lpips_training import calibrate, classify
+from d2g_jax.lpips_training.fit import Recipe
+from d2g_jax.models import vgg
+from d2g_jax.models.network import Params
+
+TRUNK = dataclasses.replace(vgg.PIXELS, widths=(16, 32, 32, 48, 48), batch_norm=True)
+"""Four pools: the last tap of a 32x32 image has 2x2 locations."""
+
+SCORES = "scores.json"
+
+
+def train_pixel_metric(config: ml_collections.ConfigDict, folder: Path) -> dict[str, float]:
+    """Trains trunk and heads, writes a folder for `LPIPS.load`, and returns its 2AFC scores on test triplets.
+
+    `config` has the sections of `teacher.pixel_metric`. A folder with scores is finished and taken as it is.
+    """
+    if (folder / SCORES).exists():
+        return json.loads((folder / SCORES).read_text())
+    train, _ = data.load()
+    labelled = labelled_latents(train, normalise, config.trunk.rounds, config.trunk.seed)
+    recipe = _recipe(config.trunk)
+    trained = classify.train_classifier(recipe, TRUNK, HEAD, labelled, label="pixel_metric.trunk")
+    plain, params = without_batch_norm(TRUNK, trained.trunk)
+    metric = LPIPS.from_params(params, calibrate.uniform_heads(plain), plain)
+    seen = differences(metric, distortions.triplets(train.images, config.heads.seed, config.heads.triplets))
+    heads = calibrate.calibrate(_recipe(config.heads), seen, label="pixel_metric.heads")
+    save_lpips(folder, params, heads, plain)
+    scores = score(LPIPS.load(folder), config.heads)
+    write_text(folder / SCORES, json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def score(metric: LPIPS, config: ml_collections.ConfigDict) -> dict[str, float]:
+    """2AFC on a quarter as many triplets of test images as `config` (`teacher.pixel_metric.heads`) trains on.
+
+    With the metric's heads, with uniform ones, and of a judge who always sides with the majority.
+    """
+    _, test = data.load()
+    held_out = differences(metric, distortions.triplets(test.images, config.seed + 1, config.triplets // 4))
+    return {
+        "2afc": calibrate.two_afc(metric.heads, held_out),
+        "2afc_without_calibration": calibrate.two_afc(calibrate.uniform_heads(metric.network.config), held_out),
+        "2afc_of_judges": calibrate.two_afc_of_judges(held_out.judgement),
+    }
+
+
+def normalise(images: np.ndarray) -> np.ndarray:
+    """What LPIPS' trunk sees of images (N, H, W, 3) in [-1, 1]: its scaling layer, float32."""
+    return ((images - np.asarray(SHIFT)) / np.asarray(SCALE)).astype(np.float32)
+
+
+def without_batch_norm(config: vgg.VGGConfig, trunk: Params) -> tuple[vgg.VGGConfig, Params]:
+    """The config and parameters of the trunk that LPIPS runs, which computes what `trunk` does.
+
+    `trunk` is `vgg.build_training(config)`'s whole tree. Its convolutions are renumbered: torchvision's feature indices
+    count the batch norms.
+    """
+    folded = vgg.fold_batch_norm(*vgg.split_statistics(trunk))
+    plain = dataclasses.replace(config, batch_norm=False)
+    slices = zip(vgg.conv_indices(config), vgg.conv_indices(plain), strict=True)
+    params = {
+        f"slice{s}": {str(new): folded[f"slice{s}"][str(old)] for old, new in zip(*indices, strict=True)}
+        for s, indices in enumerate(slices, start=1)
+    }
+    return plain, params
+
+
+def differences(metric: LPIPS, triplets: distortions.Triplets, batch_size: int = 250) -> calibrate.Differences:
+    """What calibration and scoring see of `triplets`; the heads of `metric` play no part."""
+    left, right = (head_differences(metric, x, triplets.reference, batch_size) for x in triplets[1:3])
+    return calibrate.Differences(left, right, triplets.judgement)
+
+
+def head_differences(metric: LPIPS, a: np.ndarray, b: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Everything of N distances but the heads: (N, C_k) per tap."""
+    slices = [slice(i, i + batch_size) for i in range(0, len(a), batch_size)]
+    parts = [jax.device_get(_channel_differences(metric, a[part], b[part])) for part in slices]
+    return [np.concatenate(tap) for tap in zip(*parts, strict=True)]
+
+
+@jax.jit
+def _channel_differences(metric: LPIPS, a: jax.Array, b: jax.Array) -> list[jax.Array]:
+    """(B, C_k) per tap. A distance is linear in its heads, so the heads that name one channel each give them all."""
+    widths = metric.network.config.widths
+    unit = jnp.eye(max(widths))
+
+    def terms(heads: Sequence[Any]) -> jax.Array:
+        return dataclasses.replace(metric, heads=heads).layer_distances(a, b)
+
+    values = jax.vmap(terms)(tuple(unit[:, :width] for width in widths))  # (C, B, K)
+    return [values[:width, :, k].T for k, width in enumerate(widths)]
+
+
+def _recipe(config: ml_collections.ConfigDict) -> Recipe:
+    return adamw_recipe(
+        config.steps,
+        config.learning_rate,
+        config.seed,
+        batch_size=config.batch_size,
+        weight_decay=config.get("weight_decay", 0.0),
+    )

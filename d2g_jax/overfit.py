@@ -1,0 +1,374 @@
+"""`d2g overfit`: figure 5 of the paper. A latent that starts as noise is optimised to match a target under one loss.
+
+Nothing but the loss holds it: no network, no prior, no other term. What the loss overlooks stays as it was or drifts
+away, and the picture shows it. All losses start from the same noise, go through the same optimiser, and are judged by
+one measure that only one of them sees: pixel LPIPS between the decoded latent and the decoded target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from d2g_jax import augment, noise, runs, weights
+from d2g_jax.atomic import write_text
+from d2g_jax.errors import UserError
+from d2g_jax.grid import grid, save_png
+from d2g_jax.hub import resolve
+from d2g_jax.interrupt import StopRequests
+from d2g_jax.lpips import LPIPS
+from d2g_jax.lpips_training.images import SUFFIXES, Crop, read_rgb, to_floats
+from d2g_jax.models import vae
+from d2g_jax.models.network import Network, Params
+from d2g_jax.perceptual import LatentLPIPS, mse, regression_loss
+from d2g_jax.pipeline import read_json, to_uint8
+from d2g_jax.progress import Progress
+from d2g_jax.report import write_report
+
+TITLES = {
+    "mse": "MSE of latents",
+    "lpips": "LPIPS of decoded latents",
+    "latent_lpips": "LatentLPIPS",
+    "e_latent_lpips": "E-LatentLPIPS",
+}
+"""The losses by their names in the config."""
+
+MEASURES = ("pixel_lpips", "latent_lpips", "latent_mse", "latent_std")
+"""What every fit is judged by, whatever it minimises."""
+
+_SHOWN_SIDE = 96  # pixels: smaller images are enlarged in overfit.png by a whole factor
+
+Loss = Callable[["Scene", jax.Array, jax.Array], jax.Array]
+"""(scene, key, latents (N, h, w, C)) -> (N,), of each image by itself."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scene:
+    """The targets, and everything that looks at them; a pytree, so that jitted functions take it as an argument.
+
+    Attributes:
+      target: scaled latents (N, h, w, C), float32.
+      images: the targets decoded, (N, H, W, 3), not clipped.
+      metric, lpips: the two metrics.
+      decoder: the VAE's parameters.
+      network: the VAE.
+    """
+
+    target: jax.Array
+    images: jax.Array
+    metric: LatentLPIPS
+    lpips: LPIPS
+    decoder: Params
+    network: Network = dataclasses.field(metadata={"static": True})
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Scaled latents (N, h, w, C) -> images (N, H, W, 3), about [-1, 1]."""
+        unscaled = vae.unscale_latents(self.network.config, latents)
+        return self.network.apply(self.decoder, unscaled, method="decode")
+
+    def seen_lpips(self, images: jax.Array, others: jax.Array) -> jax.Array:
+        """Pixel LPIPS of two sets of images as files would hold them, clipped to [-1, 1]: (N,)."""
+        return self.lpips.distance(jnp.clip(images, -1, 1), jnp.clip(others, -1, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """One loss' optimisation, as far as it has come.
+
+    Attributes:
+      steps: done.
+      seconds: spent on them, compilation included.
+      carry: the latents (N, h, w, C) and the optimiser's state.
+      curves: by measure, and "loss", float32 (rows, N): a row at the start and one every `overfit.every` steps. The
+        loss' row is its mean over the steps since the row before, NaN at the start.
+    """
+
+    steps: int
+    seconds: float
+    carry: Any
+    curves: dict[str, np.ndarray]
+
+
+def overfit(config: ml_collections.ConfigDict, workdir: Path) -> str:
+    """Runs or resumes every loss of `config.overfit` and returns the table of results as text.
+
+    Args:
+      config: its `pipeline` (of which only `vae/` is read) and its section `overfit`; see `d2g_jax/digits/config.py`.
+      workdir: gets `overfit.png` (a column per target; from the top the targets, then the losses in their order),
+        `result.json`, `metrics.jsonl`, `report.html`, `samples/`, and `fits/` with what has been done so far.
+
+    Raises:
+      UserError: bad config, folders or images, a workdir of another run, a loss that is not finite.
+      KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; what is done has been saved.
+    """
+    workdir, settings = Path(workdir), config.overfit
+    check_config(settings)
+    names, scene, originals = set_up(config)
+    runs.claim(workdir, ml_collections.ConfigDict({"job": "overfit", "pipeline": config.pipeline, "overfit": settings}))
+    fits = {}
+    for name in settings.losses:
+        fits[name] = run(name, scene, settings, workdir / "fits" / f"{name}.safetensors")
+        _write_curves(workdir, settings, fits)
+    images = {"target": scene.images} | {name: jax.jit(Scene.decode)(scene, fits[name].carry[0]) for name in fits}
+    _show(workdir, names, {name: np.asarray(to_uint8(decoded)) for name, decoded in images.items()})
+    result = _result(scene, originals, settings, fits)
+    write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
+    return f"{table(result)}\n\n{write_report(workdir, finished=True)}"
+
+
+def check_config(settings: ml_collections.ConfigDict) -> None:
+    """Raises `UserError` for values that no later step would name."""
+    for name in settings.losses:
+        if name not in TITLES:
+            raise UserError(f"overfit.losses: {name!r} is unknown; choose of {', '.join(TITLES)}")
+    if not settings.losses or len(set(settings.losses)) < len(settings.losses):
+        raise UserError(f"overfit.losses={tuple(settings.losses)}; give one or more, each once")
+    augment.check_preset(settings.preset)
+    for key in ("targets", "steps", "every", "learning_rate"):
+        if settings[key] <= 0:
+            raise UserError(f"overfit.{key}={settings[key]}; give a number above 0")
+    if settings.steps % settings.every:
+        raise UserError(f"overfit.steps={settings.steps} is not a multiple of overfit.every={settings.every}")
+    if not 0 <= settings.seed < 2**32:
+        raise UserError(f"overfit.seed={settings.seed}; give a number from 0 to {2**32 - 1}")
+
+
+def set_up(config: ml_collections.ConfigDict) -> tuple[list[str], Scene, np.ndarray]:
+    """(names of the targets, the scene, the images (N, H, W, 3) that were encoded)."""
+    settings, folder = config.overfit, resolve(config.pipeline) / "vae"
+    file = folder / "config.json"
+    vae_config = vae.VaeConfig.from_json(read_json(file), source=str(file))
+    network = vae.build(vae_config)
+    params = jax.tree.map(jnp.asarray, weights.load_params(folder, network.abstract()))
+    metric, lpips = LatentLPIPS.load(settings.metric), LPIPS.load(settings.lpips)
+    if metric.space.channels != vae_config.latent_channels:
+        raise UserError(
+            f"overfit.metric={settings.metric}: for latents of {metric.space.channels} channels, and the VAE of "
+            f"{config.pipeline} has {vae_config.latent_channels}; give the metric of its latent space"
+        )
+    names, originals = read_targets(settings, vae_config.sample_size)
+    encode = jax.jit(lambda params, images: network.apply(params, images, method="encode")[0])
+    target = vae.scale_latents(vae_config, encode(params, originals))
+    scene = Scene(target, target, metric, lpips, params, network)
+    return names, dataclasses.replace(scene, images=jax.jit(Scene.decode)(scene, target)), originals
+
+
+def read_targets(settings: ml_collections.ConfigDict, size: int) -> tuple[list[str], np.ndarray]:
+    """Names and images float32 (N, size, size, 3) in [-1, 1]: the first of the digits' test set, or of the user's.
+
+    The user's are an image or a folder's images by name; of each the centre, brought to `size`.
+    """
+    count = settings.targets
+    if not settings.images:
+        from d2g_jax.digits import data
+
+        if size != data.SIZE:
+            raise UserError(f"overfit.images is empty, and the digits are no {size}x{size} pixels; give images")
+        _, test = data.load()
+        if count > len(test.images):
+            raise UserError(f"overfit.targets={count}; the digits' test set has {len(test.images)} images")
+        return [f"{label} (test image {i})" for i, label in enumerate(test.labels[:count])], test.images[:count]
+    source = Path(settings.images)
+    inside = sorted(source.iterdir()) if source.is_dir() else [source] if source.exists() else []
+    files = [file for file in inside if file.suffix.lower() in SUFFIXES][:count]
+    if not files:
+        raise UserError(f"overfit.images={source}: no image or folder of images ({', '.join(SUFFIXES)})")
+    crop = Crop(size, size, seed=0)
+    return [file.name for file in files], np.stack([to_floats(crop.plain(read_rgb(f, f), f)) for f in files])
+
+
+def loss_of(name: str, preset: str) -> Loss:
+    """The loss called `name`, one of `TITLES`; gradients flow to the latents alone."""
+    if name == "lpips":  # that of `lpips.decoded_lpips`, with the target decoded once
+        return lambda scene, key, latents: scene.lpips.distance(scene.decode(latents), scene.images)
+
+    def of_latents(scene: Scene, key: jax.Array, latents: jax.Array) -> jax.Array:
+        return regression_loss(name, scene.metric, preset)(key, latents, scene.target)
+
+    return of_latents
+
+
+def run(name: str, scene: Scene, settings: ml_collections.ConfigDict, file: Path) -> Fit:
+    """Optimises by one loss; `file` keeps what is done, and the same call goes on from there to the same numbers.
+
+    Raises `UserError` for a loss that is not finite, and a `file` of something else.
+    """
+    optimizer = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.steps))
+    advance, every = _program(loss_of(name, settings.preset), optimizer, settings), settings.every
+    latents = start(settings.seed, scene.target.shape)
+    fit = _restore(file, _fit(0, 0.0, (latents, optimizer.init(latents)), None, scene, jnp.full(len(latents), jnp.nan)))
+    with StopRequests() as requests, Progress(TITLES[name], settings.steps, "step", done=fit.steps) as progress:
+        while fit.steps < settings.steps:
+            began = time.monotonic()
+            carry, values = jax.block_until_ready(advance(scene, fit.carry, fit.steps))
+            seconds = fit.seconds + time.monotonic() - began
+            fit = _fit(fit.steps + every, seconds, carry, fit.curves, scene, values)
+            if not np.isfinite(fit.curves["loss"][-1]).all():
+                raise UserError(
+                    f"overfit: {name} is not finite after {fit.steps} steps; lower overfit.learning_rate "
+                    "and start in another --workdir"
+                )
+            _save(file, fit)
+            progress.advance(every, note=f"pixel LPIPS {fit.curves['pixel_lpips'][-1].mean():.4f}")
+            if requests.stop and fit.steps < settings.steps:
+                requests.leave()
+    return fit
+
+
+def start(seed: int, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal latents float32 (N, h, w, C): those that `d2g sample` draws for images 0 to N - 1."""
+    count, height, width, channels = shape
+    drawn = noise.record_noise(seed, jnp.arange(count, dtype=jnp.uint32), (channels, height, width))
+    return jnp.moveaxis(drawn, 1, -1)
+
+
+def _program(
+    loss: Loss, optimizer: optax.GradientTransformation, settings: ml_collections.ConfigDict
+) -> Callable[[Scene, Any, int], tuple[Any, jax.Array]]:
+    """(scene, carry, steps done) -> the carry `settings.every` steps later, and the loss' mean over them (N,)."""
+    key = noise.purpose_key(settings.seed, "overfit")
+
+    @jax.jit
+    def advance(scene: Scene, carry: Any, done: jax.Array) -> tuple[Any, jax.Array]:
+        def total(latents: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+            values = loss(scene, jax.random.fold_in(key, number), latents)
+            return values.sum(), values  # of a sum each image has its own gradient, and Adam mixes none
+
+        def step(carry: Any, number: jax.Array) -> tuple[Any, jax.Array]:
+            latents, state = carry
+            gradient, values = jax.grad(total, has_aux=True)(latents, number)
+            updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(latents, updates), state), values
+
+        carry, values = jax.lax.scan(step, carry, done + jnp.arange(settings.every))
+        return carry, values.mean(0)
+
+    return advance
+
+
+@jax.jit
+def measure(scene: Scene, latents: jax.Array) -> dict[str, jax.Array]:
+    """`MEASURES` of scaled latents (N, h, w, C): (N,) each. The latent metric is not augmented."""
+    return {
+        "pixel_lpips": scene.seen_lpips(scene.decode(latents), scene.images),
+        "latent_lpips": scene.metric.distance(latents, scene.target, scaled=True),
+        "latent_mse": mse(latents, scene.target),
+        "latent_std": latents.std((1, 2, 3)),
+    }
+
+
+def _fit(
+    steps: int, seconds: float, carry: Any, curves: Mapping[str, np.ndarray] | None, scene: Scene, values: jax.Array
+) -> Fit:
+    """With a further row of the curves; None is before the first."""
+    row = jax.device_get({**measure(scene, carry[0]), "loss": values})
+    before = curves or {name: np.empty((0, len(value)), np.float32) for name, value in row.items()}
+    return Fit(steps, seconds, carry, {name: np.concatenate([before[name], row[name][None]]) for name in row})
+
+
+def _save(file: Path, fit: Fit) -> None:
+    leaves = {f"carry.{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(fit.carry))}
+    curves = {f"curves.{name}": rows for name, rows in fit.curves.items()}
+    done = {"steps": np.asarray(fit.steps, np.int64), "seconds": np.asarray(fit.seconds, np.float64)}
+    # `np.ascontiguousarray` alone would give a scalar an axis.
+    state = {key: np.ascontiguousarray(x).reshape(x.shape) for key, x in {**done, **leaves, **curves}.items()}
+    weights.save_state_dict(state, file)
+
+
+def _restore(file: Path, fit: Fit) -> Fit:
+    """What `file` keeps, or `fit`, the start, without one."""
+    if not file.exists():
+        return fit
+    state = weights.load_state_dict(file, dtype=None)
+    leaves, tree = jax.tree.flatten(fit.carry)
+    stored = [state.get(f"carry.{i}") for i in range(len(leaves))]
+    curves = {name: state.get(f"curves.{name}") for name in fit.curves}
+    same = all(x is not None and (x.shape, x.dtype) == (y.shape, y.dtype) for x, y in zip(stored, leaves, strict=True))
+    if not same or "steps" not in state or "seconds" not in state or any(rows is None for rows in curves.values()):
+        raise UserError(f"{file}: not a fit of this run; remove it to start over")
+    carry = jax.tree.unflatten(tree, [jnp.asarray(leaf) for leaf in stored])
+    return Fit(int(state["steps"]), float(state["seconds"]), carry, curves)
+
+
+def _write_curves(workdir: Path, settings: ml_collections.ConfigDict, fits: Mapping[str, Fit]) -> None:
+    """metrics.jsonl: means over the targets. "images" counts a target once for each step."""
+    lines = []
+    for name, fit in fits.items():
+        for i in range(len(fit.curves["loss"])):
+            means = {key: float(rows[i].mean()) for key, rows in fit.curves.items()}
+            row = {"run": TITLES[name], "step": i * settings.every, **means}
+            row["images"] = row["step"] * fit.curves["loss"].shape[1]
+            lines.append(json.dumps({key: value for key, value in row.items() if not _is_nan(value)}) + "\n")
+    write_text(workdir / "metrics.jsonl", "".join(lines))
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _show(workdir: Path, names: list[str], images: Mapping[str, np.ndarray]) -> None:
+    """overfit.png, and single images for the report: uint8 (N, H, W, 3) by row."""
+    columns = []
+    for row, decoded in images.items():
+        files = [f"samples/{row}/{i:05d}.png" for i in range(len(names))]
+        for file, image in zip(files, decoded, strict=True):
+            save_png(workdir / file, image)
+        columns.append({"name": TITLES.get(row, row), "images": files})
+    write_text(workdir / "samples" / "comparison.json", json.dumps({"prompts": names, "columns": columns}))
+    sheet = np.concatenate(list(images.values()))
+    factor = max(1, _SHOWN_SIDE // sheet.shape[1])
+    save_png(workdir / "overfit.png", grid(sheet.repeat(factor, axis=1).repeat(factor, axis=2), len(names)))
+
+
+def _result(
+    scene: Scene, originals: np.ndarray, settings: ml_collections.ConfigDict, fits: Mapping[str, Fit]
+) -> dict[str, Any]:
+    """What result.json holds."""
+    last = {name: {measure: fit.curves[measure][-1] for measure in MEASURES} for name, fit in fits.items()}
+    first = next(iter(fits.values())).curves
+    seen = jax.jit(Scene.seen_lpips)
+    references = {
+        "start": float(first["pixel_lpips"][0].mean()),
+        "another_target": float(seen(scene, scene.images, jnp.roll(scene.images, 1, axis=0)).mean()),
+        "autoencoder": float(seen(scene, scene.images, originals).mean()),
+    }
+    return {
+        "systems": {
+            TITLES[name]: {measure: float(values.mean()) for measure, values in measured.items()}
+            for name, measured in last.items()
+        },
+        "pixel_lpips_of": references,
+        "each_image": {
+            name: {key: values.tolist() for key, values in measured.items()} for name, measured in last.items()
+        },
+        "protocol": {
+            "pixel_lpips": "between the decoded latents and the decoded targets, clipped to [-1, 1]",
+            "latent_lpips": "without augmentation",
+            "optimizer": "Adam, betas 0.9 and 0.999, cosine decay to 0",
+            **settings.to_dict(),
+        },
+        "seconds": {TITLES[name]: round(fit.seconds, 1) for name, fit in fits.items()},
+        "environment": runs.environment(),
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The figures of result.json as text."""
+    lines = [f"{'':26}{'pixel LPIPS':>12}{'LatentLPIPS':>12}{'latent MSE':>12}{'latent std':>12}{'seconds':>9}"]
+    for name, values in result["systems"].items():
+        figures = "".join(f"{values[measure]:>12.4f}" for measure in MEASURES)
+        lines.append(f"{name:26}{figures}{result['seconds'][name]:>9.1f}")
+    references = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result["pixel_lpips_of"].items())
+    return "\n".join([*lines, f"For scale, pixel LPIPS of: {references}"])
