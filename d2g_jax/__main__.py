@@ -151,8 +151,7 @@ def _start(config: Any) -> None:
 
     if "cpu_devices" in config.mesh:
         mesh.use_cpu_devices(config.mesh.cpu_devices)
-    if hasattr(jax.config, "jax_exec_time_optimization_effort"):  # jax 0.12 no longer has it
-        jax.config.update("jax_exec_time_optimization_effort", config.get("compile_effort", 0.0))
+    jax.config.update("jax_optimization_level", config.get("optimization_level", "UNKNOWN"))
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "d2g_jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -13,7 +13,7 @@ from pathlib import Path
 # compiles what an earlier test compiled, maybe in the other worker. All of these are read when jax starts; a maximum
 # size is what makes jax lock the cache.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-os.environ.setdefault("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1.0")
+os.environ.setdefault("JAX_OPTIMIZATION_LEVEL", "O0")
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="d2g_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(8 * 2**30)
