@@ -43,7 +43,7 @@ def pairs() -> ConfigDict:
         {
             "prompts": str(WEIGHTS / "prompts.txt"),
             "pairs_per_prompt": 1,
-            "count": 1536,
+            "count": 1024,
             "records_per_shard": 512,
             "steps": 50,
             "solver": "ddim",  # ddim, euler, dpmpp_2m, heun
