@@ -116,15 +116,18 @@ def _parse_with_config(parser: _Parser, arguments: list[str]) -> tuple[argparse.
 
 
 def _start(config: Any) -> None:
-    """Device count, compilation effort and cache; before the first use of a device."""
+    """Device count, XLA's optimisation level and the compilation cache; before the first use of a device."""
     import jax
 
     from d2g_jax import mesh
 
     if "cpu_devices" in config.mesh:
         mesh.use_cpu_devices(config.mesh.cpu_devices)
-    if hasattr(jax.config, "jax_exec_time_optimization_effort"):  # jax 0.12 no longer has it
-        jax.config.update("jax_exec_time_optimization_effort", config.get("compile_effort", 0.0))
+    level = config.get("optimization_level", "UNKNOWN")
+    try:
+        jax.config.update("jax_optimization_level", level)
+    except ValueError as error:
+        raise UserError(f"optimization_level={level!r} is unknown; choose one of O0, O1, O2, O3, UNKNOWN") from error
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "d2g_jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -10,17 +10,30 @@ import tempfile
 from pathlib import Path
 
 # Compilation, not computation, takes the tests' time: LLVM's optimiser doubles it, and a resumed or repeated run
-# compiles what an earlier test compiled. Both are read when jax starts.
+# compiles what an earlier test compiled, maybe in the other worker. All of these are read when jax starts; a maximum
+# size is what makes jax lock the cache.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="d2g_jax_tests_")
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ.setdefault("JAX_OPTIMIZATION_LEVEL", "O0")
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="d2g_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(8 * 2**30)
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
-from d2g_jax import mesh  # noqa: E402
+from d2g_jax import mesh
 
 mesh.use_cpu_devices(2)  # as the demo has
+
+
+HEAVY = ("test_jobs.py", "test_step.py", "test_interrupt.py", "test_demo.py")
+"""Files that take minutes: first, so that no worker is left alone with one; the demo after the jobs, whose programs are
+its own."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: HEAVY.index(item.path.name) if item.path.name in HEAVY else len(HEAVY))
 
 
 @pytest.fixture(autouse=True, scope="module")

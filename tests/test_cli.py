@@ -58,6 +58,10 @@ def test_config_value_of_the_wrong_type(capsys, tmp_path):
     assert "train.images" in one_line(capsys, "train", f"--workdir={tmp_path}", "--config.train.images=many")
 
 
+def test_unknown_optimization_level(capsys, tmp_path):
+    assert "O9" in one_line(capsys, "pairs", f"--workdir={tmp_path}", "--config.optimization_level=O9")
+
+
 def test_missing_config_file(capsys, tmp_path):
     assert "nowhere.py" in one_line(capsys, "train", f"--workdir={tmp_path}", "--config=nowhere.py")
 

@@ -16,11 +16,15 @@ SMALL = (
     "--config.pairs.batch_size=36",
     "--config.evaluation.samples=72",
     "--config.evaluation.batch_size=36",
-    "--config.train.images=96",
-    "--config.train.batch_size=16",
-    "--config.train.log_every=32",
-    "--config.adversarial.start_images=32",
-    "--config.adversarial.warmup_images=16",
+    # What decides about the compiled programs is as in test_jobs.py, so that they come from the cache.
+    "--config.train.images=48",
+    "--config.train.batch_size=8",
+    "--config.train.log_every=16",
+    "--config.adversarial.start_images=16",
+    "--config.adversarial.warmup_images=8",
+    "--config.adversarial.r1_interval=2",
+    "--config.optimizer.generator.warmup_images=16",
+    "--config.optimizer.discriminator.warmup_images=16",
 )
 
 
