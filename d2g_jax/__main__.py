@@ -30,9 +30,11 @@ JOBS = {
     "export": "a trained student as a diffusers folder, a Flax checkpoint or one StableHLO file",
     "metric": "distances between files of latents or images; `metric convert FILE` reads published PyTorch weights",
     "lpips": "train a LatentLPIPS for the latents of any VAE",
+    "overfit": "figure 5 of the paper: latents optimised to match targets under one loss after another",
+    "bench": "speed and memory side by side, in one run: `bench loss`",
 }
 
-_CONFIGURED = ("demo", "teacher", "pairs", "train", "lpips")
+_CONFIGURED = ("demo", "teacher", "pairs", "train", "lpips", "overfit")
 _CONFIG_HELP = """
 Settings: --config=FILE.py names a file with get_config(); without it the digits configuration is taken.
 --config.KEY=VALUE overrides one setting, for example --config.train.images=100000.
@@ -82,6 +84,8 @@ def _run(arguments: list[str]) -> int:
         "export": _export,
         "metric": _metric,
         "lpips": _lpips,
+        "overfit": _overfit,
+        "bench": _bench,
     }[job](rest)
 
 
@@ -115,7 +119,7 @@ def _parse_with_config(parser: _Parser, arguments: list[str]) -> tuple[argparse.
     return own, config
 
 
-def _start(config: Any) -> None:
+def _start(config: Any, *, cache: bool = True) -> None:
     """Device count, XLA's optimisation level and the compilation cache; before the first use of a device."""
     import jax
 
@@ -128,8 +132,9 @@ def _start(config: Any) -> None:
         jax.config.update("jax_optimization_level", level)
     except ValueError as error:
         raise UserError(f"optimization_level={level!r} is unknown; choose one of O0, O1, O2, O3, UNKNOWN") from error
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "d2g_jax"))
-    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_enable_compilation_cache", cache)
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "d2g_jax"))
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -314,6 +319,38 @@ def _lpips(arguments: list[str]) -> int:
     from d2g_jax.lpips_training.job import train_lpips
 
     print(json.dumps(train_lpips(config, own.workdir), indent=2))
+    return 0
+
+
+def _overfit(arguments: list[str]) -> int:
+    parser = _parser("overfit")
+    parser.add_argument("--workdir", type=Path, required=True)
+    own, config = _parse_with_config(parser, arguments)
+    _start(config)
+    from d2g_jax.overfit import overfit
+
+    print(overfit(config, own.workdir))
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    from d2g_jax.bench import command
+
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(command.usage())
+        raise SystemExit(0)
+    bench, cpu_devices, out = command.read(arguments, _parser)
+    from ml_collections import ConfigDict
+
+    _start(ConfigDict({"mesh": {"cpu_devices": cpu_devices} if cpu_devices else {}}), cache=False)
+    from d2g_jax.bench.measure import check_output, format_report, write_report
+
+    if out:
+        check_output(out)
+    report = bench()
+    print(format_report(report))
+    if out:
+        write_report(report, out)
     return 0
 
 

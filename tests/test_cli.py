@@ -157,3 +157,13 @@ def test_lpips_names_what_is_missing(capsys, tmp_path):
     pipeline = Path("d2g_jax/digits/weights/pipeline").resolve()
     overrides = [f"--config.pipeline={pipeline}", "--config.images.train=nowhere"]
     assert "nowhere" in one_line(capsys, "lpips", "--config=configs/lpips.py", f"--workdir={tmp_path}", *overrides)
+
+
+def test_unknown_bench(capsys):
+    assert "unknown bench 'speed'" in one_line(capsys, "bench", "speed")
+
+
+def test_bench_flags_are_checked_before_anything_is_compiled(capsys, tmp_path):
+    assert "--size=10" in one_line(capsys, "bench", "loss", "--size=10")
+    assert "--out" in one_line(capsys, "bench", "loss", f"--out={tmp_path}")
+    assert "--sise" in one_line(capsys, "bench", "loss", "--sise=512")
