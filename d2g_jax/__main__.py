@@ -163,10 +163,18 @@ def _teacher(arguments: list[str]) -> int:
 
 
 def _pairs(arguments: list[str]) -> int:
+    from d2g_jax.buckets import as_path
+
     parser = _parser("pairs")
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=as_path, required=True, help="a folder, here or in a bucket (gs://...)")
+    parser.add_argument("--dry-run", action="store_true", help="print records, bytes, FLOPs and hours; write nothing")
     own, config = _parse_with_config(parser, arguments)
     _start(config)
+    if own.dry_run:
+        from d2g_jax.pairs.estimate import estimate
+
+        print(estimate(config, own.workdir))
+        return 0
     from d2g_jax.pairs import make_pairs
 
     print(make_pairs(config, own.workdir))
@@ -174,13 +182,25 @@ def _pairs(arguments: list[str]) -> int:
 
 
 def _verify(arguments: list[str]) -> int:
+    from d2g_jax.buckets import as_path
+
     parser = _parser("pairs verify", "re-read every record: checksums, ids, shapes, finite values, noise redrawn")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=as_path)
     parser.add_argument("--repair", action="store_true", help="remove the bad shards, so that `d2g pairs` remakes them")
-    own = parser.parse_args(arguments)
+    parser.add_argument(
+        "--resolve", type=int, metavar="K", help="also solve K random records again with the --config that made them"
+    )
+    parser.add_argument("--resolve-seed", type=int, default=0, metavar="SEED", help="which K records; default 0")
+    own, config = _parse_with_config(parser, arguments)
+    if own.resolve is not None:
+        _start(config)
     from d2g_jax import records
 
     problems = records.verify(own.folder)
+    if own.resolve is not None and not problems:
+        from d2g_jax.pairs.resolve import resolve
+
+        problems = resolve(config, own.folder, own.resolve, own.resolve_seed)
     for problem in problems:
         print(problem)
     if problems and own.repair:
@@ -196,7 +216,7 @@ def _verify(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     parser = _parser("train")
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--pairs", type=Path, help="folder of pairs; default WORKDIR/pairs/1.0.0")
+    parser.add_argument("--pairs", help="folder of pairs, here or in a bucket; default WORKDIR/pairs/1.0.0")
     own, config = _parse_with_config(parser, arguments)
     _start(config)
     from d2g_jax.pairs import FOLDER

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from d2g_jax import buckets
 from d2g_jax.errors import UserError
 
 TEMPORARY = ".tmp"  # ends the name of every file that is not whole yet
@@ -21,9 +24,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Makes the parent folders. When the body raises, the temporary file is removed; a killed process leaves it behind
     under a name that nothing reads. The file gets the mode that `open` gives, whoever wrote it. Raises `UserError`
-    when the disk is full or the folder is read-only.
+    when the disk is full or the folder is read-only. What goes to a bucket is written locally and uploaded once.
     """
-    path = Path(path)
+    path = buckets.as_path(path)
+    if not buckets.is_local(path):
+        with _uploading(path) as temporary:
+            yield temporary
+        return
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +45,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
             raise
         _sync(path.parent)  # a rename is durable only when its folder is flushed too
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose a writable folder") from error
+
+
+@contextmanager
+def _uploading(path: Any) -> Iterator[Path]:
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            temporary = Path(scratch, path.name)
+            temporary.touch()
+            yield temporary
+            buckets.put(temporary, path)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose a writable folder") from error

@@ -63,3 +63,25 @@ def encode_negative(
         return encoded
     pooled = {**encoded.added, "text_embeds": jnp.zeros_like(encoded.added["text_embeds"])}
     return Conditioning(jnp.zeros_like(encoded.encoder_hidden_states), pooled)
+
+
+def text_shapes(pipeline: Pipeline) -> dict[str, tuple[int, ...]]:
+    """Shapes of one prompt's embeddings, under the names of `text_fields`."""
+    ids = jax.ShapeDtypeStruct((1, pipeline.token_length), jnp.int32)
+    one = jax.eval_shape(lambda params, ids: encode_text(pipeline, params, ids), pipeline.text_params, ids)
+    return {name: value.shape[1:] for name, value in text_fields(one).items()}
+
+
+def text_fields(text: Conditioning) -> dict[str, jax.Array]:
+    """What depends on the prompt alone, as stored with a record: hidden states, and for SDXL the pooled text."""
+    pooled = {} if text.added is None else {"text_embeds": text.added["text_embeds"]}
+    return {"encoder_hidden_states": text.encoder_hidden_states, **pooled}
+
+
+def from_text_fields(pipeline: Pipeline, fields: Mapping[str, jax.Array]) -> Conditioning:
+    """The float32 conditioning of native size of a batch of stored `text_fields`, with no text tower run; pure."""
+    hidden = fields["encoder_hidden_states"].astype(jnp.float32)
+    if pipeline.text_encoder_2 is None:
+        return Conditioning(hidden, None)
+    time_ids = jnp.broadcast_to(jnp.asarray(size_ids(pipeline), jnp.float32), (hidden.shape[0], 6))
+    return Conditioning(hidden, {"text_embeds": fields["text_embeds"].astype(jnp.float32), "time_ids": time_ids})

@@ -213,7 +213,7 @@ def draw(
         part = slice(first, first + batch_size)
         count = len(drawn[part])
         batch = meshes.place_batch(
-            {"noise": _padded(drawn[part], batch_size), "ids": _padded(input_ids[part], batch_size)}, mesh
+            {"noise": padded(drawn[part], batch_size), "ids": padded(input_ids[part], batch_size)}, mesh
         )
         now = time.monotonic()
         condition = programs.encode(batch["ids"])
@@ -232,12 +232,12 @@ def decode_all(pipeline: Pipeline, mesh: jax.sharding.Mesh, latents: np.ndarray,
     program, images = _decoder(pipeline, mesh), []
     for first in range(0, len(latents), batch_size):
         part = latents[first : first + batch_size]
-        batch = meshes.place_batch({"latents": _padded(part, batch_size)}, mesh)
+        batch = meshes.place_batch({"latents": padded(part, batch_size)}, mesh)
         images.append(jax.device_get(program(batch["latents"]))[: len(part)])
     return np.concatenate(images)
 
 
-def _padded(x: np.ndarray, count: int) -> np.ndarray:
+def padded(x: np.ndarray, count: int) -> np.ndarray:
     """`x` with its last row repeated up to `count` rows: one program for every batch."""
     return np.concatenate([x, np.repeat(x[-1:], count - len(x), axis=0)])
 

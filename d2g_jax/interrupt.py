@@ -8,11 +8,33 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
 class Terminated(Exception):
-    """SIGTERM came, as before a pre-emption; the state has been saved. The `d2g` command exits with 143."""
+    """SIGTERM came, as before a pre-emption; what was done has been saved. The `d2g` command exits with 143."""
+
+
+@contextmanager
+def terminating() -> Iterator[None]:
+    """A context in which SIGTERM raises `Terminated`, as Ctrl-C raises `KeyboardInterrupt`; for jobs of whole files.
+
+    Off the main thread, where Python handles no signals, it does nothing.
+    """
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopRequests:

@@ -7,7 +7,8 @@ speaks of the logical groups of `train.groups` instead, so that the numbers are 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from d2g_jax.errors import UserError
+
+T = TypeVar("T")
 
 BATCH = P(("data", "fsdp"))
 """Batches are split over both axes."""
@@ -35,18 +38,18 @@ def use_cpu_devices(count: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """A mesh (data, fsdp) over all devices of all processes; data = -1 takes what fsdp leaves.
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh (data, fsdp) over `devices` (None: all of all processes); data = -1 takes what fsdp leaves.
 
     Raises `UserError` when the axes do not multiply to the number of devices.
     """
-    total = jax.device_count()
+    total = jax.device_count() if devices is None else len(devices)
     if fsdp < 1 or total % fsdp:
         raise UserError(f"mesh.fsdp={fsdp} does not divide the {total} devices")
     data = total // fsdp if data == -1 else data
     if data * fsdp != total:
         raise UserError(f"mesh.data={data} x mesh.fsdp={fsdp} is not the {total} devices; mesh.data=-1 takes the rest")
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 
 def _path_string(path: tuple[Any, ...]) -> str:
@@ -85,10 +88,10 @@ def place(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, tree_shardings(tree, mesh))
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes global arrays of this process' part of a batch, split over the leading axis."""
+def place_batch(batch: T, mesh: Mesh) -> T:
+    """Makes global arrays of this process' part of a batch, a tree of host arrays, split over the leading axis."""
     sharding = NamedSharding(mesh, BATCH)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    return jax.tree.map(lambda value: jax.make_array_from_process_local_data(sharding, value), batch)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -21,6 +21,7 @@ class Progress:
         self._label, self._total, self._unit = label, total, unit
         self._first = self._done = done
         self._start = self._last_line = time.monotonic()
+        self._note = ""
         self._bar = tqdm(desc=label, total=total, initial=done, unit=unit) if sys.stderr.isatty() else None
 
     def __enter__(self) -> Progress:
@@ -33,14 +34,22 @@ class Progress:
             self._line()
 
     def advance(self, units: int = 1, note: str = "") -> None:
-        """Counts `units` more; `note` is shown behind the rate."""
+        """Counts `units` more; `note`, until there is another, is shown behind the rate."""
         self._done += units
+        self._note = note or self._note
         if self._bar is not None:
             self._bar.update(units)
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._line(note)
+            self._line()
+
+    def leave_out(self, units: int) -> None:
+        """`units` of the total need not be done here any more: another process did them."""
+        self._total -= units
+        if self._bar is not None:
+            self._bar.total = self._total
+            self._bar.refresh()
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
         """Passes `items` on, counting one unit each."""
@@ -48,9 +57,9 @@ class Progress:
             yield item
             self.advance()
 
-    def _line(self, note: str = "") -> None:
+    def _line(self) -> None:
         self._last_line = time.monotonic()
         rate = (self._done - self._first) / max(self._last_line - self._start, 1e-9)
         left = (self._total - self._done) / rate if rate else float("inf")
         text = f"{self._label}: {self._done}/{self._total} {self._unit}, {rate:.1f} {self._unit}/s, {left:.0f} s left"
-        print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
+        print(f"{text}, {self._note}" if self._note else text, file=sys.stderr, flush=True)

@@ -43,6 +43,7 @@ class Distillation:
       batch_size: images per step, all processes together.
       ema_half_life_images: of the generator's average.
       seed: training seed; noise_seed: the seed that the pairs were made with.
+      stored_text: a batch to `Conditioning`, where the records hold the text embeddings; then no text tower runs.
     """
 
     unet: Network
@@ -63,6 +64,7 @@ class Distillation:
     ema_half_life_images: float
     seed: int
     noise_seed: int
+    stored_text: Callable[[Batch], Conditioning] | None = None
 
     def key(self, purpose: str, step: jax.Array) -> jax.Array:
         return jax.random.fold_in(noise.purpose_key(self.seed, purpose), step)
@@ -95,9 +97,12 @@ class Condition:
 
 
 def condition(d: Distillation, frozen: Frozen, batch: Batch) -> Condition:
-    """Redraws the records' noise from their ids, encodes their captions, and turns NCHW into NHWC."""
+    """Redraws the records' noise from their ids, encodes their captions, and turns NCHW into NHWC.
+
+    Captions that the records hold encoded are taken as they are.
+    """
     drawn = noise.record_noise(d.noise_seed, batch["id"], batch["latents"].shape[1:])  # (B, C, h, w)
-    text = d.encode_text(frozen.towers, batch["input_ids"])
+    text = d.stored_text(batch) if d.stored_text else d.encode_text(frozen.towers, batch["input_ids"])
     to_nhwc = lambda x: jnp.transpose(x, (0, 2, 3, 1)).astype(jnp.float32)  # noqa: E731
     return Condition(to_nhwc(drawn), to_nhwc(batch["latents"]), jax.lax.stop_gradient(text), batch["input_ids"])
 

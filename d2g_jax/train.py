@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from d2g_jax import mesh as meshes
 from d2g_jax import records, runs
 from d2g_jax.checkpoint import Checkpoints
-from d2g_jax.conditioning import encode_text
+from d2g_jax.conditioning import encode_text, from_text_fields
 from d2g_jax.diffusion import Schedule
 from d2g_jax.errors import UserError
 from d2g_jax.grid import grid, save_png
@@ -38,6 +39,7 @@ from d2g_jax.step import Distillation, Frozen, condition, d_step, g_step, genera
 PERCEPTUAL = ("latent_lpips", "e_latent_lpips")
 SAMPLES_IN_GRID = 32
 _FIELDS = ("id", "input_ids", "latents")
+_TOWERS = ("text_encoder", "text_encoder_2")
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) -> None:
@@ -45,7 +47,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
 
     Args:
       config: see `d2g_jax/digits/config.py` for every field.
-      workdir: gets `checkpoints/`, `metrics.jsonl`, `samples/`, `report.html`, `config.json`.
+      workdir: local; gets `checkpoints/`, `metrics.jsonl`, `samples/`, `report.html`, `config.json`.
       pairs_folder: a finished `pairs/1.0.0`.
 
     Raises:
@@ -53,8 +55,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
       KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; the step under way has been finished and saved.
     """
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
-    pipeline = Pipeline.load(config.pipeline, mesh=mesh)
-    source = records.PairSource(pairs_folder, fields=_FIELDS)
+    source = open_pairs(config, pairs_folder)
+    without = _TOWERS if source.manifest.text_shapes else ()
+    pipeline = Pipeline.load(config.pipeline, mesh=mesh, without=without)
     check_pairs(pairs_folder, source.manifest, pipeline)
     meshes.check_batch(mesh, config.train.batch_size, config.train.groups)
     d, frozen = build(config, pipeline, source.manifest)
@@ -67,6 +70,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
         if int(state.images) < config.train.images:
             loop(config, d, frozen, state, source, mesh, checkpoints, workdir, pipeline)
     write_report(workdir, finished=True)
+
+
+def open_pairs(config: ml_collections.ConfigDict, folder: Path) -> records.PairSource | records.SkippingSource:
+    """What training reads of a record; a corrupt one stops it, or is skipped if `train.skip_corrupt` says so."""
+    manifest = records.Manifest.read(folder)
+    source = records.PairSource(folder, fields=(*_FIELDS, *manifest.text_shapes))
+    return records.SkippingSource(source) if config.train.skip_corrupt else source
 
 
 def check_pairs(folder: Path, manifest: records.Manifest, pipeline: Pipeline) -> None:
@@ -126,9 +136,10 @@ def build(
         ema_half_life_images=config.train.ema_half_life_images,
         seed=config.seed,
         noise_seed=manifest.seed,
+        stored_text=functools.partial(from_text_fields, pipeline) if manifest.text_shapes else None,
         **adversary,
     )
-    return d, Frozen(pipeline.text_params, metric)
+    return d, Frozen({} if manifest.text_shapes else pipeline.text_params, metric)
 
 
 def make_regression(config: ml_collections.ConfigDict, metric: LatentLPIPS | None) -> Any:
@@ -217,7 +228,7 @@ def loop(
     d: Distillation,
     frozen: Frozen,
     state: TrainState,
-    source: records.PairSource,
+    source: records.PairSource | records.SkippingSource,
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpoints,
     workdir: Path,
@@ -228,6 +239,7 @@ def loop(
     painter = Painter(d, frozen, source, mesh, pipeline, workdir)
     metadata = {"name": config.name, "pipeline": str(pipeline.folder.absolute()), "timestep": d.timestep}
     log = runs.MetricsLog(workdir, config.name, images)
+    skipped = source.skipped if isinstance(source, records.SkippingSource) else set()
     batches = (meshes.place_batch(batch, mesh) for batch in read_batches(config, source, images))
     batch = next(batches)
     programs = compile_programs(config, d, frozen, state, batch, mesh)
@@ -237,7 +249,7 @@ def loop(
                 state, metrics = iteration(config, programs, frozen, state, batch, images)
                 images += t.batch_size
                 batch = next(batches)
-                log.add(images, metrics)
+                log.add(images, metrics | ({"corrupt_records": len(skipped)} if skipped else {}))
                 if _crosses(images, t.log_every, t) and (problem := log.write()):
                     checkpoints.save(state, {**metadata, "problem": problem})
                     raise UserError(f"{workdir}: {problem}; lower a learning rate, then run with another --workdir")
@@ -249,6 +261,11 @@ def loop(
                 if requests.stop and images < t.images:
                     checkpoints.wait()
                     requests.leave()
+        if skipped:
+            logging.getLogger(__name__).warning(
+                "%s: %d corrupt records were skipped; `d2g pairs verify %s --repair` removes their shards",
+                source.folder, len(skipped), source.folder,
+            )  # fmt: skip
     finally:
         log.close()
     return state
@@ -290,7 +307,7 @@ def _crosses(images: int, every: int, t: ml_collections.ConfigDict) -> bool:
 
 
 def read_batches(
-    config: ml_collections.ConfigDict, source: records.PairSource, images: int
+    config: ml_collections.ConfigDict, source: records.PairSource | records.SkippingSource, images: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process' part of every global batch from image `images` on."""
     stream = records.dataset(
@@ -313,7 +330,7 @@ class Painter:
         self,
         d: Distillation,
         frozen: Frozen,
-        source: records.PairSource,
+        source: records.PairSource | records.SkippingSource,
         mesh: jax.sharding.Mesh,
         pipeline: Pipeline,
         workdir: Path,
@@ -322,7 +339,8 @@ class Painter:
         self._workdir, self._count = workdir, count
         if not count:
             return
-        batch = {name: np.stack([source[i][name] for i in range(count)]) for name in _FIELDS}
+        first = [source[i] for i in range(count)]
+        batch = {name: np.stack([record[name] for record in first]) for name in first[0]}
         self._batch = meshes.place_batch({**batch, "id": batch["id"].astype(np.uint32)}, mesh)
         self._frozen, self._vae = frozen, {"vae": pipeline.params["vae"]}
 

@@ -42,7 +42,8 @@ def pairs() -> ConfigDict:
     """Prompts x noise -> the teacher's guided 50-step DDIM solutions."""
     return ConfigDict(
         {
-            "prompts": str(WEIGHTS / "prompts.txt"),
+            "prompts": str(WEIGHTS / "prompts.txt"),  # text, one a line; .jsonl, .parquet or a TFDS folder
+            "prompts_column": "",  # of .jsonl and .parquet, the text feature of a TFDS folder
             "pairs_per_prompt": 1,
             "count": 1024,
             "records_per_shard": 512,
@@ -54,6 +55,12 @@ def pairs() -> ConfigDict:
             "seed": 0,
             "batch_size": 256,
             "dtype": "float32",
+            # What a record holds: docs/pairs.md has the bytes of each choice.
+            "latent_dtype": "float16",  # or bfloat16; of stored text embeddings too
+            "store_noise": False,  # False: drawn again from seed and record id, bit for bit
+            "store_text": False,  # True: training reads the prompts' embeddings and runs no text tower
+            # Workers that share a folder claim shards; a claim not renewed for so long is taken over. 0: no claims.
+            "lease_seconds": 120.0,
         }
     )
 
@@ -138,6 +145,7 @@ def train() -> ConfigDict:
             "sample_every": 2_048,
             "checkpoint_every": 2_048,
             "keep_checkpoints": 2,
+            "skip_corrupt": False,  # True: a corrupt record is left out and counted; False: it stops the run
         }
     )
 

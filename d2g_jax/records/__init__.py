@@ -12,8 +12,17 @@ Neither TensorFlow nor torch is imported. Nothing here knows of teachers, losses
 
 from d2g_jax.records.manifest import Manifest, check_fits, config_hash, write_metadata
 from d2g_jax.records.schema import PairSchema
-from d2g_jax.records.shards import ShardInfo, missing_shards, shard_name, shard_range, write_shard
-from d2g_jax.records.source import PairSource
+from d2g_jax.records.shards import (
+    ShardInfo,
+    is_whole,
+    library_versions,
+    missing_shards,
+    read_shard_info,
+    shard_name,
+    shard_range,
+    write_shard,
+)
+from d2g_jax.records.source import PairSource, SkippingSource
 from d2g_jax.records.stream import dataset, record_index
 from d2g_jax.records.verify import Problem, repair, verify, verify_shard
 
@@ -23,10 +32,14 @@ __all__ = [
     "PairSource",
     "Problem",
     "ShardInfo",
+    "SkippingSource",
     "check_fits",
     "config_hash",
     "dataset",
+    "is_whole",
+    "library_versions",
     "missing_shards",
+    "read_shard_info",
     "record_index",
     "repair",
     "shard_name",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import google_crc32c
@@ -54,7 +55,7 @@ def scan(path: Path) -> np.ndarray:
     """
     offsets = [0]
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        size = file.seek(0, os.SEEK_END)
         while (start := offsets[-1]) < size:
             file.seek(start)
             try:
@@ -65,6 +66,20 @@ def scan(path: Path) -> np.ndarray:
                 raise FrameError(f"the file ends at byte {size}, the record at byte {end}", start)
             offsets.append(end)
     return np.asarray(offsets, np.int64)
+
+
+def read_frames(path: Path) -> Iterator[bytes]:
+    """The data of every frame of a file in order, lengths and checksums checked.
+
+    Raises `FrameError` with the offset of the first frame that is broken or cut.
+    """
+    offsets = scan(path)
+    with path.open("rb") as file:
+        for start, size in zip(offsets[:-1].tolist(), np.diff(offsets).tolist(), strict=True):
+            try:
+                yield unframe(file.read(size))
+            except FrameError as error:
+                raise FrameError(str(error), start) from None
 
 
 def _data_length(header: bytes) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2g_jax import noise
+from d2g_jax import buckets, noise
 from d2g_jax.errors import UserError
 from d2g_jax.records.files import read_json, write_atomic, write_json
 from d2g_jax.records.schema import LATENT_DTYPES, PairSchema
@@ -44,37 +44,59 @@ class Manifest:
     scaling_factor: float  # latents on disk are multiplied by it
     latent_shape: tuple[int, int, int]  # (C, h, w)
     token_length: int
-    latent_dtype: str
+    latent_dtype: str  # of stored text embeddings too
     store_noise: bool
+    text_shapes: dict[str, Any]  # stored text embeddings, name to shape; empty: the towers run in training
+    num_prompts: int  # of the source
+    num_distinct_prompts: int  # among them; duplicates are allowed
     num_records: int
     num_shards: int
     config_hash: str
 
     def schema(self) -> PairSchema:
         """What a record of this folder holds."""
-        return PairSchema(self.latent_shape, self.token_length, self.latent_dtype, self.store_noise)
+        text = tuple((name, tuple(shape)) for name, shape in self.text_shapes.items())
+        return PairSchema(self.latent_shape, self.token_length, self.latent_dtype, self.store_noise, text)
 
     def write(self, folder: Path) -> None:
         """Writes `manifest.json`, unless the folder has the same one already.
 
         Raises `UserError` when the folder holds pairs that were made otherwise, and on values that no pair can have.
         """
-        _check_values(self, folder / FILE)
-        if (folder / FILE).exists():
-            _check_same(self, Manifest.read(folder), folder)
+        if self.is_of(folder):
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
-        if any(folder.glob("*.tfrecord-*")):
-            raise UserError(f"{folder}: holds shards but no {FILE}; choose another folder")
         write_json(folder / FILE, self)
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether a folder has this very manifest; False when it has none and no shards. Raises as `write` does."""
+        _check_values(self, folder / FILE)
+        has_shards = any(folder.glob("*.tfrecord-*"))  # looked for first: another worker may be beginning just now
+        if (folder / FILE).exists():
+            self.check_same(folder)
+            return True
+        if has_shards:
+            raise UserError(f"{folder}: holds shards but no {FILE}; choose another folder")
+        return False
+
+    def check_same(self, folder: Path) -> None:
+        """Raises `UserError` that names the first field in which the manifest of `folder` differs."""
+        old = Manifest.read(folder)
+        for field in dataclasses.fields(Manifest):
+            before, now = getattr(old, field.name), getattr(self, field.name)
+            if before != now:
+                raise UserError(
+                    f"{folder}: holds pairs of another run ({field.name} is {before!r}, this run has {now!r}); "
+                    "choose another folder"
+                )
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """The manifest of a folder. Raises `UserError` when there is none, or one with unknown or missing fields."""
-        folder = Path(folder)
+        folder = buckets.as_path(folder)
         if not (folder / FILE).is_file():
             raise UserError(f"{folder}: not a folder of pairs, {FILE} is missing; expected .../{DATASET}/{VERSION}")
         manifest = read_json(folder / FILE, cls)
@@ -153,7 +175,7 @@ def write_metadata(folder: Path, manifest: Manifest) -> None:
     with tempfile.TemporaryDirectory() as scratch:  # TFDS writes in place; whole files move from here
         info.write_to_directory(scratch)
         for name in ("features.json", "dataset_info.json"):
-            write_atomic(folder / name, [Path(scratch, name).read_bytes()])
+            write_atomic(buckets.as_path(folder) / name, [Path(scratch, name).read_bytes()])
 
 
 def _check_values(manifest: Manifest, path: Path) -> None:
@@ -164,15 +186,8 @@ def _check_values(manifest: Manifest, path: Path) -> None:
             raise UserError(f"{path}: {name} = {getattr(manifest, name)}, expected 0 to {2**31 - 1}")
     if not 1 <= manifest.num_shards <= min(manifest.num_records, 99999):
         raise UserError(f"{path}: num_shards = {manifest.num_shards}, expected 1 to num_records and at most 99999")
+    for name, shape in manifest.text_shapes.items():
+        if not isinstance(shape, list) or not shape or not all(type(side) is int and side > 0 for side in shape):
+            raise UserError(f"{path}: text_shapes.{name} = {shape!r} is no shape")
     if manifest.token_length < 1 or min(manifest.latent_shape) < 1:
         raise UserError(f"{path}: token_length and every side of latent_shape must be at least 1")
-
-
-def _check_same(new: Manifest, old: Manifest, folder: Path) -> None:
-    for field in dataclasses.fields(Manifest):
-        before, now = getattr(old, field.name), getattr(new, field.name)
-        if before != now:
-            raise UserError(
-                f"{folder}: holds pairs of another run ({field.name} is {before!r}, this run has {now!r}); "
-                "choose another folder"
-            )

@@ -12,6 +12,8 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
+from d2g_jax.records.framing import frame
+
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
@@ -25,14 +27,16 @@ class PairSchema:
     """The fields of a record.
 
     `id`, `noise_seed`, `noise_hash` int64; `prompt` text; `input_ids` int32 (L,); `latents` (C, h, w) in
-    `latent_dtype`, scaled by the VAE's factor; and, if `store_noise`, `noise` float16 (C, h, w). Bits of the noise are
-    drawn in the shape (C, h, w); `noise_hash` is `d2g_jax.noise.bits_hash` of them.
+    `latent_dtype`, scaled by the VAE's factor; if `store_noise`, `noise` float16 (C, h, w); and what the text towers
+    made of the prompt, in `latent_dtype`, under the names and in the shapes of `text`. Bits of the noise are drawn in
+    the shape (C, h, w); `noise_hash` is `d2g_jax.noise.bits_hash` of them.
     """
 
     latent_shape: tuple[int, int, int]  # (C, h, w)
     token_length: int  # L
     latent_dtype: str = "float16"  # or "bfloat16"
     store_noise: bool = False
+    text: tuple[tuple[str, tuple[int, ...]], ...] = ()  # (name, shape) of stored text embeddings
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and dtype of every field that is stored as bytes."""
@@ -42,6 +46,7 @@ class PairSchema:
         }
         if self.store_noise:
             fields["noise"] = (self.latent_shape, np.dtype(np.float16))
+        fields |= {name: (shape, LATENT_DTYPES[self.latent_dtype]) for name, shape in self.text}
         return fields
 
     def names(self) -> tuple[str, ...]:
@@ -50,7 +55,17 @@ class PairSchema:
 
     def bytes_per_record(self) -> int:
         """Bytes of the tensors of one record; prompt, keys and framing add about 150 and the prompt's length."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors().values())
+        return sum(self.bytes_by_part().values())
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """Bytes of each tensor of one record, under its name."""
+        return {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self.tensors().items()}
+
+    def overhead(self, prompt_bytes: int) -> int:
+        """Bytes that a record takes beside its tensors: prompt, integers, keys and framing; to within a few."""
+        record = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.tensors().items()}
+        record |= {"id": 2**20, "noise_seed": 0, "noise_hash": -1, "prompt": "x" * prompt_bytes}
+        return len(frame(self.encode(record))) - self.bytes_per_record()
 
     def features(self) -> tfds.features.FeaturesDict:
         """The same as a TFDS feature tree."""

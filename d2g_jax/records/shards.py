@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import d2g_jax
+from d2g_jax import buckets
 from d2g_jax.errors import UserError
 from d2g_jax.records.files import read_json, write_atomic, write_json
 from d2g_jax.records.framing import frame
@@ -40,6 +41,7 @@ class ShardInfo:
     last_id: int
     noise_digest: str  # SHA-256 of the records' noise hashes, int64 little-endian, in order
     config_hash: str
+    made_on: str  # devices and batch size; with `libraries`, what decides whether latents come out equal to the bit
     libraries: dict[str, str]
 
 
@@ -63,19 +65,22 @@ def index_path(shard_path: Path) -> Path:
     return shard_path.with_name(shard_path.name + ".index.npy")
 
 
-def write_shard(folder: Path, manifest: Manifest, shard: int, records: Iterable[Mapping[str, Any]]) -> ShardInfo:
+def write_shard(
+    folder: Path, manifest: Manifest, shard: int, records: Iterable[Mapping[str, Any]], made_on: str = ""
+) -> ShardInfo:
     """Writes a shard, its index and last its JSON, each atomically; the same records give the same bytes.
 
     Args:
         folder: holds the manifest already (`Manifest.write`).
         records: the records of `shard_range(...)` in order, fields as `PairSchema` says; consumed one by one, so a
             generator overlaps with the disk. If it raises, nothing stays.
+        made_on: devices and batch size, for people and for comparisons.
 
     Raises:
-        UserError: the disk is full, the folder is read-only, or latents are not finite.
+        UserError: the disk is full, the folder is read-only, or latents or text embeddings are not finite.
         ValueError: a record that does not belong in this shard.
     """
-    path = Path(folder, shard_name(shard, manifest.num_shards))
+    path = buckets.as_path(folder) / shard_name(shard, manifest.num_shards)
     ids = shard_range(shard, manifest.num_shards, manifest.num_records)
     offsets, digest = [0], hashlib.sha256()
     size, crc = write_atomic(path, _frames(path, manifest.schema(), manifest.seed, ids, records, offsets, digest))
@@ -89,7 +94,8 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, records: Iterable[
         last_id=ids[-1],
         noise_digest=digest.hexdigest(),
         config_hash=manifest.config_hash,
-        libraries=_library_versions(),
+        made_on=made_on,
+        libraries=library_versions(),
     )
     write_json(info_path(path), info)
     return info
@@ -108,13 +114,13 @@ def read_shard_info(folder: Path, manifest: Manifest, shard: int) -> ShardInfo:
     Raises `UserError` when the shard is not done (no JSON, no file, or another size), and of these `ForeignShard` when
     it is another run's.
     """
-    path = Path(folder, shard_name(shard, manifest.num_shards))
+    path = buckets.as_path(folder) / shard_name(shard, manifest.num_shards)
     if not info_path(path).is_file() or not path.is_file():
         raise UserError(f"{path}: shard is missing; run `d2g pairs` again, it makes only what is missing")
     info = _read_info(path, manifest)
-    if path.stat().st_size != info.bytes:
+    if buckets.size(path) != info.bytes:
         raise UserError(
-            f"{path}: {path.stat().st_size} bytes, written with {info.bytes}; run {repair_command(folder)}, "
+            f"{path}: {buckets.size(path)} bytes, written with {info.bytes}; run {repair_command(folder)}, "
             "then `d2g pairs` again"
         )
     return info
@@ -125,16 +131,16 @@ def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
 
     Raises `UserError` on a JSON that cannot be read or that another config wrote: such a folder is not touched.
     """
-    missing = []
-    for shard in range(manifest.num_shards):
-        path = Path(folder, shard_name(shard, manifest.num_shards))
-        if not info_path(path).exists():
-            missing.append(shard)
-            continue
-        info = _read_info(path, manifest)
-        if not path.is_file() or path.stat().st_size != info.bytes:
-            missing.append(shard)
-    return missing
+    return [shard for shard in range(manifest.num_shards) if not is_whole(folder, manifest, shard)]
+
+
+def is_whole(folder: Path, manifest: Manifest, shard: int) -> bool:
+    """Whether a shard need not be made; raises as `missing_shards` does."""
+    path = buckets.as_path(folder) / shard_name(shard, manifest.num_shards)
+    if not info_path(path).exists():
+        return False
+    info = _read_info(path, manifest)
+    return path.is_file() and buckets.size(path) == info.bytes
 
 
 def _read_info(path: Path, manifest: Manifest) -> ShardInfo:
@@ -162,12 +168,16 @@ def _frames(
     digest: hashlib._Hash,
 ) -> Iterator[bytes]:
     """Checked and framed records; fills `offsets` and `digest` on the way."""
-    count = 0
+    count, checked = 0, [name for name, (_, dtype) in schema.tensors().items() if dtype.itemsize == 2]
     for record in records:
         if count == len(ids) or record["id"] != ids[count] or record["noise_seed"] != seed:
             raise ValueError(f"{path.name} holds ids {ids} of seed {seed}, got id {record['id']} at place {count}")
-        if not np.isfinite(np.asarray(record["latents"], np.float32)).all():
-            raise UserError(f"{path}: latents of record {record['id']} are not finite; solve in bfloat16 or float32")
+        for name in checked:
+            if not np.isfinite(np.asarray(record[name], np.float32)).all():
+                raise UserError(
+                    f"{path}: {name} of record {record['id']} are not finite; solve in bfloat16 or float32, "
+                    "or set pairs.latent_dtype=bfloat16"
+                )
         data = frame(schema.encode(record))
         digest.update(int(record["noise_hash"]).to_bytes(8, "little", signed=True))
         offsets.append(offsets[-1] + len(data))
@@ -177,6 +187,7 @@ def _frames(
         raise ValueError(f"{path.name} needs {len(ids)} records, got {count}")
 
 
-def _library_versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """What a shard is made with."""
     libraries = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "tensorflow-datasets")}
     return {"d2g_jax": d2g_jax.__version__, **libraries}

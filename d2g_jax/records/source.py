@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import threading
@@ -12,12 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from d2g_jax import buckets
 from d2g_jax.errors import UserError
 from d2g_jax.records.framing import FrameError, scan, unframe
 from d2g_jax.records.manifest import Manifest
 from d2g_jax.records.shards import index_path, read_shard_info, repair_command, shard_range, write_index
 
 _MAX_OPEN_FILES = 64  # per process; a folder may have more shards than a process may have open files
+
+
+class CorruptRecord(UserError):
+    """A record that cannot be read, in a shard that is there."""
 
 
 class PairSource:
@@ -36,7 +42,7 @@ class PairSource:
     """
 
     def __init__(self, folder: str | Path, fields: Sequence[str] | None = None):
-        self.folder = Path(folder)
+        self.folder = buckets.as_path(folder)
         self.manifest = Manifest.read(self.folder)
         self._schema = self.manifest.schema()
         self._fields = tuple(self._schema.names() if fields is None else fields)
@@ -58,17 +64,26 @@ class PairSource:
     def __getitem__(self, record_id: int) -> dict[str, np.ndarray]:
         if not 0 <= record_id < len(self):
             raise IndexError(f"record {record_id} of {len(self)}")
-        shard = int(np.searchsorted(self._firsts, record_id, side="right")) - 1
-        path, offsets = self._paths[shard], self._index(shard)
-        place = record_id - int(self._firsts[shard])
-        start, end = int(offsets[place]), int(offsets[place + 1])
+        path, start, end = self._place(record_id)
         try:
             record = self._schema.decode(unframe(self._files.read(path, start, end - start)), ("id", *self._fields))
             if record["id"] != record_id:
                 raise ValueError(f"holds id {record['id']} where {record_id} belongs")
-        except (ValueError, OSError) as error:
+        except ValueError as error:
+            raise CorruptRecord(_corrupt(path, start, error)) from error
+        except OSError as error:  # a disk or a network that fails now: not the record's fault, and never skipped
             raise UserError(_corrupt(path, start, error)) from error
         return {name: record[name] for name in self._fields}
+
+    def offset(self, record_id: int) -> int:
+        """Where in its shard a record starts, in bytes."""
+        return self._place(record_id)[1]
+
+    def _place(self, record_id: int) -> tuple[Path, int, int]:
+        """A record's shard, and the bytes from where to where."""
+        shard = int(np.searchsorted(self._firsts, record_id, side="right")) - 1
+        place, offsets = record_id - int(self._firsts[shard]), self._index(shard)
+        return self._paths[shard], int(offsets[place]), int(offsets[place + 1])
 
     def _index(self, shard: int) -> np.ndarray:
         if self._offsets[shard] is None:
@@ -83,6 +98,33 @@ class PairSource:
         self.__dict__.update(state, _files=_Files(_MAX_OPEN_FILES))
 
 
+class SkippingSource:
+    """A `PairSource` in which the next readable record stands for a corrupt one; `skipped` are the ids left out.
+
+    The first of them is a warning in the log. Raises the record's own error when no record can be read, and still when
+    a shard is missing or none of its records can be found.
+    """
+
+    def __init__(self, source: PairSource):
+        self._source = source
+        self.manifest, self.folder = source.manifest, source.folder
+        self.skipped: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, record_id: int) -> dict[str, np.ndarray]:
+        for other in range(record_id, record_id + len(self)):
+            try:
+                return self._source[other % len(self)]
+            except CorruptRecord as error:
+                corrupt = error
+                if not self.skipped:
+                    logging.getLogger(__name__).warning("skipped: %s", error)
+                self.skipped.add(other % len(self))
+        raise corrupt
+
+
 class _Files:
     """Open files, the least recently used given up first. A descriptor closes when its last reader is done."""
 
@@ -92,6 +134,8 @@ class _Files:
         self._lock = threading.Lock()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
+        if not buckets.is_local(path):
+            return buckets.read_range(path, offset, size)
         with self._lock:
             file = self._open.pop(path, None) or _Descriptor(path)
             self._open[path] = file
@@ -111,9 +155,9 @@ class _Descriptor:
 
 def _load_index(path: Path, count: int) -> np.ndarray:
     """The shard's index; made from the shard itself, and written, when it is absent or belongs to another file."""
-    size = path.stat().st_size
+    size = buckets.size(path)
     try:
-        offsets = np.load(index_path(path), allow_pickle=False)
+        offsets = np.load(io.BytesIO(index_path(path).read_bytes()), allow_pickle=False)
         if offsets.dtype == np.int64 and offsets.shape == (count + 1,) and offsets[-1] == size:
             return offsets
     except (OSError, ValueError, EOFError):

@@ -12,7 +12,7 @@ import google_crc32c
 import jax
 import numpy as np
 
-from d2g_jax import noise
+from d2g_jax import buckets, noise
 from d2g_jax.atomic import TEMPORARY
 from d2g_jax.errors import UserError
 from d2g_jax.records.framing import FrameError, scan, unframe
@@ -57,7 +57,7 @@ def verify(folder: str | Path, redraw_noise: bool = True) -> list[Problem]:
 
     Raises `UserError` when the folder has no readable manifest.
     """
-    folder = Path(folder)
+    folder = buckets.as_path(folder)
     manifest = Manifest.read(folder)
     problems = []
     for name in ("features.json", "dataset_info.json"):
@@ -73,7 +73,7 @@ def verify_shard(folder: Path, manifest: Manifest, shard: int, redraw_noise: boo
 
     `redraw_noise` draws every record's noise anew and compares its hash (and, if stored, the noise itself).
     """
-    path = Path(folder, shard_name(shard, manifest.num_shards))
+    path = buckets.as_path(folder) / shard_name(shard, manifest.num_shards)
     ids = shard_range(shard, manifest.num_shards, manifest.num_records)
     try:
         info = read_shard_info(folder, manifest, shard)
@@ -99,14 +99,16 @@ def repair(folder: str | Path, problems: list[Problem]) -> list[Path]:
 
     `d2g pairs` then makes just these shards anew. Shards of another run stay: they may be somebody's only copy.
     """
-    folder = Path(folder)
+    folder = buckets.as_path(folder)
     manifest = Manifest.read(folder)
     bad = sorted({problem.shard for problem in problems if problem.shard is not None})
     doomed = []
     for shard in bad:
         path = folder / shard_name(shard, manifest.num_shards)
         doomed += [info_path(path), index_path(path), path]  # the JSON first: without it the shard is not done
-    doomed += [path for path in folder.glob(f".*{TEMPORARY}") if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS]
+    if buckets.is_local(folder):  # in a bucket nobody leaves half a file
+        old = time.time() - _LEFTOVER_SECONDS
+        doomed += [path for path in folder.glob(f".*{TEMPORARY}") if path.stat().st_mtime < old]
     removed = [path for path in doomed if path.exists()]
     for path in removed:
         path.unlink()
@@ -169,7 +171,7 @@ def _wrong(record: _Record, ids: range, seed: int) -> str | None:
         return f"id {fields['id']} at place {record.place} of {ids}"
     if fields["noise_seed"] != seed:
         return f"noise_seed is {fields['noise_seed']}, the manifest has {seed}"
-    for name in fields.keys() & {"latents", "noise"}:
+    for name in sorted(name for name, value in fields.items() if value.dtype.itemsize == 2 and value.ndim):
         if not np.isfinite(fields[name].astype(np.float32)).all():
             return f"{name} of record {fields['id']} are not finite"
     return None

@@ -30,6 +30,9 @@ def manifest_with(**changes) -> records.Manifest:
         "token_length": 5,
         "latent_dtype": "float16",
         "store_noise": False,
+        "text_shapes": {},
+        "num_prompts": 23,
+        "num_distinct_prompts": 23,
         "num_records": 23,
         "num_shards": 3,
     }
@@ -49,6 +52,9 @@ def make_record(manifest: records.Manifest, record_id: int) -> dict:
         "noise_hash": noise.bits_hash(bits),
         "latents": latents.astype(schema.tensors()["latents"][1]),
     }
+    for name, (shape, dtype) in schema.tensors().items():
+        if name in manifest.text_shapes:
+            record[name] = np.random.default_rng([record_id, len(name)]).normal(size=shape).astype(dtype)
     return record | ({"noise": noise.quantiles()[bits]} if manifest.store_noise else {})
 
 

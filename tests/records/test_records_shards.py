@@ -34,7 +34,13 @@ def test_frame_round_trip_and_cut():
         framing.unframe(framed[:5])
 
 
-@pytest.mark.parametrize("changes", [{}, {"latent_dtype": "bfloat16"}, {"store_noise": True}])
+TEXT = {"encoder_hidden_states": [5, 6], "text_embeds": [7]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"latent_dtype": "bfloat16"}, {"store_noise": True}, {"latent_dtype": "bfloat16", "text_shapes": TEXT}],
+)
 def test_record_round_trip(pairs, changes):
     manifest = pairs.manifest_with(**changes)
     schema, record = manifest.schema(), pairs.make_record(manifest, 3)
@@ -162,6 +168,7 @@ def test_manifest_round_trip_and_rerun(tmp_path, manifest, pairs):
         (lambda data: data.update(latent_shape=[2, 4]), r"latent_shape = \[2, 4\] is no"),
         (lambda data: data.update(latent_dtype="float64"), "latent_dtype = 'float64'"),
         (lambda data: data.update(num_shards=99), "num_shards = 99"),
+        (lambda data: data.update(text_shapes={"text_embeds": [0]}), r"text_shapes.text_embeds = \[0\]"),
     ],
 )
 def test_broken_manifest(folder, edit, message):

@@ -25,7 +25,9 @@ def test_tfrecord_dataset_checks_our_checksums(folder, manifest):
         list(tf.data.TFRecordDataset(str(path)))
 
 
-@pytest.mark.parametrize("changes", [{}, {"latent_dtype": "bfloat16", "store_noise": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"latent_dtype": "bfloat16", "store_noise": True, "text_shapes": {"text_embeds": [3]}}]
+)
 def test_tfds_reads_the_folder(tmp_path, pairs, changes):
     manifest = pairs.manifest_with(**changes)
     folder = pairs.write_folder(tmp_path / "pairs" / "1.0.0", manifest)
