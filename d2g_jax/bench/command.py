@@ -11,6 +11,8 @@ from d2g_jax.errors import UserError
 
 BENCHES = {
     "loss": "regression losses, forward and backward; E-LatentLPIPS against decoding for LPIPS, and PyTorch",
+    "input": "reading shuffled batches of pairs, against tf.data through TFDS",
+    "pairs": "the teacher's solutions, against diffusers' pipeline on the same folder",
 }
 
 MakeParser = Callable[[str, str], argparse.ArgumentParser]
@@ -34,7 +36,7 @@ def read(arguments: list[str], make_parser: MakeParser) -> tuple[Callable[[], di
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the report there")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; medians are reported")
     parser.add_argument("--cpu-devices", type=int, default=0, help="split the host's CPU into so many devices")
-    bench = {"loss": _loss}[name](parser, rest)
+    bench = {"loss": _loss, "input": _input, "pairs": _pairs}[name](parser, rest)
     own, _ = parser.parse_known_args(rest)
     return bench, own.cpu_devices, own.out
 
@@ -63,5 +65,44 @@ def _loss(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict
             seed=own.seed,
         )
         return run_loss(request)
+
+    return bench
+
+
+def _input(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict[str, Any]]:
+    parser.add_argument("--pairs", type=Path, help="a folder of pairs; default is one of random records")
+    parser.add_argument("--shape", default="sd15", help="of random records: digits or sd15")
+    parser.add_argument("--records", type=int, default=4096, help="of random records")
+    parser.add_argument("--batch", type=int, default=64)
+    own = parser.parse_args(rest)
+
+    def bench() -> dict[str, Any]:
+        from d2g_jax.bench.input import InputRequest, run_input
+
+        request = InputRequest(own.pairs, own.shape, own.records, own.batch, own.repeats)
+        return run_input(request)
+
+    return bench
+
+
+def _pairs(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict[str, Any]]:
+    parser.add_argument("--model", help="pipeline folder or hub id; default is the digits teacher")
+    parser.add_argument("--prompt", default="a bold handwritten seven slanted to the right")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of diffusers' UNet")
+    own = parser.parse_args(rest)
+
+    def bench() -> dict[str, Any]:
+        from d2g_jax.bench.pairs import PairsRequest, run_pairs
+        from d2g_jax.digits.config import WEIGHTS
+
+        model = own.model or str(WEIGHTS / "pipeline")
+        request = PairsRequest(
+            model, own.prompt, own.batch, own.steps, own.guidance, own.dtype, own.repeats, own.compile
+        )
+        return run_pairs(request)
 
     return bench

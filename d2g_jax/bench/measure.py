@@ -39,13 +39,13 @@ class Facts:
 
     Attributes:
       compile_seconds: tracing, lowering and compiling.
-      temp_bytes: memory that the compiled program takes beside its arguments and results.
+      temp_bytes: memory that the compiled program takes beside its arguments and results; None if it is several.
       output_bytes: of its results.
       flops: of one call, counted before the compiler: a GPU's hides products and convolutions in library calls.
     """
 
     compile_seconds: float
-    temp_bytes: int
+    temp_bytes: int | None
     output_bytes: int
     flops: float
 
