@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -51,13 +50,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _uploading(path: Any) -> Iterator[Path]:
+def _uploading(path: buckets.BucketPath) -> Iterator[Path]:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             temporary = Path(scratch, path.name)
             temporary.touch()
             yield temporary
-            buckets.put(temporary, path)
+            path.put(temporary)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose a writable folder") from error

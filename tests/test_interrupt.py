@@ -51,10 +51,12 @@ def test_pairs_go_on_after_an_interrupt(tmp_path):
     assert len(done) == len(whole()) >= 2
     assert [problem for shard in done for problem in records.verify_shard(folder, manifest, shard)] == []
 
-    # The same command again, interrupted again: the shards that are there are left alone.
+    # The same command again, terminated this time: the shards that are there are left alone, its claims given back.
     before = whole()
-    assert_polite(*interrupted(lambda: len(whole()) > len(before), *command))
+    outcome = interrupted(lambda: len(whole()) > len(before), *command, by=signal.SIGTERM)
+    assert_polite(*outcome, word="terminated", expected=143)
     assert before.items() <= whole().items()
+    assert not list(folder.glob(".*.tmp")) + list((folder / "claims").iterdir())
 
 
 def test_training_goes_on_after_an_interrupt(tmp_path):

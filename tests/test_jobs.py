@@ -193,6 +193,24 @@ def test_resumed_equals_uninterrupted_to_the_bit(trained, tmp_path):
     assert metrics_of(tmp_path) == metrics_of(workdir)
 
 
+def test_corrupt_records_stop_training_or_are_skipped_and_counted(trained, tmp_path, caplog):
+    _, config, folder = trained
+    copied = tmp_path / pairs.FOLDER
+    shutil.copytree(folder, copied)
+    file, offset = copied / records.shard_name(1, 3), records.PairSource(copied).offset(9)
+    data = bytearray(file.read_bytes())
+    data[offset + 60] ^= 1
+    file.write_bytes(data)
+    config = copy.deepcopy(config)
+    config.train.images = 16
+    with pytest.raises(UserError, match=f"{file.name}: corrupt record at byte {offset} .*--repair"):
+        train(config, tmp_path / "stops", copied)
+    config.train.skip_corrupt = True
+    train(config, tmp_path / "skips", copied)
+    assert [row["corrupt_records"] for row in metrics_of(tmp_path / "skips")] == [1, 1]
+    assert "1 corrupt records were skipped" in caplog.text
+
+
 def test_student_draws_in_one_step(trained, tmp_path, capsys):
     workdir, _, _ = trained
     command = ["sample", f"--model={workdir}", "--prompt=a thin 4", "--images=3", f"--out={tmp_path}"]

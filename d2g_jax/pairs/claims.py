@@ -133,7 +133,7 @@ class Claims:
         path = self._path(shard)
         if path.exists():
             return False
-        if not buckets.is_local(path):  # no exclusive creation through epath: of two, the last has it
+        if not buckets.is_local(path):  # no exclusive creation through fsspec: of two, the last has it
             write_json(path, self._mine())
             claim = self._read(shard)
             return claim is not None and claim.worker == self.worker

@@ -15,7 +15,7 @@ from d2g_jax import buckets, noise
 from d2g_jax.errors import UserError
 from d2g_jax.records.files import read_json, write_atomic, write_json
 from d2g_jax.records.schema import LATENT_DTYPES, PairSchema
-from d2g_jax.records.shards import DATASET, SPLIT, VERSION, read_shard_info
+from d2g_jax.records.shards import DATASET, SPLIT, VERSION, ShardInfo, read_shard_info
 
 FILE = "manifest.json"
 
@@ -153,9 +153,16 @@ def write_metadata(folder: Path, manifest: Manifest) -> None:
     Call it when all shards are done; raises `UserError` when one is not. The files hold no dates: the same shards give
     the same bytes.
     """
+    shards = [read_shard_info(folder, manifest, index) for index in range(manifest.num_shards)]
+    with tempfile.TemporaryDirectory() as scratch:  # TFDS writes in place; whole files move from here
+        _write_info(Path(scratch), manifest, shards)
+        for name in ("features.json", "dataset_info.json"):
+            write_atomic(buckets.as_path(folder) / name, [Path(scratch, name).read_bytes()])
+
+
+def _write_info(folder: Path, manifest: Manifest, shards: list[ShardInfo]) -> None:
     import tensorflow_datasets as tfds  # a second of import that only the end of the pair job needs
 
-    shards = [read_shard_info(folder, manifest, index) for index in range(manifest.num_shards)]
     identity = tfds.core.DatasetIdentity(
         name=DATASET, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=""
     )
@@ -172,10 +179,7 @@ def write_metadata(folder: Path, manifest: Manifest) -> None:
         filename_template=template,
     )
     info.set_splits(tfds.core.SplitDict([split]))
-    with tempfile.TemporaryDirectory() as scratch:  # TFDS writes in place; whole files move from here
-        info.write_to_directory(scratch)
-        for name in ("features.json", "dataset_info.json"):
-            write_atomic(buckets.as_path(folder) / name, [Path(scratch, name).read_bytes()])
+    info.write_to_directory(folder)
 
 
 def _check_values(manifest: Manifest, path: Path) -> None:

@@ -135,7 +135,7 @@ class _Files:
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         if not buckets.is_local(path):
-            return buckets.read_range(path, offset, size)
+            return path.read_range(offset, size)
         with self._lock:
             file = self._open.pop(path, None) or _Descriptor(path)
             self._open[path] = file
