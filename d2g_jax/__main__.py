@@ -31,7 +31,7 @@ JOBS = {
     "metric": "distances between files of latents or images; `metric convert FILE` reads published PyTorch weights",
     "lpips": "train a LatentLPIPS for the latents of any VAE",
     "overfit": "figure 5 of the paper: latents optimised to match targets under one loss after another",
-    "bench": "speed and memory side by side, in one run: `bench loss`",
+    "bench": "speed and memory side by side, in one run: `bench loss`, `bench input`, `bench pairs`",
 }
 
 _CONFIGURED = ("demo", "teacher", "pairs", "train", "lpips", "overfit")
