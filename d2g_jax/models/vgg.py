@@ -142,12 +142,15 @@ class VGG(nnx.Module):
 def max_pool(x: jax.Array) -> jax.Array:
     """2x2 maximum with stride 2, odd last rows dropped: (B, H, W, C) -> (B, H // 2, W // 2, C).
 
-    The maximum of a reshaped array has a gradient by comparison, which is many times faster on CPUs than XLA's
-    select-and-scatter; ties share the gradient (among zeros after a ReLU it is zero anyway).
+    Maxima of slices have a gradient by comparison, which is many times faster on CPUs than XLA's select-and-scatter;
+    ties share the gradient (among zeros after a ReLU it is zero anyway). The gradient of `jnp.max` would divide by the
+    number of elements that equal the maximum, and compilers may compute those anew with another rounding: none is equal
+    then, and the gradient NaN.
     """
     batch, height, width, channels = x.shape
-    x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+    x = x[:, : height // 2 * 2, : width // 2 * 2].reshape(batch, height // 2, 2, width // 2, 2, channels)
+    x = jnp.maximum(x[:, :, 0], x[:, :, 1])  # (B, H // 2, W // 2, 2, C)
+    return jnp.maximum(x[:, :, :, 0], x[:, :, :, 1])
 
 
 def build(config: VGGConfig, dtype: Any = jnp.float32) -> Network:

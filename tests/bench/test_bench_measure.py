@@ -54,13 +54,13 @@ def timed(name, order, dtype="float32", facts=None):
 
 def test_candidates_take_turns(monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock) / 5)  # a call takes 0.2 seconds
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock) / 4)  # a call takes 0.25 seconds
     order = []
     rows = measure.time_in_turns([timed("a", order), timed("b", order)], rounds=3)
-    assert order == ["a", "b", *(["a"] * 5 + ["b"] * 5) * 3]  # a turn ends with the call that completes a second
+    assert order == ["a", "b", *(["a"] * 4 + ["b"] * 4) * 3]  # a turn ends with the call that completes a second
     assert [row["value"] for row in rows] == [1, 2]
-    assert [len(row["all_seconds"]) for row in rows] == [15, 15]
-    np.testing.assert_allclose([row["seconds"] for row in rows], 0.2)
+    assert [len(row["all_seconds"]) for row in rows] == [12, 12]
+    np.testing.assert_allclose([row["seconds"] for row in rows], 0.25)
 
 
 def test_a_turn_of_short_calls_ends(monkeypatch):
