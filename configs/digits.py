@@ -1,7 +1,7 @@
 """The embedded digits teacher on two CPU cores.
 
     d2g demo --workdir=runs/demo                                         everything, ten minutes
-    d2g pairs --config=configs/digits.py --workdir=runs/digits           2,048 pairs
+    d2g pairs --config=configs/digits.py --workdir=runs/digits           1,024 pairs
     d2g train --config=configs/digits.py --workdir=runs/digits           the full student
 
 Every field and its meaning: d2g_jax/digits/config.py. Measured figures: README.md.

@@ -17,7 +17,6 @@ import pytest
 from d2g_jax import mesh as meshes
 from d2g_jax import noise, pairs, records
 from d2g_jax import step as steps
-from d2g_jax import train as training
 from d2g_jax.__main__ import main
 from d2g_jax.digits.config import get_config
 from d2g_jax.errors import UserError
@@ -25,6 +24,7 @@ from d2g_jax.pairs import batches, estimate, resolve
 from d2g_jax.pairs.job import load_teacher
 from d2g_jax.pipeline import Pipeline
 from d2g_jax.records import framing
+from d2g_jax.train import setup
 
 
 def small_config(**changes):
@@ -73,16 +73,16 @@ def test_training_takes_the_stored_text_and_runs_no_tower(which, request, tmp_pa
             config.pairs.update({"prompts": str(tmp_path / "prompts.txt"), "steps": 2, "solver": "euler"})
     (tmp_path / "prompts.txt").write_text("the cat\nthe dog\n")
     folder = pairs.make_pairs(config, tmp_path)
-    source = training.open_pairs(config, folder)
+    source = setup.open_pairs(config, folder)
     batch = {name: np.stack([source[i][name] for i in range(8)]) for name in source[0]}
     batch["id"] = batch["id"].astype(np.uint32)
     whole = Pipeline.load(config.pipeline)
     bare = Pipeline.load(config.pipeline, without=("text_encoder", "text_encoder_2"))
-    d, frozen = training.build(config, bare, source.manifest)
+    d, frozen = setup.build(config, bare, source.manifest)
     assert frozen.towers == {}
     stored = steps.condition(d, frozen, batch)
     manifest = dataclasses.replace(source.manifest, text_shapes={})
-    encoded = steps.condition(*training.build(config, whole, manifest), batch)
+    encoded = steps.condition(*setup.build(config, whole, manifest), batch)
     assert jax.tree.structure(stored.text) == jax.tree.structure(encoded.text)
     for mine, towers in zip(jax.tree.leaves(stored.text), jax.tree.leaves(encoded.text), strict=True):
         assert mine.dtype == towers.dtype

@@ -1,0 +1,98 @@
+"""The compiled steps of a run, and one iteration of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from d2g_jax import mesh as meshes
+from d2g_jax.state import TrainState
+from d2g_jax.step import Distillation, Frozen, d_step, g_step, r1_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled steps; the state's buffers are donated to the next state. None for a step that this run lacks."""
+
+    g_regression: Any = None
+    g_adversarial: Any = None
+    d: Any = None
+    r1: Any = None
+
+
+def compile_programs(
+    config: ml_collections.ConfigDict,
+    d: Distillation,
+    frozen: Frozen,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    mesh: jax.sharding.Mesh,
+) -> Programs:
+    """Compiles all that the rest of the run needs: no pause when the adversary starts, no late surprise.
+
+    A program is traced under Python's lock and compiled without it, so `train.compile_workers` threads share the work.
+    """
+    a, t, images = config.adversarial, config.train, int(state.images)
+    fools_from = a.start_images + a.warmup_images
+    adversary, alone = bool(a.weight) and t.images > a.start_images, without_adversary(state)
+    batch_sharding = jax.sharding.NamedSharding(mesh, meshes.BATCH)
+    shape = (t.batch_size, *np.asarray(batch["latents"].shape)[[2, 3, 1]])
+    generated = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding)
+    of = functools.partial(jax.tree.map, lambda x: x.sharding)
+    steps = {}
+    if not adversary or images < fools_from:
+        steps["g_regression"] = (functools.partial(g_step, d, False), (alone, batch), (of(alone), batch_sharding, None))
+    if adversary and t.images > fools_from:
+        steps["g_adversarial"] = (functools.partial(g_step, d, True), (state, batch), (of(state), batch_sharding, None))
+    if adversary:
+        steps["d"] = (functools.partial(d_step, d), (state, batch, generated), (of(state), None))
+    if adversary and a.r1_gamma:
+        steps["r1"] = (functools.partial(r1_step, d), (state, batch), (of(state), None))
+    lowered = {
+        name: jax.jit(step, donate_argnums=1, out_shardings=out).lower(frozen, *arguments)
+        for name, (step, arguments, out) in steps.items()
+    }
+    with ThreadPoolExecutor(t.compile_workers) as pool:
+        return Programs(**dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)))
+
+
+def without_adversary(state: TrainState) -> TrainState:
+    """The state of a regression-only run: its program is then the same, and may have been compiled before."""
+    return dataclasses.replace(state, discriminator={}, discriminator_optimizer={})
+
+
+def iteration(
+    config: ml_collections.ConfigDict,
+    programs: Programs,
+    frozen: Frozen,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    images: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of G and, once the adversary has started, of D; `images` seen before it decide the phase."""
+    a, step = config.adversarial, images // config.train.batch_size
+    discriminates = bool(a.weight) and images >= a.start_images
+    fools = discriminates and images >= a.start_images + a.warmup_images
+    if fools:
+        state, generated, metrics = programs.g_adversarial(frozen, state, batch)
+    else:
+        adversary = {name: getattr(state, name) for name in ("discriminator", "discriminator_optimizer")}
+        alone, generated, metrics = programs.g_regression(frozen, without_adversary(state), batch)
+        state = dataclasses.replace(alone, **adversary)
+    if discriminates:
+        state, d_metrics = programs.d(frozen, state, batch, generated)
+        metrics |= d_metrics
+        if a.r1_gamma and step % a.r1_interval == 0:
+            state, r1_metrics = programs.r1(frozen, state, batch)
+            metrics |= r1_metrics
+    # Simulated CPU devices abort when the host runs ahead of them; elsewhere the host may run ahead.
+    if jax.default_backend() == "cpu":
+        jax.block_until_ready(state)
+    return state, metrics

@@ -1,0 +1,127 @@
+"""What a config and a teacher make: the pairs to read, networks, losses, optimisers, and the first state."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from d2g_jax import mesh as meshes
+from d2g_jax import records
+from d2g_jax.conditioning import encode_text, from_text_fields
+from d2g_jax.diffusion import Schedule
+from d2g_jax.errors import UserError
+from d2g_jax.models import discriminator as discriminators
+from d2g_jax.models import unet as unets
+from d2g_jax.perceptual import LatentLPIPS, regression_loss
+from d2g_jax.pipeline import Pipeline
+from d2g_jax.state import TrainState, create_state, discriminator_optimizer, generator_optimizer
+from d2g_jax.step import Distillation, Frozen
+
+PERCEPTUAL = ("latent_lpips", "e_latent_lpips")
+_FIELDS = ("id", "input_ids", "latents")
+TOWERS = ("text_encoder", "text_encoder_2")
+
+
+def open_pairs(config: ml_collections.ConfigDict, folder: Path) -> records.PairSource | records.SkippingSource:
+    """What training reads of a record; a corrupt one stops it, or is skipped if `train.skip_corrupt` says so."""
+    manifest = records.Manifest.read(folder)
+    source = records.PairSource(folder, fields=(*_FIELDS, *manifest.text_shapes))
+    return records.SkippingSource(source) if config.train.skip_corrupt else source
+
+
+def check_pairs(folder: Path, manifest: records.Manifest, pipeline: Pipeline) -> None:
+    """Raises `UserError` unless these pairs were made by this teacher."""
+    height, width, channels = pipeline.latent_shape
+    records.check_fits(
+        manifest,
+        source=folder,
+        latent_shape=(channels, height, width),
+        token_length=pipeline.token_length,
+        scaling_factor=pipeline.scaling_factor,
+        scheduler=pipeline.scheduler,
+    )
+
+
+def build(
+    config: ml_collections.ConfigDict, pipeline: Pipeline, manifest: records.Manifest
+) -> tuple[Distillation, Frozen]:
+    """Networks, losses and optimisers by config, and the parameters that are never trained."""
+    dtype = jnp.dtype(config.train.dtype)
+    unet_config = pipeline.unet.config
+    adversary: dict[str, Any] = {"discriminator": None, "discriminator_plain": None, "discriminator_optimizer": None}
+    if config.adversarial.weight:
+        c = config.discriminator
+        d_config = discriminators.DiscriminatorConfig(
+            unet=unet_config,
+            timestep=c.timestep,
+            head_channels=c.head_channels,
+            z_conditioning=c.z_conditioning,
+            multiscale_inputs=c.multiscale_inputs,
+            multiscale_heads=c.multiscale_heads,
+        )
+        adversary = {
+            "discriminator": discriminators.build(d_config, dtype, remat=config.train.remat),
+            # R1 is taken in float32 and needs attention that can be differentiated twice.
+            "discriminator_plain": discriminators.build(d_config, jnp.float32, "plain", remat=config.train.remat),
+            "discriminator_optimizer": discriminator_optimizer(config.optimizer.discriminator, config.train.batch_size),
+        }
+    metric = LatentLPIPS.load(config.loss.metric) if config.loss.name in PERCEPTUAL else None
+    schedule = Schedule.from_config(pipeline.scheduler)
+    timestep = manifest.first_timestep if config.generator.timestep is None else config.generator.timestep
+    if not 0 <= timestep < schedule.num_train_timesteps:
+        raise UserError(f"generator.timestep={timestep}; the schedule has 0 to {schedule.num_train_timesteps - 1}")
+    d = Distillation(
+        unet=unets.build(unet_config, dtype, remat=config.train.remat),
+        encode_text=functools.partial(encode_text, pipeline),
+        schedule=schedule,
+        timestep=timestep,
+        regression=make_regression(config.loss, metric),
+        generator_optimizer=generator_optimizer(config.optimizer.generator, config.train.batch_size),
+        adversarial_weight=config.adversarial.weight,
+        r1_gamma=config.adversarial.r1_gamma,
+        r1_interval=config.adversarial.r1_interval,
+        mix_and_match=config.adversarial.mix_and_match,
+        groups=config.train.groups,
+        batch_size=config.train.batch_size,
+        ema_half_life_images=config.train.ema_half_life_images,
+        seed=config.seed,
+        noise_seed=manifest.seed,
+        stored_text=functools.partial(from_text_fields, pipeline) if manifest.text_shapes else None,
+        **adversary,
+    )
+    return d, Frozen({} if manifest.text_shapes else pipeline.text_params, metric)
+
+
+def make_regression(config: ml_collections.ConfigDict, metric: LatentLPIPS | None) -> Any:
+    """(metric, key, generated, target) -> (B,), by `config.loss`; `UserError` for an unknown name or preset."""
+
+    def regression(metric: LatentLPIPS | None, key: jax.Array, generated: jax.Array, target: jax.Array) -> jax.Array:
+        loss = regression_loss(
+            config.name,
+            metric,
+            config.preset,
+            l1_weight=config.l1_weight,
+            pseudo_huber_c=config.pseudo_huber_c,
+        )
+        return loss(key, generated, target)
+
+    regression_loss(config.name, metric, config.preset)  # refuses a wrong name before anything compiles
+    return regression
+
+
+def initial_state(
+    config: ml_collections.ConfigDict, d: Distillation, pipeline: Pipeline, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Generator and discriminator from the teacher, on the mesh."""
+    teacher = pipeline.params["unet"]
+    adversary: Any = None
+    if d.discriminator is not None:
+        key = jax.random.key(config.seed)
+        adversary = discriminators.init_from_teacher(d.discriminator, key, teacher)
+    state = create_state(teacher, d.generator_optimizer, adversary, d.discriminator_optimizer)
+    return meshes.place(state, mesh)
