@@ -93,6 +93,7 @@ def test_it_starts_from_the_noise_of_sample(scene):
     np.testing.assert_array_equal(np.moveaxis(job.start(3, scene.target.shape), -1, 1), expected)
 
 
+@pytest.mark.slow
 def test_same_seed_same_figures(finished, tmp_path):
     job.overfit(config(), tmp_path / "again")
     assert figures(tmp_path / "again") == figures(finished[0])
@@ -120,6 +121,7 @@ def test_stopped_run_goes_on_to_the_same_figures(finished, tmp_path, monkeypatch
     assert (tmp_path / "overfit.png").read_bytes() == (finished[0] / "overfit.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_figures_do_not_depend_on_the_interval_or_on_the_other_targets(finished, tmp_path):
     job.overfit(config(every=4), tmp_path / "interval")
     job.overfit(config(targets=1), tmp_path / "alone")

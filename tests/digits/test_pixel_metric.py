@@ -84,6 +84,7 @@ def test_differences_and_heads_make_the_distance(shipped):
         np.testing.assert_array_equal(ours, theirs)  # whatever the heads are
 
 
+@pytest.mark.slow
 def test_training_from_nothing_writes_a_whole_folder_and_keeps_it(tmp_path):
     config = get_config().teacher.pixel_metric
     with config.unlocked():

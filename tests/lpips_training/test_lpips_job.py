@@ -172,6 +172,7 @@ def test_shipped_config_is_the_published_topology(shipped):
     assert abs(total / 1e6 - 138.4) < 0.05  # 138.4 M parameters, as measured on the released classifier
 
 
+@pytest.mark.slow
 def test_digits_metric_by_the_same_functions(tmp_path, monkeypatch):
     """Two steps of each stage on a stand-in for their autoencoder: what `d2g teacher` calls."""
     recipe = {"steps": 2, "batch_size": 10, "learning_rate": 1e-3, "seed": 0}
