@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,12 +64,9 @@ class Band:
     below: str = ""
     above: str = ""
 
-    def side(self, row: Mapping[str, Any]) -> str | None:
-        """ "low" or "high" when the row's value is outside, None when it is inside or absent."""
-        value = row.get(self.metric)
-        if not isinstance(value, int | float) or not math.isfinite(value) or self.low <= value <= self.high:
-            return None
-        return "low" if value < self.low else "high"
+    def side(self, value: float) -> str:
+        """ "low" or "high" when `value` is outside, "" when it is inside."""
+        return "low" if value < self.low else "high" if value > self.high else ""
 
 
 BANDS = (
@@ -106,21 +103,32 @@ BANDS = (
 """Of every line of metrics.jsonl. A metric that a run does not have is not looked at."""
 
 
-def alarms(row: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """Names such as "r1_share high" of what is wrong at `row`; `before` is the line before, with its own "alarms".
+class Watch:
+    """Follows the lines of a run. `see` tells the alarms that are on after a line: names such as "r1_share high".
 
     A single line outside of a band may be chance: an alarm begins with the second in a row on the same side, and ends
-    with the first line inside.
+    with the first inside. A line without the metric says nothing about it.
     """
-    return [
-        f"{band.metric} {side}"
-        for band in BANDS
-        if (side := band.side(row)) and (band.side(before) == side or f"{band.metric} {side}" in before["alarms"])
-    ]
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
+        """`rows`: the lines so far."""
+        self._outside: dict[str, tuple[str, int]] = {}
+        for row in rows:
+            self.see(row)
+
+    def see(self, row: Mapping[str, Any]) -> list[str]:
+        for band in BANDS:
+            if row.get(band.metric) is not None:
+                side = band.side(row[band.metric])
+                before, lines = self._outside.pop(band.metric, ("", 0))
+                if side:
+                    self._outside[band.metric] = (side, lines + 1 if side == before else 1)
+        return [f"{metric} {side}" for metric, (side, lines) in self._outside.items() if lines > 1]
 
 
 def explain(alarm: str) -> str:
     """The cause and remedy of an alarm by its name."""
-    metric, side = alarm.rsplit(" ", 1)
-    (band,) = (band for band in BANDS if band.metric == metric)
-    return band.below if side == "low" else band.above
+    causes = {
+        f"{band.metric} {side}": text for band in BANDS for side, text in (("low", band.below), ("high", band.above))
+    }
+    return causes.get(alarm, "of another version; see its docs/healthy.md")

@@ -112,15 +112,16 @@ class MetricsLog:
     """Appends one JSON line per call of `write`, of the first process alone; a context manager.
 
     Attributes:
+      before: the lines that were there.
       last: the newest line, an empty dict where there is none.
     """
 
     def __init__(self, workdir: Path, run: str):
         file = workdir / "metrics.jsonl"
-        rows = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        self._run = run
-        self.last: dict[str, Any] = json.loads(rows[-1]) if rows else {}
-        self._before = self.last.get("seconds", 0.0)
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self.before: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.last = self.before[-1] if self.before else {}
+        self._run, self._seconds = run, self.last.get("seconds", 0.0)
         self._start = time.monotonic()
         self._stream = file.open("a", encoding="utf-8") if is_first() else None
 
@@ -133,7 +134,7 @@ class MetricsLog:
 
     def write(self, images: int, values: dict[str, Any]) -> None:
         """Writes `values`, None for what is not finite, behind the run's name, its images and its own clock."""
-        seconds = round(self._before + time.monotonic() - self._start, 3)
+        seconds = round(self._seconds + time.monotonic() - self._start, 3)
         self.last = {"run": self._run, "images": images, "seconds": seconds, **values}
         if self._stream is not None:
             self._stream.write(json.dumps(self.last, allow_nan=False) + "\n")

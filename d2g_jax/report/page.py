@@ -15,6 +15,7 @@ from d2g_jax import health
 from d2g_jax.atomic import write_text
 from d2g_jax.errors import UserError
 from d2g_jax.report import sections
+from d2g_jax.report.alarms import alarms
 from d2g_jax.report.charts import format_number
 from d2g_jax.report.inputs import Inputs, read_inputs
 
@@ -49,6 +50,7 @@ def _page(inputs: Inputs, over: bool, bands: Mapping[str, tuple[float, float]]) 
     made = [
         ("samples", "Side by side", sections.comparison(inputs)),
         ("measured", "Measured", sections.measured(inputs)),
+        ("alarms", "Alarms", alarms(inputs)),
         ("curves", "Curves", sections.curves(inputs, bands)),
         ("time", "Samples over time", sections.timelines(inputs)),
         ("speed", "Speed", sections.speed(inputs)),

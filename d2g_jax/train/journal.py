@@ -47,6 +47,7 @@ class Journal:
         self._steps: Steps = checkpoints.metadata()["since_last_line"] if resumed else []  # on the host
         self._left_out = self._describe(guard.bad_updates(self._steps))
         self._log = runs.MetricsLog(workdir, config.name)
+        self._watch = health.Watch(self._log.before)
 
     def __enter__(self) -> Journal:
         return self
@@ -65,12 +66,11 @@ class Journal:
         """
         self._fetch(state)
         line = {**health.summary(self._steps), **counts}
-        before = {"alarms": [], **self._log.last}
-        alarms = health.alarms(line, before)
+        before, alarms = self._log.last.get("alarms", []), self._watch.see(line)
         self._log.write(images, {**line, "alarms": alarms, "left_out": self._left_out})
         self._check_best(line)
         self._steps, self._left_out = [], []
-        self._announce(images, alarms, before["alarms"])
+        self._announce(images, alarms, before)
 
     def save(self, state: TrainState) -> None:
         """Starts a checkpoint. Raises `NotFinite` as `write_line` does."""
