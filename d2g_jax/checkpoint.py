@@ -43,7 +43,9 @@ class Checkpoints:
         }
         reading = {"read_only": True, "create": False, "save_interval_steps": 0}
         options = ocp.CheckpointManagerOptions(**(reading if keep is None else writing))
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers = {item: ocp.StandardCheckpointHandler() for item in ("state", "ema")}
+        handlers["metadata"] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Checkpoints:
         return self
