@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import mesh as meshes
 from d2g_jax import guard, noise
+from d2g_jax import mesh as meshes
 from d2g_jax.conditioning import Conditioning
 from d2g_jax.diffusion import Schedule
 from d2g_jax.digits.config import optimizer
