@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from d2g_jax.errors import UserError
-from d2g_jax.interrupt import EXIT_CODE_TERMINATED, TERMINATED, Terminated
+from d2g_jax.interrupt import Terminated
 
 _library_format = warnings.formatwarning
 
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("d2g: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except Terminated:
-        print(TERMINATED, file=sys.stderr)
-        return EXIT_CODE_TERMINATED
+        print("d2g: terminated; the same command goes on from here", file=sys.stderr)
+        return 143
 
 
 def _format_warning(message: Warning | str, category: type[Warning], *place: Any) -> str:

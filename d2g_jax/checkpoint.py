@@ -41,7 +41,7 @@ class Checkpoints:
             "enable_async_checkpointing": True,
             "cleanup_tmp_directories": True,
         }
-        reading = {"read_only": True, "create": False, "save_interval_steps": 0}
+        reading = {"create": False, "save_root_metadata": False}
         options = ocp.CheckpointManagerOptions(**(reading if keep is None else writing))
         handlers = {item: ocp.StandardCheckpointHandler() for item in ("state", "ema")}
         handlers["metadata"] = ocp.JsonCheckpointHandler()

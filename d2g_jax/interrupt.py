@@ -14,9 +14,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-TERMINATED = "d2g: terminated; the same command goes on from here"
-EXIT_CODE_TERMINATED = 128 + signal.SIGTERM
-
 
 class Terminated(Exception):
     """SIGTERM came, as before a pre-emption; what was done has been saved. The `d2g` command exits with 143."""
@@ -51,8 +48,8 @@ def leaving_at_once() -> Iterator[None]:
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        print(TERMINATED, file=sys.stderr, flush=True)
-        os._exit(EXIT_CODE_TERMINATED)
+        print("d2g: terminated; the same command goes on from here", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -79,7 +79,7 @@ def test_a_checkpoint_of_other_networks_names_the_leaves(tmp_path):
         with pytest.raises(UserError, match=r"ema: b has nothing, not float32\[2\]"):
             checkpoints.restore_ema(other)
         bare = dataclasses.replace(meshes.place(state(0), mesh), generator_optimizer={})
-        with pytest.raises(UserError, match=r"generator_optimizer/0/a/bias has float32\[3\], not nothing and 2 more"):
+        with pytest.raises(UserError, match=r"generator_optimizer/0/a/bias has float32\[3\], not nothing; "):
             checkpoints.restore(bare)
 
 
