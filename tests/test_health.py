@@ -1,5 +1,7 @@
 """What a line of metrics says about its steps, and when it raises an alarm."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -52,3 +54,11 @@ def test_every_open_side_has_no_cause_and_every_closed_one_has():
         assert bool(band.above) == np.isfinite(band.high), band.metric
     assert "lower adversarial.r1_gamma" in health.explain("r1_share high")
     assert health.explain("unknown high")
+
+
+def test_the_documentation_has_these_bands():
+    text = (Path(__file__).parents[1] / "docs" / "healthy.md").read_text()
+    for band in health.BANDS:
+        low, high = (f"{end:g}" if np.isfinite(end) else "" for end in (band.low, band.high))
+        extent = f"{low} to {high}" if low and high else f"above {low}" if low else f"below {high}"
+        assert f"| `{band.metric}` | {extent} |" in text

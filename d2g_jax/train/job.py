@@ -14,6 +14,7 @@ import ml_collections
 from d2g_jax import guard, runs
 from d2g_jax import mesh as meshes
 from d2g_jax.checkpoint import Checkpoints
+from d2g_jax.errors import UserError
 from d2g_jax.interrupt import leaving_at_once
 from d2g_jax.lock import locked
 from d2g_jax.pipeline import Pipeline
@@ -65,7 +66,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
 
 def take_up(config: ml_collections.ConfigDict, checkpoints: Checkpoints, like: TrainState) -> TrainState:
     """The state of the newest checkpoint, placed as `like`; `UserError` unless config and networks are this run's."""
-    runs.check_same(runs.to_json(config), checkpoints.metadata()["config"], checkpoints.folder)
+    saved = checkpoints.metadata()
+    if "config" not in saved:
+        raise UserError(
+            f"{checkpoints.folder}: written by an older d2g_jax, without its config; choose another --workdir"
+        )
+    runs.check_same(runs.to_json(config), saved["config"], checkpoints.folder)
     state = checkpoints.restore(like)
     stopped = any(int(count) > config.train.skip_nonfinite for count in state.left_out.values())
     return guard.released(state) if stopped else state
