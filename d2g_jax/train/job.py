@@ -68,9 +68,7 @@ def take_up(config: ml_collections.ConfigDict, checkpoints: Checkpoints, like: T
     """The state of the newest checkpoint, placed as `like`; `UserError` unless config and networks are this run's."""
     saved = checkpoints.metadata()
     if "config" not in saved:
-        raise UserError(
-            f"{checkpoints.folder}: written by an older d2g_jax, without its config; choose another --workdir"
-        )
+        raise UserError(f"{checkpoints.folder}: of an older d2g_jax, without a config; choose another --workdir")
     runs.check_same(runs.to_json(config), saved["config"], checkpoints.folder)
     state = checkpoints.restore(like)
     stopped = any(int(count) > config.train.skip_nonfinite for count in state.left_out.values())
