@@ -68,7 +68,7 @@ def mix_and_match(
     noise: jax.Array,
     text: Any,
     input_ids: jax.Array,
-) -> tuple[jax.Array, jax.Array, Any]:
+) -> tuple[jax.Array, jax.Array, Any, dict[str, jax.Array]]:
     """Turns a portion of the fake triples into real latents with the wrong condition; their label stays fake.
 
     Of the replaced samples one half gets a neighbour's real latent (keeping z and c), a quarter keeps its own real
@@ -85,7 +85,8 @@ def mix_and_match(
       input_ids: (B, L), to tell equal captions.
 
     Returns:
-      (latents, noise, text) of the discriminator's fake half.
+      (latents, noise, text) of the discriminator's fake half, and by name of what was swapped ("latents", "noise",
+      "text") which samples they are, bool (B,).
     """
     draw = jax.random.uniform(key, (generated.shape[0],))
     same_caption = jnp.all(input_ids == roll_in_groups(input_ids, groups), axis=-1)
@@ -97,4 +98,4 @@ def mix_and_match(
     mixed = jnp.where(column(swap_latents, latents), roll_in_groups(latents, groups), mixed)
     noise = jnp.where(column(swap_noise, noise), roll_in_groups(noise, groups), noise)
     text = jax.tree.map(lambda x: jnp.where(column(swap_text, x), roll_in_groups(x, groups), x), text)
-    return mixed, noise, text
+    return mixed, noise, text, {"latents": swap_latents, "noise": swap_noise, "text": swap_text}

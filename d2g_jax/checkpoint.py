@@ -1,7 +1,8 @@
 """Checkpoints of a run, through Orbax. (Exported parameters, in exported.py, are the only other use of it.)
 
-A checkpoint's number is the count of images seen. It holds the whole `TrainState` and a small JSON of metadata. Orbax
-writes into a temporary folder and renames it, so a half-written checkpoint is never seen as one.
+A checkpoint's number is the count of images seen. It holds the whole `TrainState` and a small JSON of metadata. Saves
+are asynchronous and every process writes its own shards. Orbax writes into a temporary folder and renames it, so a
+half-written checkpoint is never seen as one; the next run removes what is left of it.
 """
 
 from __future__ import annotations
@@ -12,19 +13,39 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from d2g_jax.errors import UserError
 from d2g_jax.models.network import Params
 from d2g_jax.state import TrainState
 
+METRIC = "metric"
+_NAMED = 3  # differing leaves in a message
+
 
 class Checkpoints:
     """The checkpoints of one run, newest last; a context manager that waits for saves under way."""
 
-    def __init__(self, folder: str | Path, keep: int = 2):
+    def __init__(self, folder: str | Path, keep: int | None = None, keep_best: bool = False):
+        """For a run of its own: keeps the newest `keep`, and the one of the lowest metric if `keep_best` says so.
+
+        Without `keep` nothing is ever written, not even where another process is writing: for readers.
+        """
         self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        policies = [LatestN(keep)]
+        if keep_best:
+            lowest = lambda metrics: -metrics[METRIC]  # noqa: E731
+            policies.append(BestN(get_metric_fn=lowest, n=1, keep_checkpoints_without_metrics=False))
+        writing = {
+            "preservation_policy": AnyPreservationPolicy(policies),
+            "enable_async_checkpointing": True,
+            "cleanup_tmp_directories": True,
+        }
+        reading = {"create": False, "save_root_metadata": False}
+        options = ocp.CheckpointManagerOptions(**(reading if keep is None else writing))
+        handlers = {item: ocp.StandardCheckpointHandler() for item in ("state", "ema")}
+        handlers["metadata"] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -37,21 +58,35 @@ class Checkpoints:
         """Images seen at the newest whole checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, metadata: dict[str, Any]) -> None:
-        """Starts an asynchronous save of `state` under its image count; a count already saved is left alone."""
+    def all(self) -> list[int]:
+        """Images seen at every whole checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, metadata: dict[str, Any], metric: float | None = None) -> None:
+        """Starts an asynchronous save of `state` under its image count; a count already saved is left alone.
+
+        Args:
+          state: on the devices; it is copied before this returns, so its buffers may then be donated.
+          metadata: plain JSON values.
+          metric: the smaller the better; by it the best checkpoint is kept. None for unknown.
+        """
         images = int(state.images)
         if images == self.latest():
             return
         rest, ema = _split(state)
         items = {"state": ocp.args.StandardSave(rest), "ema": ocp.args.StandardSave(ema)}
-        self._manager.save(images, args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(metadata)))
+        self._manager.save(
+            images,
+            args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(metadata)),
+            metrics=None if metric is None else {METRIC: metric},
+        )
 
     def wait(self) -> None:
         """Returns when the saves under way are whole."""
         self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> TrainState:
-        """The newest checkpoint, placed like `like` (arrays or `ShapeDtypeStruct`s with shardings).
+        """The newest checkpoint, placed like `like` (arrays or `ShapeDtypeStruct`s with shardings), on any mesh.
 
         Raises `UserError` when there is none or when its tree is not that of `like`.
         """
@@ -71,16 +106,25 @@ class Checkpoints:
 
     def _restore(self, item: str, like: Any) -> Any:
         images = self._require()
+        self._check_tree(images, item, like)
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        try:
-            return self._manager.restore(images, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))[
-                item
-            ]
-        except (ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
+        return self._manager.restore(images, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))[item]
+
+    def _check_tree(self, images: int, item: str, like: Any) -> None:
+        """Raises `UserError` that names the leaves in which the saved item and `like` differ."""
+        saved = _leaves(self._manager.item_metadata(images)[item].tree)
+        mine = _leaves(like)
+        differences = [
+            f"{name} has {_describe(saved.get(name))}, not {_describe(mine.get(name))}"
+            for name in [*mine, *(name for name in saved if name not in mine)]
+            if saved.get(name) != mine.get(name)
+        ]
+        if differences:
+            more = f" and {len(differences) - _NAMED} more" if len(differences) > _NAMED else ""
             raise UserError(
-                f"{self.folder / str(images)}: not a checkpoint of this config's networks: {reason}"
-            ) from error
+                f"{self.folder / str(images)}: not a checkpoint of this config's networks: "
+                f"{item}: {'; '.join(differences[:_NAMED])}{more}"
+            )
 
     def metadata(self) -> dict[str, Any]:
         """The JSON saved beside the newest checkpoint."""
@@ -98,3 +142,18 @@ def _split(state: TrainState) -> tuple[dict[str, Any], Params]:
     """The average apart from the rest: sampling and export read nothing else."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return rest, rest.pop("ema")
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype by path; a tuple, named tuple or dataclass and what Orbax makes of it have the same paths."""
+    return {
+        "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path): (
+            tuple(leaf.shape),
+            str(leaf.dtype),
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _describe(leaf: tuple[tuple[int, ...], str] | None) -> str:
+    return "nothing" if leaf is None else f"{leaf[1]}{list(leaf[0])}"

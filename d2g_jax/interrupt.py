@@ -5,12 +5,14 @@ An exception out of nowhere would strike in the middle of a checkpoint's start, 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class Terminated(Exception):
@@ -34,7 +36,34 @@ def terminating() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _restore(signal.SIGTERM, before)
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """A context in which SIGTERM ends the process at once, with the code and the line of `Terminated`.
+
+    For the time before the first step: nothing is lost, and an exception would have to wait until XLA has compiled what
+    it is compiling, which may take longer than the time that is left. Off the main thread it does nothing.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        print("d2g: terminated; the same command goes on from here", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        _restore(signal.SIGTERM, before)
+
+
+def _restore(number: int, handler: Any) -> None:
+    """A handler that Python does not know, as that of jax.distributed, cannot be put back: None stands for it."""
+    signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class StopRequests:
@@ -57,7 +86,7 @@ class StopRequests:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            _restore(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:
@@ -66,11 +95,22 @@ class StopRequests:
         text = "Ctrl-C again stops at once" if number == signal.SIGINT else "SIGTERM"
         print(f"d2g: saving after this step ({text})", file=sys.stderr, flush=True)
 
+    def terminate(self, reason: str) -> None:
+        """As if SIGTERM had come; for notices that come otherwise. May be called from any thread."""
+        if self._signal is None:
+            self._signal = int(signal.SIGTERM)
+            print(f"d2g: saving after this step ({reason})", file=sys.stderr, flush=True)
+
+    @property
+    def signal(self) -> int:
+        """Number of the signal that has come; 0 for none."""
+        return self._signal or 0
+
     @property
     def stop(self) -> bool:
         """Whether a signal has come."""
         return self._signal is not None
 
-    def leave(self) -> None:
-        """Raises what the signal stands for: `KeyboardInterrupt` or `Terminated`."""
-        raise KeyboardInterrupt if self._signal == signal.SIGINT else Terminated
+    def leave(self, number: int | None = None) -> None:
+        """Raises what signal `number` (None: the one that came) stands for: `KeyboardInterrupt` or `Terminated`."""
+        raise KeyboardInterrupt if (number or self._signal) == signal.SIGINT else Terminated

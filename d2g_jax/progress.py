@@ -44,6 +44,13 @@ class Progress:
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._line()
 
+    def say(self, text: str) -> None:
+        """A line of its own, which the bar makes room for."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def leave_out(self, units: int) -> None:
         """`units` of the total need not be done here any more: another process did them."""
         self._total -= units

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
 import platform
 import time
@@ -16,8 +16,17 @@ import ml_collections
 import d2g_jax
 from d2g_jax import atomic
 from d2g_jax.errors import UserError
+from d2g_jax.processes import is_first
 
 _PLACE_KEYS = ("environment",)
+
+FREE = (
+    "train.images", "train.skip_nonfinite", "train.sample_every", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.keep_best", "train.compile_workers", "train.remat", "train.micro_batch", "train.r1_micro_batch",
+    "optimization_level", "mesh",
+)  # fmt: skip
+"""Settings and groups that may change when a run goes on: how long, where and how often, but not what is computed."""
+_NAMED = 3  # differing settings in a message
 
 
 def environment() -> dict[str, Any]:
@@ -37,27 +46,43 @@ def environment() -> dict[str, Any]:
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes `workdir`/config.json, or checks that the one there is this config.
 
-    Only `train.images` may differ: a run may be made longer. Raises `UserError` that names the first key that differs.
+    Only what is in `FREE` may differ. Raises `UserError` that names the keys that do.
     """
     file = workdir / "config.json"
-    mine = json.loads(config.to_json())
+    mine = to_json(config)
     if file.exists():
         try:
             theirs = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{file}: not JSON ({error}); choose another --workdir") from error
-        for key, (here, there) in _differences(mine, theirs).items():
-            if key not in ("train.images",):
-                raise UserError(
-                    f"{file}: holds a run with {key}={there!r}, this one has {here!r}; choose another --workdir"
-                )
+        check_same(mine, theirs, file)
     atomic.write_text(file, json.dumps({**mine, "environment": environment()}, indent=2) + "\n")
 
 
-def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    mine, theirs = flatten(mine), flatten({k: v for k, v in theirs.items() if k not in _PLACE_KEYS})
-    keys = [*mine, *(key for key in theirs if key not in mine)]
-    return {key: (mine.get(key), theirs.get(key)) for key in keys if mine.get(key) != theirs.get(key)}
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    return json.loads(config.to_json())
+
+
+def config_hash(config: ml_collections.ConfigDict) -> str:
+    """Sixteen hex digits that are the same for two configs that `check_same` lets pass."""
+    return hashlib.sha256(json.dumps(_bound(to_json(config)), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_same(mine: dict[str, Any], theirs: dict[str, Any], source: Path) -> None:
+    """Raises `UserError` that names what differs between this config and that of `source`, beyond `FREE`."""
+    mine, theirs = _bound(mine), _bound(theirs)
+    keys = [key for key in [*mine, *(key for key in theirs if key not in mine)] if mine.get(key) != theirs.get(key)]
+    if keys:
+        named = ", ".join(f"{key}={theirs.get(key)!r} (this one has {mine.get(key)!r})" for key in keys[:_NAMED])
+        more = f" and {len(keys) - _NAMED} other differences" if len(keys) > _NAMED else ""
+        raise UserError(f"{source}: holds a run with {named}{more}; choose another --workdir")
+
+
+def _bound(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config a run is bound to, keys joined by dots."""
+    flat = flatten({key: value for key, value in config.items() if key not in _PLACE_KEYS})
+    return {key: value for key, value in flat.items() if key not in FREE and key.split(".")[0] not in FREE}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -85,31 +110,33 @@ def truncate_metrics(workdir: Path, images: int) -> None:
 
 
 class MetricsLog:
-    """Appends one JSON line per call of `write`: the newest metrics, fetched from the devices only then."""
+    """Appends one JSON line per call of `write`, of the first process alone; a context manager.
 
-    def __init__(self, workdir: Path, run: str, images: int):
+    Attributes:
+      before: the lines that were there.
+      last: the newest line, an empty dict where there is none.
+    """
+
+    def __init__(self, workdir: Path, run: str):
         file = workdir / "metrics.jsonl"
-        self._run, self._latest = run, (images, {})
-        rows = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        self._before = json.loads(rows[-1])["seconds"] if rows else 0.0
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self.before: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.last = self.before[-1] if self.before else {}
+        self._run, self._seconds = run, self.last.get("seconds", 0.0)
         self._start = time.monotonic()
-        self._stream = file.open("a", encoding="utf-8")
+        self._stream = file.open("a", encoding="utf-8") if is_first() else None
 
-    def add(self, images: int, metrics: dict[str, jax.Array]) -> None:
-        """Keeps device scalars without waiting for them; the newest of each name since the last line is written."""
-        self._latest = images, self._latest[1] | metrics
+    def __enter__(self) -> MetricsLog:
+        return self
 
-    def write(self) -> str | None:
-        """Writes the newest values. Returns what is wrong when one is not finite, naming the image count and metric."""
-        images, metrics = self._latest
-        self._latest = images, {}
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        seconds = round(self._before + time.monotonic() - self._start, 3)
-        row = {"run": self._run, "images": images, "seconds": seconds, **values}
-        self._stream.write(json.dumps(row) + "\n")
-        self._stream.flush()
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        return f"{', '.join(broken)} is not finite after {images} images" if broken else None
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
 
-    def close(self) -> None:
-        self._stream.close()
+    def write(self, images: int, values: dict[str, Any]) -> None:
+        """Writes `values`, None for what is not finite, behind the run's name, its images and its own clock."""
+        seconds = round(self._seconds + time.monotonic() - self._start, 3)
+        self.last = {"run": self._run, "images": images, "seconds": seconds, **values}
+        if self._stream is not None:
+            self._stream.write(json.dumps(self.last, allow_nan=False) + "\n")
+            self._stream.flush()

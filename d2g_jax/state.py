@@ -12,6 +12,9 @@ import optax
 
 from d2g_jax.models.network import Params
 
+UPDATES = ("generator", "discriminator", "r1")
+"""The kinds of update, in the order in which an iteration makes them."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,7 @@ class TrainState:
       ema: their moving average, which is what is sampled, evaluated and exported.
       generator_optimizer: optax state.
       discriminator, discriminator_optimizer: the same for D; empty dicts in a regression-only run.
+      left_out: int32 () by kind of update, how many in a row were not applied for not being finite (see guard.py).
     """
 
     step: jax.Array
@@ -34,6 +38,7 @@ class TrainState:
     generator_optimizer: Any
     discriminator: Any
     discriminator_optimizer: Any
+    left_out: dict[str, jax.Array]
 
 
 def _warmup(learning_rate: float, warmup_steps: int) -> optax.Schedule:
@@ -100,4 +105,5 @@ def create_state(
         generator_optimizer=optimizer.init(generator),
         discriminator={} if discriminator is None else discriminator,
         discriminator_optimizer={} if discriminator is None else d_optimizer.init(discriminator),
+        left_out={update: jnp.zeros((), jnp.int32) for update in UPDATES},
     )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from d2g_jax import adversarial, noise
+from d2g_jax import adversarial, guard, noise
 from d2g_jax.conditioning import Conditioning
 from d2g_jax.diffusion import Schedule, one_step
 from d2g_jax.models.network import Network, Params
@@ -22,6 +22,7 @@ from d2g_jax.state import TrainState, ema_decay, update_ema
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+"""float32 (), or (2,): the sum and the count of a mean over so few samples that only many steps together have one."""
 RegressionLoss = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 """(metric parameters, key, generated (B, h, w, C), target) -> (B,)."""
 
@@ -43,6 +44,7 @@ class Distillation:
       batch_size: images per step, all processes together.
       ema_half_life_images: of the generator's average.
       seed: training seed; noise_seed: the seed that the pairs were made with.
+      skip_nonfinite: how many updates in a row may be left out for not being finite (see guard.py).
       stored_text: a batch to `Conditioning`, where the records hold the text embeddings; then no text tower runs.
     """
 
@@ -64,6 +66,7 @@ class Distillation:
     ema_half_life_images: float
     seed: int
     noise_seed: int
+    skip_nonfinite: int = 0
     stored_text: Callable[[Batch], Conditioning] | None = None
 
     def key(self, purpose: str, step: jax.Array) -> jax.Array:
@@ -125,7 +128,7 @@ def g_step(
     quantity by which lambda_GAN is tuned, cost nothing.
 
     Returns:
-      The new state, the generated latents (B, h, w, C) without gradient, and float32 scalars.
+      The new state, the generated latents (B, h, w, C) without gradient, and metrics.
     """
     c = condition(d, frozen, batch)
     generated, pull_back = jax.vjp(lambda params: generate(d, params, c.noise, c.text), state.generator)
@@ -137,7 +140,9 @@ def g_step(
         "loss_regression": regression,
         "gradient_regression": optax.tree.norm(output_gradient),
         "latent_mse": jnp.mean(jnp.square(generated - c.target)),
+        "latent_mean": jnp.mean(generated),
         "latent_std": jnp.std(generated),
+        "target_mean": jnp.mean(c.target),
         "target_std": jnp.std(c.target),
     }
     if with_adversary:
@@ -155,7 +160,7 @@ def g_step(
     params = optax.apply_updates(state.generator, updates)
     images = state.images + d.batch_size
     decay = ema_decay(images, d.batch_size, d.ema_half_life_images)
-    state = dataclasses.replace(
+    after = dataclasses.replace(
         state,
         step=state.step + 1,
         images=images,
@@ -163,15 +168,19 @@ def g_step(
         ema=update_ema(state.ema, params, decay),
         generator_optimizer=optimizer_state,
     )
+    state, metrics = guard.commit("generator", d.skip_nonfinite, state, after, metrics)
     return state, jax.lax.stop_gradient(generated), metrics
 
 
-def _update_discriminator(d: Distillation, state: TrainState, gradient: Params) -> TrainState:
+def _update_discriminator(
+    d: Distillation, update: str, state: TrainState, gradient: Params, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
     updates, optimizer_state = d.discriminator_optimizer.update(
         gradient, state.discriminator_optimizer, state.discriminator
     )
     params = optax.apply_updates(state.discriminator, updates)
-    return dataclasses.replace(state, discriminator=params, discriminator_optimizer=optimizer_state)
+    after = dataclasses.replace(state, discriminator=params, discriminator_optimizer=optimizer_state)
+    return guard.commit(update, d.skip_nonfinite, state, after, metrics)
 
 
 def d_step(
@@ -179,10 +188,11 @@ def d_step(
 ) -> tuple[TrainState, Metrics]:
     """One update of the discriminator on the teacher's latents against `generated` and mismatched triples.
 
-    Real and fake halves go through the network in one call.
+    Real and fake halves go through the network in one call. `logit_gap_X` is the logit of a real triple minus that of
+    the same triple with X swapped: what the mismatched part of the fake half tells for nothing.
     """
     c = condition(d, frozen, batch)
-    fake, fake_noise, fake_text = adversarial.mix_and_match(
+    fake, fake_noise, fake_text, swapped = adversarial.mix_and_match(
         d.key("mix and match", state.step), d.mix_and_match, d.groups, generated, c.target, c.noise, c.text, c.input_ids
     )
     latents, drawn, text = jax.tree.map(
@@ -199,11 +209,16 @@ def d_step(
             "logit_real": jnp.mean(real),
             "logit_fake": jnp.mean(fake),
             "discriminator_wins": 0.5 * (jnp.mean(real > 0.0) + jnp.mean(fake < 0.0)),
+            **{
+                f"logit_gap_{name}": jnp.stack([jnp.sum(jnp.where(which, real - fake, 0.0)), jnp.sum(which)])
+                for name, which in swapped.items()
+                if d.mix_and_match
+            },
         }
 
     gradient, metrics = jax.grad(loss, has_aux=True)(state.discriminator)
     metrics["gradient_discriminator"] = optax.tree.norm(gradient)
-    return _update_discriminator(d, state, gradient), metrics
+    return _update_discriminator(d, "discriminator", state, gradient, metrics)
 
 
 def _interleave(real: jax.Array, fake: jax.Array, groups: int) -> jax.Array:
@@ -230,4 +245,5 @@ def r1_step(d: Distillation, frozen: Frozen, state: TrainState, batch: Batch) ->
         return 0.5 * d.r1_gamma * d.r1_interval * jnp.mean(adversarial.r1_penalty(realness_of, c.target))
 
     value, gradient = jax.value_and_grad(loss)(state.discriminator)
-    return _update_discriminator(d, state, gradient), {"loss_r1": value / d.r1_interval}
+    metrics = {"loss_r1": value / d.r1_interval, "gradient_r1": optax.tree.norm(gradient)}
+    return _update_discriminator(d, "r1", state, gradient, metrics)

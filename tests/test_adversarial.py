@@ -48,11 +48,18 @@ def test_groups():
 
 
 def _mixed(portion, captions=None, batch=4096, groups=8):
-    """Latents, noise and texts whose value says where they came from."""
+    """Latents, noise and texts whose value says where they came from; checks the masks of what was swapped."""
     index = jnp.arange(batch, dtype=jnp.float32).reshape(batch, 1, 1, 1)
     ids = jnp.arange(batch)[:, None] if captions is None else captions
-    out = adversarial.mix_and_match(jax.random.key(0), portion, groups, -1 - index, index, index, index[..., 0], ids)
-    return [np.asarray(x).reshape(batch) for x in out]
+    *out, swapped = adversarial.mix_and_match(
+        jax.random.key(0), portion, groups, -1 - index, index, index, index[..., 0], ids
+    )
+    latents, noise, text = (np.asarray(x).reshape(batch) for x in out)
+    own = np.arange(batch)
+    np.testing.assert_array_equal(swapped["latents"], (latents >= 0) & (latents != own))
+    np.testing.assert_array_equal(swapped["noise"], noise != own)
+    np.testing.assert_array_equal(swapped["text"], text != own)
+    return latents, noise, text
 
 
 def test_mix_and_match_shares_and_kinds():

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from d2g_jax import pairs, records
 from d2g_jax.checkpoint import Checkpoints
 
@@ -59,18 +61,34 @@ def test_pairs_go_on_after_an_interrupt(tmp_path):
     assert not list(folder.glob(".*.tmp")) + list((folder / "claims").iterdir())
 
 
-def test_training_goes_on_after_an_interrupt(tmp_path):
-    command = [sys.executable, "-m", "d2g_jax"]
-    subprocess.run(
-        [*command, "pairs", f"--workdir={tmp_path}", *SMALL_PAIRS, "--config.pairs.count=16"],
-        check=True,
-        capture_output=True,
-    )
-    train = ["train", f"--workdir={tmp_path}", *SMALL_TRAIN, "--config.adversarial.weight=0"]
+COMMAND = [sys.executable, "-m", "d2g_jax"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Sixteen pairs."""
+    workdir = tmp_path_factory.mktemp("pairs")
+    made = [*COMMAND, "pairs", f"--workdir={workdir}", *SMALL_PAIRS, "--config.pairs.count=16"]
+    subprocess.run(made, check=True, capture_output=True)
+    return workdir / pairs.FOLDER
+
+
+def test_training_goes_on_after_an_interrupt(folder, tmp_path):
+    train = ["train", f"--workdir={tmp_path}", f"--pairs={folder}", *SMALL_TRAIN, "--config.adversarial.weight=0"]
     rows = lambda: (tmp_path / "metrics.jsonl").read_text().splitlines()  # noqa: E731
     saved = lambda: [file for file in (tmp_path / "checkpoints").glob("*") if file.name.isdigit()]  # noqa: E731
     endless = [*train, "--config.train.images=80000"]
-    assert_polite(*interrupted(lambda: len(saved()) >= 2, *endless))
+
+    def in_use():
+        """A second run is refused while the first trains."""
+        if len(saved()) < 2:
+            return False
+        second = subprocess.run([*COMMAND, *endless], capture_output=True, text=True, check=False)
+        assert second.returncode == 2
+        assert f"d2g: {tmp_path}: in use by process" in second.stderr.splitlines()[-1]
+        return True
+
+    assert_polite(*interrupted(in_use, *endless))
     first = newest(tmp_path)
     assert len(rows()) == first // 8  # the step under way was finished, logged and saved
     # Every later step is saved at once, so the signal often comes in the middle of a save.
@@ -78,10 +96,22 @@ def test_training_goes_on_after_an_interrupt(tmp_path):
     assert_polite(*outcome, word="terminated", expected=143)
     second = newest(tmp_path)
     again = subprocess.run(
-        [*command, *train, f"--config.train.images={second + 8}"], check=True, capture_output=True, text=True
+        [*COMMAND, *train, f"--config.train.images={second + 8}"], check=True, capture_output=True, text=True
     )
     assert f"{second + 8}/{second + 8}" in again.stderr
     assert [json.loads(row)["images"] for row in rows()] == list(range(8, second + 9, 8))  # each step once
+
+
+def test_sigterm_while_compiling_leaves_at_once(folder, tmp_path, monkeypatch):
+    """Nothing is there to lose, and the time that a pre-emption leaves may be shorter than a compilation."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "empty"))
+    command = ["train", f"--workdir={tmp_path}", f"--pairs={folder}", *SMALL_TRAIN, "--config.train.images=80000"]
+    # The run's config is written just before it compiles, which takes a minute without a cache.
+    began = lambda: (tmp_path / "config.json").exists() and (time.sleep(2.0) or True)  # noqa: E731
+    outcome = interrupted(began, *command, by=signal.SIGTERM)
+    assert_polite(*outcome, word="terminated", expected=143)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert not [path for path in (tmp_path / "checkpoints").glob("*") if path.name.isdigit()]
 
 
 def newest(workdir):

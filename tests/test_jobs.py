@@ -2,19 +2,23 @@
 
 import copy
 import json
+import pickle
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from d2g_jax import pairs, records
+from d2g_jax import pairs, records, runs
 from d2g_jax.__main__ import main
 from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.digits.config import WEIGHTS, get_config
 from d2g_jax.errors import UserError
-from d2g_jax.train import train
+from d2g_jax.train import loop, train
 
 
 def small_config():
@@ -185,6 +189,48 @@ def test_resumed_equals_uninterrupted_to_the_bit(trained, tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"run": "digits", "images": 32, "seconds": 1.0, "loss_regression": 99.0}\n{"run": "dig')
     train(config, tmp_path, folder)
+    assert_same_run(workdir, tmp_path)
+
+
+# Trains as the test says, and is killed when the step that ends at image 40 is done. Nothing runs after SIGKILL.
+KILLED = """
+import os, pickle, signal, sys
+from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+from d2g_jax.train import journal, loop, train
+class Killed(journal.Journal):
+    def add(self, images, metrics):
+        super().add(images, metrics)
+        if images == 40:
+            self._checkpoints.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+loop.Journal = Killed
+train(pickle.load(open(sys.argv[1], "rb")), Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def test_killed_equals_uninterrupted_to_the_bit(trained, tmp_path):
+    """`kill -9` in the middle of a line's steps, then the same command: parameters, optimisers, EMA, data, metrics."""
+    _, config, folder = trained
+    config = copy.deepcopy(config)
+    config.train.log_every = 16  # so that the checkpoint at 24 falls between two lines
+    train(config, tmp_path / "whole", folder)
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
+    command = [sys.executable, "-c", KILLED, tmp_path / "config.pickle", tmp_path / "killed", folder]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [row["images"] for row in metrics_of(tmp_path / "killed")] == [16, 32]
+    with Checkpoints(tmp_path / "killed" / "checkpoints") as checkpoints:
+        assert checkpoints.all() == [24]
+        metadata = checkpoints.metadata()
+    assert (metadata["images"], metadata["step"], metadata["config_hash"]) == (24, 3, runs.config_hash(config))
+    assert [images for images, _ in metadata["since_last_line"]] == [24]
+    train(config, tmp_path / "killed", folder)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def assert_same_run(workdir, tmp_path):
     whole, resumed = state_of(workdir), state_of(tmp_path)
     assert whole.keys() == resumed.keys()
     assert len(whole) > 500
@@ -259,6 +305,77 @@ def test_a_workdir_of_another_config_is_refused(trained):
     with pytest.raises(UserError, match=r"adversarial\.weight=0\.1.*0\.5"):
         train(other, workdir, folder)
     assert (workdir / "config.json").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_config_is_refused(trained, tmp_path):
+    """A folder of checkpoints under another workdir, where no config.json tells."""
+    workdir, config, folder = trained
+    shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
+    other = copy.deepcopy(config)
+    other.optimizer.generator.learning_rate = 1.0
+    with pytest.raises(UserError, match=r"checkpoints: holds a run with optimizer\.generator\.learning_rate=0\.0003 "):
+        train(other, tmp_path, folder)
+
+
+def test_a_nan_stops_training_with_the_state_before_it(trained, tmp_path, monkeypatch, capsys):
+    """The step and its terms are named in the message, the metrics and the report; the checkpoint is that of before."""
+    workdir, config, folder = trained
+    config = copy.deepcopy(config)
+    config.train.log_every = config.train.checkpoint_every = 48
+    read = loop.read_batches
+
+    def poisoned(config, source, images):
+        for number, batch in enumerate(read(config, source, images), start=images // 8):
+            yield {**batch, "latents": np.full_like(batch["latents"], np.nan)} if number == 3 else batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "read_batches", poisoned)
+        problem = r"the generator's update of step 4 \(images 24 to 32\): .*loss_regression.* not finite"
+        with pytest.raises(UserError, match=problem + ".*checkpoint 24.*--config.train.skip_nonfinite=1"):
+            train(config, tmp_path, folder)
+    (row,) = metrics_of(tmp_path)
+    assert row["images"] == 32
+    assert "loss_discriminator" not in row["problem"]
+    assert "stopped: the generator&#x27;s update of step 4" in (tmp_path / "report.html").read_text()
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.all() == [24]
+    # Nothing of the bad step is in it: with good data, the same command ends where an undisturbed run ends.
+    train(config, tmp_path, folder)
+    whole, resumed = state_of(workdir), state_of(tmp_path)
+    for path, value in whole.items():
+        np.testing.assert_array_equal(resumed[path], value, err_msg=path)
+
+
+@pytest.mark.slow
+def test_bad_updates_may_be_left_out(trained, tmp_path, monkeypatch, capsys):
+    _, config, folder = trained
+    config = copy.deepcopy(config)
+    config.train.skip_nonfinite, config.adversarial.weight, config.train.log_every = 1, 0.0, 24
+    read = loop.read_batches
+
+    def poisoned(config, source, images):
+        for number, batch in enumerate(read(config, source, images), start=images // 8):
+            yield {**batch, "latents": np.full_like(batch["latents"], np.nan)} if number in (1, 4) else batch
+
+    monkeypatch.setattr(loop, "read_batches", poisoned)
+    train(config, tmp_path, folder)
+    first, second = metrics_of(tmp_path)
+    assert [text.split(" (")[0] for text in first["left_out"] + second["left_out"]] == [
+        "the generator's update of step 2",
+        "the generator's update of step 5",
+    ]
+    assert np.isfinite(first["loss_regression"])
+    assert capsys.readouterr().err.count("d2g: left out the generator's update") == 2
+    assert all(np.isfinite(value).all() for value in state_of(tmp_path).values())
+    assert "Updates left out" in (tmp_path / "report.html").read_text()
+
+
+def test_an_unknown_metric_to_keep_the_best_by(trained, tmp_path):
+    _, config, folder = trained
+    config = copy.deepcopy(config)
+    config.train.keep_best, config.train.images = "loss", 8
+    with pytest.raises(UserError, match=r"train\.keep_best='loss' .* loss_regression"):
+        train(config, tmp_path, folder)
 
 
 def test_pairs_that_do_not_fit_the_teacher_are_refused(made, tmp_path):

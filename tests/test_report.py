@@ -87,12 +87,14 @@ def workdir(tmp_path):
             "step": k,
             "seconds": 0.5 * k,
             "regression": 10.0 ** (-k / 3),
-            "latent_std": level,
+            "latent_std_ratio": level,
         }
         for run, level in (("mse", 0.5), ("full", 1.0))
         for k in range(1, 11)
     ]
-    lines += [{"run": "full", "images": 352, "step": 11, "seconds": 6.0, "regression": math.nan, "latent_std": 1.0}]
+    lines += [
+        {"run": "full", "images": 352, "step": 11, "seconds": 6.0, "regression": math.nan, "latent_std_ratio": 1.0}
+    ]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     scores = {"digit": 0.9, "weight": 0.95, "slant": 0.99, "all": 0.85}
     result = {
@@ -162,6 +164,23 @@ def test_the_page_shows_what_the_run_holds(workdir):
     assert sum("hidden" in one for one in outline.attributes("img")) == 2
     assert [path.name for path in workdir.glob("*report*")] == ["report.html"]
     assert list(workdir.glob(".report*")) == []
+
+
+def test_alarms_are_listed_with_their_span_and_cause(tmp_path):
+    alarms = [[], ["r1_share high"], ["r1_share high", "logit_gap_text low"], ["logit_gap_text low"]]
+    lines = [
+        {"run": "full", "images": 8 * k, "r1_share": 0.1 * k, "logit_gap_text": -0.25, "alarms": on, "left_out": []}
+        for k, on in enumerate(alarms, start=1)
+    ]
+    lines[2]["left_out"] = ["the R1 update of step 3 (images 16 to 24): loss_r1 is not finite"]
+    lines += [{"run": "full", "images": 40, "loss": None, "alarms": [], "problem": "the generator's update of step 5"}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    page = Outline(write_report(tmp_path).read_text())
+    text = " ".join(page.text)
+    assert "r1_share high 0.2 16 until 32 R1 outweighs D's own loss" in text
+    assert "logit_gap_text low −0.25 24 until 40 D does not look at the text" in text
+    assert "stopped: the generator's update of step 5" in text
+    assert "the R1 update of step 3 (images 16 to 24): loss_r1 is not finite" in text
 
 
 def test_missed_bars_and_missing_values_are_plain(workdir):

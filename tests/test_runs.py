@@ -2,7 +2,6 @@
 
 import json
 
-import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
@@ -18,12 +17,32 @@ def test_a_run_may_be_made_longer_and_nothing_else(tmp_path):
     runs.claim(tmp_path, config())
     runs.claim(tmp_path, config(images=20))
     assert json.loads((tmp_path / "config.json").read_text())["train"]["images"] == 20
-    with pytest.raises(UserError, match=r"optimizer\.rate=0\.5, this one has 0\.25"):
+    with pytest.raises(
+        UserError, match=r"config\.json: holds a run with optimizer\.rate=0\.5 \(this one has 0\.25\); "
+    ):
         runs.claim(tmp_path, config(rate=0.25))
     more = config()
     more.extra = 1
     with pytest.raises(UserError, match="extra"):
         runs.claim(tmp_path, more)
+
+
+def test_every_difference_counts_and_three_are_named(tmp_path):
+    theirs = runs.to_json(config())
+    mine = {"name": "b", "seed": 1, "train": {"images": 3}, "optimizer": {"rate": 0.5}, "mesh": {"fsdp": 2}}
+    with pytest.raises(UserError) as refused:
+        runs.check_same(mine, theirs, tmp_path)
+    assert str(refused.value) == (
+        f"{tmp_path}: holds a run with name='a' (this one has 'b'), seed=None (this one has 1), optimizer.betas="
+        "[0.0, 0.99] (this one has None); choose another --workdir"
+    )
+    with pytest.raises(UserError, match="and 1 other differences"):
+        runs.check_same({**mine, "more": 0}, theirs, tmp_path)
+
+
+def test_the_hash_is_that_of_what_a_run_is_bound_to():
+    assert runs.config_hash(config()) == runs.config_hash(config(images=20))
+    assert runs.config_hash(config()) != runs.config_hash(config(rate=0.25))
 
 
 def test_broken_config_of_a_run_is_named(tmp_path):
@@ -40,18 +59,16 @@ def test_metrics_past_the_checkpoint_go(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(text.splitlines(keepends=True)[:2])
 
 
-def test_log_keeps_the_clock_running_and_names_what_is_not_finite(tmp_path):
-    log = runs.MetricsLog(tmp_path, "a", 0)
-    log.add(8, {"loss": jnp.float32(2.0), "rare": jnp.float32(1.0)})
-    log.add(16, {"loss": jnp.float32(3.0)})
-    assert log.write() is None
-    log.close()
-    again = runs.MetricsLog(tmp_path, "a", 16)
-    again.add(24, {"loss": jnp.float32(jnp.nan)})
-    assert again.write() == "loss is not finite after 24 images"
-    again.close()
+def test_log_keeps_the_clock_running_and_knows_the_lines_before(tmp_path):
+    with runs.MetricsLog(tmp_path, "a") as log:
+        assert (log.before, log.last) == ([], {})
+        log.write(16, {"loss": 3.0, "rare": None})
+        assert log.last["loss"] == 3.0
+    with runs.MetricsLog(tmp_path, "a") as again:
+        assert again.before == [again.last]
+        again.write(24, {"loss": 2.0})
     first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert (first["images"], first["loss"], first["rare"]) == (16, 3.0, 1.0)
+    assert (first["run"], first["images"], first["loss"], first["rare"]) == ("a", 16, 3.0, None)
     assert second["seconds"] >= first["seconds"]
 
 

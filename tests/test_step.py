@@ -1,5 +1,6 @@
 """The training steps on a tiny digits-shaped problem: gradients, frozen parts, the same numbers on any mesh."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from d2g_jax import guard, noise
 from d2g_jax import mesh as meshes
-from d2g_jax import noise
 from d2g_jax.conditioning import Conditioning
 from d2g_jax.diffusion import Schedule
 from d2g_jax.digits.config import optimizer
@@ -186,8 +187,53 @@ def test_two_devices_give_the_numbers_of_one(fsdp):
     mesh = meshes.make_mesh(fsdp=fsdp)
     two, two_metrics = iteration(meshes.place(frozen, mesh), meshes.place(state, mesh), meshes.place_batch(batch, mesh))
     for name, value in one_metrics.items():
-        assert float(two_metrics[name]) == pytest.approx(float(value), rel=2e-5, abs=1e-6), name
+        assert np.asarray(two_metrics[name]) == pytest.approx(np.asarray(value), rel=2e-5, abs=1e-6), name
     assert int(two.images) == int(one.images)
+
+
+def test_a_bad_batch_changes_nothing_but_what_is_known_of_it():
+    """With none to be left out, the first NaN stops G, D and R1: good batches later find the state before it."""
+    _, frozen, state, batch = problem()
+    g, d, r1 = programs()
+    bad = {**batch, "latents": np.full_like(batch["latents"], np.nan)}
+    now, generated, metrics = g(frozen, state, bad)
+    assert (int(metrics["outcome"]), float(metrics["loss_regression"])) == (
+        guard.STOPPED,
+        pytest.approx(np.nan, nan_ok=True),
+    )
+    now, generated, metrics = g(frozen, now, batch)
+    assert int(metrics["outcome"]) == guard.STANDS_STILL
+    now, metrics = d(frozen, now, batch, generated)
+    assert int(metrics["outcome"]) == guard.STANDS_STILL
+    now, metrics = r1(frozen, now, batch)
+    assert int(metrics["outcome"]) == guard.STANDS_STILL
+    assert {name: int(count) for name, count in now.left_out.items()} == {"generator": 1, "discriminator": 0, "r1": 0}
+    jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(now, left_out=state.left_out), state)
+
+
+def test_d_alone_can_be_bad_and_leaves_g_as_it_is():
+    _, frozen, state, batch = problem()
+    g, d, _ = programs()
+    now, generated, _ = g(frozen, state, batch)
+    after, metrics = d(frozen, now, batch, jnp.full_like(generated, jnp.inf))
+    assert int(metrics["outcome"]) == guard.STOPPED
+    jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(after, left_out=now.left_out), now)
+
+
+def test_logit_gaps_open_as_d_learns():
+    """Paper.md, section 9: after D has trained on a tiny set it tells all three swaps from the real triple."""
+    _, frozen, state, batch = problem()
+    _, generated, _ = programs()[0](frozen, state, batch)
+    gaps = {}
+    for step in range(80):
+        state, metrics = programs()[1](frozen, dataclasses.replace(state, step=jnp.int32(step)), batch, generated)
+        for name, value in metrics.items():
+            if name.startswith("logit_gap_") and step >= 40:
+                gaps[name] = gaps.get(name, 0.0) + np.asarray(value)
+    assert gaps.keys() == {"logit_gap_latents", "logit_gap_noise", "logit_gap_text"}
+    for name, (total, count) in gaps.items():
+        assert count > 0, name
+        assert total / count > 0, name
 
 
 def test_ema_decay_has_its_half_life():

@@ -144,7 +144,9 @@ def train() -> ConfigDict:
             "log_every": 512,
             "sample_every": 2_048,
             "checkpoint_every": 2_048,
-            "keep_checkpoints": 2,
+            "keep_checkpoints": 2,  # the newest
+            "keep_best": "loss_regression",  # and the one after the lowest line of this metric; empty for none
+            "skip_nonfinite": 0,  # updates that may be left out in a row for a NaN or infinity; 0 stops at the first
             "skip_corrupt": False,  # True: a corrupt record is left out and counted; False: it stops the run
         }
     )

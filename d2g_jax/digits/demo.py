@@ -22,6 +22,7 @@ from d2g_jax.conditioning import tokenize_prompts
 from d2g_jax.digits import captions, evaluation
 from d2g_jax.draw import Programs, decode_all, draw
 from d2g_jax.grid import grid, save_png
+from d2g_jax.lock import locked
 from d2g_jax.report import write_report
 from d2g_jax.train import train
 
@@ -59,18 +60,19 @@ def demo(config: ml_collections.ConfigDict, workdir: Path, *, full: bool = False
 
     Writes pairs/, students/NAME/, evaluation/, samples/, metrics.jsonl, result.json, report.html.
     """
-    runs.claim(workdir, config)
-    clock = Clock(workdir)
-    with clock.stage("pairs"):
-        pairs_folder = pairs.make_pairs(config, workdir)
-    for name, student in student_configs(config, full=full).items():
-        with clock.stage(f"train {name}"):
-            train(student, workdir / "students" / name, pairs_folder)
-        _merge_metrics(workdir)
-    result = measure(config, workdir, pairs_folder, clock, full=full)
-    atomic.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
-    report = write_report(workdir, finished=True)
-    return f"{evaluation.table(result)}\n\n{report}"
+    with locked(workdir):
+        runs.claim(workdir, config)
+        clock = Clock(workdir)
+        with clock.stage("pairs"):
+            pairs_folder = pairs.make_pairs(config, workdir)
+        for name, student in student_configs(config, full=full).items():
+            with clock.stage(f"train {name}"):
+                train(student, workdir / "students" / name, pairs_folder)
+            _merge_metrics(workdir)
+        result = measure(config, workdir, pairs_folder, clock, full=full)
+        atomic.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
+        report = write_report(workdir, finished=True)
+        return f"{evaluation.table(result)}\n\n{report}"
 
 
 class Clock:

@@ -137,8 +137,7 @@ class _Log:
             return
         recipe.folder.mkdir(parents=True, exist_ok=True)
         runs.truncate_metrics(recipe.folder, first * recipe.batch_size)
-        self._metrics = runs.MetricsLog(recipe.folder, recipe.folder.name, first * recipe.batch_size)
-        opened.callback(self._metrics.close)
+        self._metrics = opened.enter_context(runs.MetricsLog(recipe.folder, recipe.folder.name))
         self._requests = opened.enter_context(StopRequests())
 
     def add(self, steps: int, value: float, carry: Any) -> None:
@@ -147,8 +146,7 @@ class _Log:
         if recipe.folder is None:
             return
         if steps % self._every == 0 or last:
-            self._metrics.add(steps * recipe.batch_size, {"loss": jnp.float32(value)})
-            self._metrics.write()
+            self._metrics.write(steps * recipe.batch_size, {"loss": value})
         if steps % recipe.save_every == 0 or last or self._requests.stop:
             _save(recipe.folder / CHECKPOINT, steps, carry)
         if self._requests.stop and not last:

@@ -158,7 +158,8 @@ def _y_axis(values: Sequence[float], band: tuple[float, float] | None) -> Axis:
     if low > 0 and high / low > _LOG_SPAN:
         return Axis(low / 1.2, high * 1.2, HEIGHT - BOTTOM, TOP, log=True)
     if band:
-        low, high = min(low, band[0]), max(high, band[1])
+        ends = [low, high, *filter(math.isfinite, band)]
+        low, high = min(ends), max(ends)
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     if 0 <= low < 0.35 * high:  # near enough to zero to start there, so that heights can be compared
         return Axis(0.0, high + margin, HEIGHT - BOTTOM, TOP)

@@ -17,12 +17,19 @@ _LOOKED_FOR = "config.json, metrics.jsonl, result.json or samples/"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of metrics.jsonl. `seconds` is the run's own clock, NaN where the line has none."""
+    """One line of metrics.jsonl. `seconds` is the run's own clock, NaN where the line has none.
+
+    `alarms` are those that are on, `left_out` the updates since the line before that were not finite, `problem` the one
+    that stopped the run.
+    """
 
     images: float
     step: float
     seconds: float
     metrics: dict[str, float]
+    alarms: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,15 @@ def _parse_line(line: str) -> tuple[str, Row] | None:
         return None
     values = {key: _number_or_nan(value) for key, value in data.items() if value is None or _is_number(value)}
     metrics = {key: value for key, value in values.items() if key not in _NOT_METRICS}
-    row = Row(values["images"], values.get("step", math.nan), values.get("seconds", math.nan), metrics)
+    texts = {key: _strings(data.get(key)) for key in ("alarms", "left_out")}
+    problem = data["problem"] if isinstance(data.get("problem"), str) else ""
+    seconds = values.get("seconds", math.nan)
+    row = Row(values["images"], values.get("step", math.nan), seconds, metrics, **texts, problem=problem)
     return str(data.get("run", "")), row
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    return tuple(text for text in value if isinstance(text, str)) if isinstance(value, list) else ()
 
 
 def _is_number(value: object) -> bool:

@@ -11,17 +11,15 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from d2g_jax import health
 from d2g_jax.atomic import write_text
 from d2g_jax.errors import UserError
 from d2g_jax.report import sections
+from d2g_jax.report.alarms import alarms
 from d2g_jax.report.charts import format_number
 from d2g_jax.report.inputs import Inputs, read_inputs
 
-BANDS: dict[str, tuple[float, float]] = {
-    # The scaling factor gives the teacher's latents a standard deviation near 1; a regression loss without an L1 part
-    # lets the student's run away from it, and the images turn harsh long before any loss shows it.
-    "latent_std": (0.8, 1.25),
-}
+BANDS: dict[str, tuple[float, float]] = {band.metric: (band.low, band.high) for band in health.BANDS}
 """Where a healthy run stays: metric -> (low, high), drawn behind the curve of that name."""
 
 
@@ -52,6 +50,7 @@ def _page(inputs: Inputs, over: bool, bands: Mapping[str, tuple[float, float]]) 
     made = [
         ("samples", "Side by side", sections.comparison(inputs)),
         ("measured", "Measured", sections.measured(inputs)),
+        ("alarms", "Alarms", alarms(inputs)),
         ("curves", "Curves", sections.curves(inputs, bands)),
         ("time", "Samples over time", sections.timelines(inputs)),
         ("speed", "Speed", sections.speed(inputs)),

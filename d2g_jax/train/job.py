@@ -6,15 +6,22 @@ the teacher; then step, log, draw, save until `train.images` images have been se
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import ml_collections
 
+from d2g_jax import guard, runs
 from d2g_jax import mesh as meshes
-from d2g_jax import runs
 from d2g_jax.checkpoint import Checkpoints
+from d2g_jax.errors import UserError
+from d2g_jax.interrupt import leaving_at_once
+from d2g_jax.lock import locked
 from d2g_jax.pipeline import Pipeline
+from d2g_jax.processes import first_decides
 from d2g_jax.report import write_report
+from d2g_jax.state import TrainState
+from d2g_jax.train.journal import NotFinite
 from d2g_jax.train.loop import loop
 from d2g_jax.train.setup import TOWERS, build, check_pairs, initial_state, open_pairs
 
@@ -28,22 +35,41 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
       pairs_folder: a finished `pairs/1.0.0`.
 
     Raises:
-      UserError: bad config, pairs that do not fit the teacher, a workdir of another config, a loss that is not finite.
+      UserError: bad config, pairs that do not fit the teacher, a workdir of another config or in use, a loss that is
+        not finite.
       KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; the step under way has been finished and saved.
     """
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
-    source = open_pairs(config, pairs_folder)
-    without = TOWERS if source.manifest.text_shapes else ()
-    pipeline = Pipeline.load(config.pipeline, mesh=mesh, without=without)
-    check_pairs(pairs_folder, source.manifest, pipeline)
-    meshes.check_batch(mesh, config.train.batch_size, config.train.groups)
-    d, frozen = build(config, pipeline, source.manifest)
-    runs.claim(workdir, config)
-    state, frozen = initial_state(config, d, pipeline, mesh), meshes.place(frozen, mesh)
-    with Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints) as checkpoints:
+    with leaving_at_once(), ExitStack() as opened:
+        mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+        source = open_pairs(config, pairs_folder)
+        first_decides(lambda: opened.enter_context(locked(workdir)))
+        without = TOWERS if source.manifest.text_shapes else ()
+        pipeline = Pipeline.load(config.pipeline, mesh=mesh, without=without)
+        check_pairs(pairs_folder, source.manifest, pipeline)
+        meshes.check_batch(mesh, config.train.batch_size, config.train.groups)
+        d, frozen = build(config, pipeline, source.manifest)
+        first_decides(lambda: runs.claim(workdir, config))
+        state, frozen = initial_state(config, d, pipeline, mesh), meshes.place(frozen, mesh)
+        keep, keep_best = config.train.keep_checkpoints, bool(config.train.keep_best)
+        checkpoints = opened.enter_context(Checkpoints(workdir / "checkpoints", keep, keep_best))
         if checkpoints.latest() is not None:
-            state = checkpoints.restore(state)
-        runs.truncate_metrics(workdir, int(state.images))
-        if int(state.images) < config.train.images:
-            loop(config, d, frozen, state, source, mesh, checkpoints, workdir, pipeline)
-    write_report(workdir, finished=True)
+            state = take_up(config, checkpoints, state)
+        first_decides(lambda: runs.truncate_metrics(workdir, int(state.images)))
+        try:
+            if int(state.images) < config.train.images:
+                loop(config, d, frozen, state, source, mesh, checkpoints, workdir, pipeline)
+        except NotFinite:
+            first_decides(lambda: write_report(workdir, finished=False))
+            raise
+        first_decides(lambda: write_report(workdir, finished=True))
+
+
+def take_up(config: ml_collections.ConfigDict, checkpoints: Checkpoints, like: TrainState) -> TrainState:
+    """The state of the newest checkpoint, placed as `like`; `UserError` unless config and networks are this run's."""
+    saved = checkpoints.metadata()
+    if "config" not in saved:
+        raise UserError(f"{checkpoints.folder}: of an older d2g_jax, without a config; choose another --workdir")
+    runs.check_same(runs.to_json(config), saved["config"], checkpoints.folder)
+    state = checkpoints.restore(like)
+    stopped = any(int(count) > config.train.skip_nonfinite for count in state.left_out.values())
+    return guard.released(state) if stopped else state

@@ -11,14 +11,16 @@ import ml_collections
 import numpy as np
 
 from d2g_jax import mesh as meshes
-from d2g_jax import records, runs
+from d2g_jax import records
 from d2g_jax.checkpoint import Checkpoints
-from d2g_jax.errors import UserError
 from d2g_jax.interrupt import StopRequests
+from d2g_jax.maintenance import maintenance_notices
 from d2g_jax.pipeline import Pipeline
+from d2g_jax.processes import Vote
 from d2g_jax.progress import Progress
 from d2g_jax.state import TrainState
 from d2g_jax.step import Distillation, Frozen
+from d2g_jax.train.journal import Journal
 from d2g_jax.train.painter import Painter
 from d2g_jax.train.programs import compile_programs, iteration
 
@@ -34,40 +36,45 @@ def loop(
     workdir: Path,
     pipeline: Pipeline,
 ) -> TrainState:
-    """Steps until `train.images`, with every effect: metrics, pictures, checkpoints."""
+    """Steps until `train.images`, with every effect: metrics, pictures, checkpoints.
+
+    SIGINT, SIGTERM and a maintenance notice to any process stop all of them after the same step, saved.
+    """
     t, images = config.train, int(state.images)
-    painter = Painter(d, frozen, source, mesh, pipeline, workdir)
-    metadata = {"name": config.name, "pipeline": str(pipeline.folder.absolute()), "timestep": d.timestep}
-    log = runs.MetricsLog(workdir, config.name, images)
     skipped = source.skipped if isinstance(source, records.SkippingSource) else set()
+    metadata = {"name": config.name, "pipeline": str(pipeline.folder.absolute()), "timestep": d.timestep}
+    painter, vote = Painter(d, frozen, source, mesh, pipeline, workdir), Vote()
     batches = (meshes.place_batch(batch, mesh) for batch in read_batches(config, source, images))
     batch = next(batches)
     programs = compile_programs(config, d, frozen, state, batch, mesh)
-    try:
-        with StopRequests() as requests, Progress(f"train {config.name}", t.images, "img", done=images) as progress:
-            while images < t.images:
-                state, metrics = iteration(config, programs, frozen, state, batch, images)
-                images += t.batch_size
-                batch = next(batches)
-                log.add(images, metrics | ({"corrupt_records": len(skipped)} if skipped else {}))
-                if _crosses(images, t.log_every, t) and (problem := log.write()):
-                    checkpoints.save(state, {**metadata, "problem": problem})
-                    raise UserError(f"{workdir}: {problem}; lower a learning rate, then run with another --workdir")
-                if _crosses(images, t.sample_every, t):
-                    painter.draw(state.ema, images)
-                if _crosses(images, t.checkpoint_every, t) or requests.stop:
-                    checkpoints.save(state, metadata)
-                progress.advance(t.batch_size)
-                if requests.stop and images < t.images:
-                    checkpoints.wait()
-                    requests.leave()
-        if skipped:
-            logging.getLogger(__name__).warning(
-                "%s: %d corrupt records were skipped; `d2g pairs verify %s --repair` removes their shards",
-                source.folder, len(skipped), source.folder,
-            )  # fmt: skip
-    finally:
-        log.close()
+    with (
+        StopRequests() as requests,
+        maintenance_notices(requests.terminate),
+        Progress(f"train {config.name}", t.images, "img", done=images) as progress,
+        Journal(config, workdir, checkpoints, metadata, progress.say) as journal,
+    ):
+        while images < t.images:
+            state, metrics = iteration(config, programs, frozen, state, batch, images)
+            images += t.batch_size
+            batch = next(batches)
+            journal.add(images, metrics)
+            if _crosses(images, t.log_every, t):
+                journal.write_line(images, state, {"corrupt_records": len(skipped)} if skipped else {})
+            if _crosses(images, t.sample_every, t):
+                painter.draw(state.ema, images)
+            stop = vote(requests.signal)
+            if _crosses(images, t.checkpoint_every, t) or stop:
+                journal.save(state)
+            progress.advance(t.batch_size)
+            if stop and images < t.images:
+                checkpoints.wait()
+                requests.leave(stop)
+        checkpoints.wait()
+    if skipped:
+        logging.getLogger(__name__).warning(
+            "%s: %d corrupt records were skipped; `d2g pairs verify %s --repair` removes their shards",
+            source.folder, len(skipped), source.folder,
+        )  # fmt: skip
     return state
 
 

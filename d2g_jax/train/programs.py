@@ -14,7 +14,7 @@ import numpy as np
 
 from d2g_jax import mesh as meshes
 from d2g_jax.state import TrainState
-from d2g_jax.step import Distillation, Frozen, d_step, g_step, r1_step
+from d2g_jax.step import Distillation, Frozen, Metrics, d_step, g_step, r1_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,23 +75,25 @@ def iteration(
     state: TrainState,
     batch: dict[str, jax.Array],
     images: int,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of G and, once the adversary has started, of D; `images` seen before it decide the phase."""
+) -> tuple[TrainState, dict[str, Metrics]]:
+    """One update of G and, once the adversary has started, of D; `images` seen before it decide the phase.
+
+    The metrics are those of each update under its name.
+    """
     a, step = config.adversarial, images // config.train.batch_size
     discriminates = bool(a.weight) and images >= a.start_images
     fools = discriminates and images >= a.start_images + a.warmup_images
     if fools:
-        state, generated, metrics = programs.g_adversarial(frozen, state, batch)
+        state, generated, g_metrics = programs.g_adversarial(frozen, state, batch)
     else:
         adversary = {name: getattr(state, name) for name in ("discriminator", "discriminator_optimizer")}
-        alone, generated, metrics = programs.g_regression(frozen, without_adversary(state), batch)
+        alone, generated, g_metrics = programs.g_regression(frozen, without_adversary(state), batch)
         state = dataclasses.replace(alone, **adversary)
+    metrics = {"generator": g_metrics}
     if discriminates:
-        state, d_metrics = programs.d(frozen, state, batch, generated)
-        metrics |= d_metrics
+        state, metrics["discriminator"] = programs.d(frozen, state, batch, generated)
         if a.r1_gamma and step % a.r1_interval == 0:
-            state, r1_metrics = programs.r1(frozen, state, batch)
-            metrics |= r1_metrics
+            state, metrics["r1"] = programs.r1(frozen, state, batch)
     # Simulated CPU devices abort when the host runs ahead of them; elsewhere the host may run ahead.
     if jax.default_backend() == "cpu":
         jax.block_until_ready(state)

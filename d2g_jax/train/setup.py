@@ -91,6 +91,7 @@ def build(
         ema_half_life_images=config.train.ema_half_life_images,
         seed=config.seed,
         noise_seed=manifest.seed,
+        skip_nonfinite=config.train.skip_nonfinite,
         stored_text=functools.partial(from_text_fields, pipeline) if manifest.text_shapes else None,
         **adversary,
     )

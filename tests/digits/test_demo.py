@@ -67,7 +67,7 @@ def test_the_same_command_again_changes_nothing(finished, capsys):
 def test_another_config_is_refused(finished, capsys):
     before = (finished / "result.json").read_bytes()
     assert main(["demo", f"--workdir={finished}", *SMALL, "--config.pairs.guidance_scale=4.0"]) == 2
-    assert "pairs.guidance_scale=2.0, this one has 4.0" in capsys.readouterr().err
+    assert "pairs.guidance_scale=2.0 (this one has 4.0)" in capsys.readouterr().err
     assert (finished / "result.json").read_bytes() == before
 
 

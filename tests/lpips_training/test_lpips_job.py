@@ -94,7 +94,7 @@ def test_job_makes_a_metric_and_resumes(config, tmp_path, monkeypatch):
     assert train_lpips(config, tmp_path / "stopped") == scores
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
     config.classification.epochs = 5.0
-    with pytest.raises(UserError, match=r"classification\.epochs=4\.0, this one has 5\.0; choose another --workdir"):
+    with pytest.raises(UserError, match=r"classification\.epochs=4\.0 \(this one has 5\.0\); choose another --workdir"):
         train_lpips(config, tmp_path / "whole")
 
 
