@@ -66,6 +66,14 @@ def _finish(code: int, message: str = "") -> int:
     return code
 
 
+def _print_once(result: object) -> None:
+    """Where a job's result is, from the first of its processes."""
+    from d2g_jax import distributed
+
+    if distributed.process_id() == 0:
+        print(result)
+
+
 def _format_warning(message: Warning | str, category: type[Warning], *place: Any) -> str:
     """Ours in one line without the place in the source; those of libraries as ever."""
     if category is not UserWarning:
@@ -197,7 +205,7 @@ def _pairs(arguments: list[str]) -> int:
         return 0
     from d2g_jax.pairs import make_pairs
 
-    print(make_pairs(config, own.workdir))
+    _print_once(make_pairs(config, own.workdir))
     return 0
 
 
@@ -243,7 +251,7 @@ def _train(arguments: list[str]) -> int:
     from d2g_jax.train import train
 
     train(config, own.workdir, own.pairs or own.workdir / FOLDER)
-    print(own.workdir / "report.html")
+    _print_once(own.workdir / "report.html")
     return 0
 
 

@@ -1,7 +1,9 @@
 """Real processes that find each other over TCP: they agree, refuse together, and end together."""
 
+import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -100,3 +102,31 @@ def test_the_launcher_says_how_it_is_used():
     ended = subprocess.run(["bash", LAUNCH, "two"], capture_output=True, text=True, timeout=SECONDS)
     assert ended.returncode == 2
     assert "usage: launch/local.sh PROCESSES" in ended.stderr
+
+
+@pytest.mark.slow
+def test_the_launcher_trains_in_two_processes_of_four_devices(tmp_path):
+    """launch/local.sh for real: pairs divided, parameters sharded, one progress, pictures, checkpoints; resumed."""
+    small = ["--config.pairs.count=32", "--config.pairs.records_per_shard=8", "--config.pairs.steps=2"]
+    small += ["--config.pairs.batch_size=8", "--config.mesh.cpu_devices=4", f"--workdir={tmp_path}"]
+    train = ["train", "--config.mesh.fsdp=4", "--config.train.groups=8", "--config.train.batch_size=16", *small]
+    train += ["--config.adversarial.start_images=16", "--config.adversarial.warmup_images=0"]
+
+    def launch(*command):
+        ended = subprocess.run(
+            ["bash", LAUNCH, "2", sys.executable, "-m", "d2g_jax", *command],
+            env={**os.environ, "PORT": str(free_port()), "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        return ended
+
+    launch("pairs", *small)
+    for images in (32, 64):
+        ended = launch(*train, f"--config.train.images={images}")
+        assert ended.stderr.count(f"train digits: {images}/{images} img") == 1
+        assert ended.stdout.splitlines() == [str(tmp_path / "report.html")]
+        assert (tmp_path / "samples" / f"images_{images:08d}.png").exists()
+        assert (tmp_path / "checkpoints" / str(images)).is_dir()
