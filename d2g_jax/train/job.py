@@ -30,7 +30,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
     """Trains until `config.train.images`; the same call goes on where an earlier one stopped.
 
     Args:
-      config: see `d2g_jax/digits/config.py` for every field.
+      config: see `d2g_jax/base_config.py` for every field.
       workdir: local; gets `checkpoints/`, `metrics.jsonl`, `samples/`, `report.html`, `config.json`.
       pairs_folder: a finished `pairs/1.0.0`.
 
@@ -40,23 +40,23 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
       KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; the step under way has been finished and saved.
     """
     with leaving_at_once(), ExitStack() as opened:
-        mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+        mesh, t = meshes.make_mesh(config.mesh.data, config.mesh.fsdp), config.train
+        meshes.check_batch(mesh, t.batch_size, t.groups, t.micro_batch, t.r1_micro_batch)
         source = open_pairs(config, pairs_folder)
         first_decides(lambda: opened.enter_context(locked(workdir)))
         without = TOWERS if source.manifest.text_shapes else ()
         pipeline = Pipeline.load(config.pipeline, mesh=mesh, without=without)
         check_pairs(pairs_folder, source.manifest, pipeline)
-        meshes.check_batch(mesh, config.train.batch_size, config.train.groups)
         d, frozen = build(config, pipeline, source.manifest)
         first_decides(lambda: runs.claim(workdir, config))
         state, frozen = initial_state(config, d, pipeline, mesh), meshes.place(frozen, mesh)
-        keep, keep_best = config.train.keep_checkpoints, bool(config.train.keep_best)
-        checkpoints = opened.enter_context(Checkpoints(workdir / "checkpoints", keep, keep_best))
+        checkpoints = Checkpoints(workdir / "checkpoints", t.keep_checkpoints, bool(t.keep_best))
+        opened.enter_context(checkpoints)
         if checkpoints.latest() is not None:
             state = take_up(config, checkpoints, state)
         first_decides(lambda: runs.truncate_metrics(workdir, int(state.images)))
         try:
-            if int(state.images) < config.train.images:
+            if int(state.images) < t.images:
                 loop(config, d, frozen, state, source, mesh, checkpoints, workdir, pipeline)
         except NotFinite:
             first_decides(lambda: write_report(workdir, finished=False))

@@ -55,10 +55,11 @@ def compile_programs(
         steps["d"] = (functools.partial(d_step, d), (state, batch, generated), (of(state), None))
     if adversary and a.r1_gamma:
         steps["r1"] = (functools.partial(r1_step, d), (state, batch), (of(state), None))
-    lowered = {
-        name: jax.jit(step, donate_argnums=1, out_shardings=out).lower(frozen, *arguments)
-        for name, (step, arguments, out) in steps.items()
-    }
+    with meshes.traced_for(mesh):
+        lowered = {
+            name: jax.jit(step, donate_argnums=1, out_shardings=out).lower(frozen, *arguments)
+            for name, (step, arguments, out) in steps.items()
+        }
     with ThreadPoolExecutor(t.compile_workers) as pool:
         return Programs(**dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)))
 
