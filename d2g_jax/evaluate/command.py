@@ -31,7 +31,8 @@ def _evaluate(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str
         "`evaluate table RESULT.json ...` lays results side by side"
     )
     parser = make_parser("evaluate", text)
-    _add_protocol(parser)
+    parser.add_argument("--config", type=Path, metavar="FILE.py", help="get_config() gives flags; configs/evaluate/")
+    parser.add_argument("--protocol", help=", ".join(PROTOCOLS))
     parser.add_argument("--images", type=Path, help="folder of images, one for each prompt in order")
     parser.add_argument("--prompts", type=Path, help="one prompt per line; the digits have their own")
     parser.add_argument("--reference", type=Path, help="file of `d2g evaluate reference`, or a folder of real images")
@@ -63,10 +64,31 @@ def _evaluate(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str
     model.add_argument("--negative", dest="negative_prompt", help="a teacher's negative prompt")
     model.add_argument("--solver", help="a teacher's: ddim (default), euler, dpmpp_2m or heun")
     model.add_argument("--spacing", help="a teacher's: leading, trailing or linspace; default is the pipeline's own")
+    _take_config(parser, arguments)
     own = parser.parse_args(arguments)
+    if own.protocol is None:
+        raise UserError(f"--protocol is missing; give one of {', '.join(PROTOCOLS)}")
     if (own.model is None) == (own.images is None):
         raise UserError("give either --model=M or --images=FOLDER")
     return lambda: _run(own)
+
+
+def _take_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """The fields of --config, as defaults of the flags. Raises `UserError` for a field that is no flag."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    file = first.parse_known_args(arguments)[0].config
+    if file is None:
+        return
+    from d2g_jax.configuration import read_config
+
+    flags = {action.dest: action for action in parser._actions if action.option_strings}
+    for name, value in read_config(file).items():
+        if name not in flags or name in ("config", "help"):
+            raise UserError(f"--config={file}: {name} is no flag of `{parser.prog}`")
+        read_text = flags[name].type
+        parser.set_defaults(**{name: read_text(value) if isinstance(value, str) and read_text else value})
+        flags[name].required = False
 
 
 def _run(own: argparse.Namespace) -> str:
@@ -118,7 +140,7 @@ def _run(own: argparse.Namespace) -> str:
 
 def _reference(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str]:
     parser = make_parser("evaluate reference", "features of real images by a protocol, to compare generated ones with")
-    _add_protocol(parser)
+    parser.add_argument("--protocol", required=True, help=", ".join(PROTOCOLS))
     parser.add_argument(
         "--images", type=Path, required=True, help="folder of real images; sizes and formats may differ"
     )
@@ -149,10 +171,6 @@ def _table(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str]:
         return table([read_result(file) for file in own.results])
 
     return run
-
-
-def _add_protocol(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--protocol", required=True, help=", ".join(PROTOCOLS))
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
