@@ -47,6 +47,7 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[f
     its k-th nearest neighbour among the real ones; recall the same with both exchanged.
     Raises `UserError` for a set of k features or fewer.
     """
+    generated, real = generated.astype(np.float64), real.astype(np.float64)
     for features in (generated, real):
         if len(features) <= k:
             raise UserError(f"precision and recall: {len(features)} images have no {k}-th neighbour; give more")
@@ -74,6 +75,5 @@ def _radii(points: np.ndarray, k: int) -> np.ndarray:
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(N, M) in float64."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
+    """(N, M) of float64 (N, D) and (M, D)."""
     return np.maximum(np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2.0 * a @ b.T, 0.0)

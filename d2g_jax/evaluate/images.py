@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -160,7 +161,7 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
 def _examine(file: Path) -> _File:
     try:
         content = file.read_bytes()
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(content)) as image:
             image.load()
             mode = f"{image.mode} with transparency" if "transparency" in image.info else image.mode
             return _File(image.format or "", image.size, mode, hashlib.sha256(content).hexdigest())

@@ -9,7 +9,7 @@ from typing import Any
 
 from d2g_jax.errors import UserError
 from d2g_jax.evaluate.job import FORMAT
-from d2g_jax.evaluate.metrics import LABELS, METRICS, PROMPTS, REFERENCE, TEACHER
+from d2g_jax.evaluate.metrics import DIVERSITY, METRICS, REFERENCE, TEACHER
 
 _SHORT = 12  # hexadecimal digits of a hash
 
@@ -45,11 +45,10 @@ def comparable(result: dict[str, Any], metric: str) -> dict[str, Any]:
     if needs == TEACHER:
         key["teacher"] = result["teacher"]["sha256"][:_SHORT]
     value = result["metrics"][metric]
-    if isinstance(value, dict) and needs not in (PROMPTS, LABELS):
-        key |= {
-            name: value[name] for name in ("subset_size", "prompts", "seeds") if name in value and name != "prompts"
-        }
-        key |= {"diversity prompts": value["prompts"]} if "prompts" in value else {}
+    if metric == "kid":
+        key["subsets of"] = value["subset_size"]
+    if needs == DIVERSITY:
+        key["diversity"] = f"{value['prompts']} prompts x {value['seeds']} seeds"
     return key
 
 
