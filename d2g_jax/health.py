@@ -56,18 +56,24 @@ def _ratios(values: Values) -> Values:
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """Where a metric of a healthy run stays; infinite where a side is open. The texts name cause and remedy."""
+    """Where a metric of a healthy run stays; infinite where a side is open. The texts name cause and remedy.
+
+    It holds from the first line on that has the metric called `since`.
+    """
 
     metric: str
     low: float = -math.inf
     high: float = math.inf
     below: str = ""
     above: str = ""
+    since: str = ""
 
     def side(self, value: float) -> str:
         """ "low" or "high" when `value` is outside, "" when it is inside."""
         return "low" if value < self.low else "high" if value > self.high else ""
 
+
+_LISTENING = "loss_adversarial"  # while D warms up alone, it knows nothing yet and has no effect
 
 BANDS = (
     Band(
@@ -83,22 +89,34 @@ BANDS = (
         above="the student's latents are lighter than the teacher's on average; raise loss.l1_weight",
     ),
     Band(
-        "discriminator_wins", 0.55, 0.97,
+        "discriminator_wins", 0.55, 0.97, since=_LISTENING,
         below="D cannot tell teacher from student: it is too weak or held down; lower adversarial.r1_gamma or raise "
         "optimizer.discriminator.learning_rate",
-        above="D tells all apart and G learns little from it: raise adversarial.r1_gamma or lower "
+        above="D tells all apart and G learns little from it; raise adversarial.r1_gamma or lower "
         "optimizer.discriminator.learning_rate",
     ),
-    Band("logit_gap_latents", 0.0, below="D does not see that a latent belongs to other noise and text: it needs "
-         "longer, or adversarial.mix_and_match is too small"),
-    Band("logit_gap_text", 0.0, below="D does not look at the text, so G gets no push towards the prompt; raise "
-         "adversarial.mix_and_match"),
-    Band("logit_gap_noise", 0.0, below="D does not look at the noise; raise adversarial.mix_and_match or check "
-         "discriminator.z_conditioning"),
-    Band("gradient_ratio", 0.02, 1.0,
-         below="the adversary hardly moves G; raise adversarial.weight",
-         above="the adversary outweighs the regression and may undo it; lower adversarial.weight"),
-    Band("r1_share", 0.0, 0.2, above="R1 outweighs D's own loss and holds D down; lower adversarial.r1_gamma"),
+    Band(
+        "logit_gap_latents", 0.0, since=_LISTENING,
+        below="D does not see that a latent belongs to other noise and text; raise adversarial.mix_and_match or give D "
+        "longer (adversarial.warmup_images)",
+    ),
+    Band(
+        "logit_gap_text", 0.0, since=_LISTENING,
+        below="D does not look at the text, so G gets no push towards the prompt; raise adversarial.mix_and_match",
+    ),
+    Band(
+        "logit_gap_noise", 0.0, since=_LISTENING,
+        below="D does not look at the noise; raise adversarial.mix_and_match or check discriminator.z_conditioning",
+    ),
+    Band(
+        "gradient_ratio", 0.02, 1.0,
+        below="the adversary hardly moves G; raise adversarial.weight",
+        above="the adversary outweighs the regression and may undo it; lower adversarial.weight",
+    ),
+    Band(
+        "r1_share", 0.0, 0.2,
+        above="R1 outweighs D's own loss and holds D down; lower adversarial.r1_gamma",
+    ),
 )  # fmt: skip
 """Of every line of metrics.jsonl. A metric that a run does not have is not looked at."""
 
@@ -118,7 +136,7 @@ class Watch:
 
     def see(self, row: Mapping[str, Any]) -> list[str]:
         for band in BANDS:
-            if row.get(band.metric) is not None:
+            if row.get(band.metric) is not None and (not band.since or band.since in row):
                 side = band.side(row[band.metric])
                 before, lines = self._outside.pop(band.metric, ("", 0))
                 if side:

@@ -48,6 +48,12 @@ def test_an_alarm_begins_with_the_second_line_outside_and_ends_with_the_first_in
     assert told([0.9, None, 0.9, None, 0.05, None]) == [on, on, [], []]  # a line without R1 says nothing
 
 
+def test_a_band_may_wait_for_another_metric():
+    idle, listening = {"logit_gap_text": -1.0}, {"logit_gap_text": -1.0, "loss_adversarial": 0.7}
+    watch = health.Watch([idle, idle])
+    assert [watch.see(row) for row in (idle, listening, listening)] == [[], [], ["logit_gap_text low"]]
+
+
 def test_every_open_side_has_no_cause_and_every_closed_one_has():
     for band in health.BANDS:
         assert bool(band.below) == (np.isfinite(band.low) and band.metric != "r1_share"), band.metric
