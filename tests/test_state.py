@@ -42,5 +42,5 @@ def test_bfloat16_first_moments(make, part):
 def test_an_unknown_moment_dtype_is_refused():
     config = optimizer().generator
     config.moment_dtype = "float16"
-    with pytest.raises(UserError, match="moment_dtype='float16'.*bfloat16"):
+    with pytest.raises(UserError, match=r"moment_dtype='float16'.*bfloat16"):
         generator_optimizer(config, 64)
