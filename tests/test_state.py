@@ -34,9 +34,11 @@ def test_bfloat16_first_moments(make, part):
         found = jax.tree.leaves([tree for _, tree in optax.tree.get_all_with_path(state, name)])
         assert {str(leaf.dtype) for leaf in found} == {dtype}
     step = np.abs(np.asarray(whole["heads"]["kernel"] - PARAMS["heads"]["kernel"])).max()
-    for name in PARAMS:
-        moved = np.abs(np.asarray(half[name]["kernel"] - whole[name]["kernel"])).max()
-        assert 0 < moved < 0.02 * step  # bfloat16 has eight bits
+    moved = [np.abs(np.asarray(half[name]["kernel"] - whole[name]["kernel"])).max() for name in PARAMS]
+    if optimizer()[part].betas[0]:
+        assert 0 < max(moved) < 0.02 * step  # bfloat16 has eight bits
+    else:
+        assert max(moved) == 0  # what is stored is not read again
 
 
 def test_an_unknown_moment_dtype_is_refused():
