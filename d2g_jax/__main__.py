@@ -54,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _finish(130, "interrupted; the same command goes on from here")
     except Terminated:
         return _finish(143, "terminated; the same command goes on from here")
+    except Exception:
+        if "d2g_jax.distributed" in sys.modules:
+            from d2g_jax import distributed
+
+            distributed.crash()
+        raise
 
 
 def _finish(code: int, message: str = "") -> int:

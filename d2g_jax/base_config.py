@@ -117,7 +117,9 @@ def optimizer() -> ConfigDict:
                 "weight_decay": 0.01,
                 "warmup_images": 512_000,
                 "gradient_clip": 10.0,
-                "moment_dtype": "float32",  # of Adam's first moments; bfloat16 saves two bytes a parameter
+                # Of Adam's first moments; bfloat16 saves two bytes a parameter. With a first beta of 0 the stored
+                # moments are never read, and nothing is lost.
+                "moment_dtype": "bfloat16",
             },
             "discriminator": {
                 "learning_rate": 1e-5,
@@ -126,7 +128,7 @@ def optimizer() -> ConfigDict:
                 "weight_decay": 0.0,
                 "warmup_images": 512_000,
                 "gradient_clip": 10.0,
-                "moment_dtype": "float32",
+                "moment_dtype": "bfloat16",
             },
         }
     )

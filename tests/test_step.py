@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from d2g_jax.perceptual import mse
 from d2g_jax.state import create_state, discriminator_optimizer, ema_decay, generator_optimizer
 from d2g_jax.step import Distillation, Frozen, condition, d_step, g_step, generate, r1_step
 
-BATCH = 8
+BATCH, GROUPS = 20, 10
 UNET = unet.UNetConfig(
     sample_size=4,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -43,7 +44,7 @@ TEXT = clip.ClipTextConfig(
 
 
 @functools.cache
-def problem(size=BATCH, groups=4):
+def problem(size=BATCH, groups=GROUPS):
     """(static half, frozen parameters, first state, batch of `size`), all on the host's default device."""
     d_config = discriminator.DiscriminatorConfig(UNET, head_channels=8)
     rates = optimizer()
@@ -169,26 +170,55 @@ def test_r1_is_finite_positive_and_shrinks_the_penalty():
 
 
 @pytest.mark.parametrize("fsdp", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_two_devices_give_the_numbers_of_one(fsdp):
-    """One G, D and R1 update each on a mesh of two against one device: every metric, gradient norms included, 2e-5."""
+def test_two_devices_give_the_numbers_of_one(fsdp, monkeypatch):
+    """One G, D and R1 update each on a mesh of two, in parts, against one device at once: every metric, 2e-5.
+
+    The two gather kernels and reduce gradients, but send each other no activation.
+    """
     if jax.device_count() < 2:
         pytest.skip("needs two devices")
-    _, frozen, state, batch = problem()
-    g, d, r1 = programs()
-
-    def iteration(frozen, state, batch):
-        # Simulated devices abort when the host runs ahead of them.
-        state, generated, metrics = jax.block_until_ready(g(frozen, state, batch))
-        state, d_metrics = jax.block_until_ready(d(frozen, state, batch, generated))
-        state, r1_metrics = r1(frozen, state, batch)
-        return jax.block_until_ready(state), metrics | d_metrics | r1_metrics
-
-    one, one_metrics = iteration(frozen, state, batch)
+    monkeypatch.setattr(meshes, "_MIN_SHARDED_SIZE", 64)  # the kernels here are small
+    static, frozen, state, batch = problem()
+    static = dataclasses.replace(static, micro_batch=5, r1_micro_batch=1)
     mesh = meshes.make_mesh(fsdp=fsdp)
-    two, two_metrics = iteration(meshes.place(frozen, mesh), meshes.place(state, mesh), meshes.place_batch(batch, mesh))
+    placed = meshes.place(frozen, mesh), meshes.place(state, mesh), meshes.place_batch(batch, mesh)
+    generated = jax.device_put(batch["latents"].transpose(0, 2, 3, 1).astype(np.float32), placed[2]["id"].sharding)
+    with meshes.traced_for(mesh):
+        g, d, r1 = (
+            jax.jit(functools.partial(step, static, *flags)).lower(*placed, *rest).compile()
+            for step, flags, rest in ((g_step, (True,), ()), (d_step, (), (generated,)), (r1_step, (), ()))
+        )
+    one, one_metrics = iteration(*programs(), frozen, state, batch)
+    two, two_metrics = iteration(g, d, r1, *placed)
     for name, value in one_metrics.items():
         assert np.asarray(two_metrics[name]) == pytest.approx(np.asarray(value), rel=2e-5, abs=1e-6), name
     assert int(two.images) == int(one.images)
+    for program in (g, d, r1):
+        moved = collectives(program.as_text())
+        assert fsdp == 1 or "all-gather" in {operation for operation, _ in moved}
+        # Every activation has the factor 5 of the batch, no kernel has.
+        assert [(operation, size) for operation, size in moved if size % 5 == 0] == []
+
+
+def iteration(g, d, r1, frozen, state, batch):
+    """One update of each kind; simulated devices abort when the host runs ahead of them."""
+    state, generated, metrics = jax.block_until_ready(g(frozen, state, batch))
+    state, d_metrics = jax.block_until_ready(d(frozen, state, batch, generated))
+    state, r1_metrics = jax.block_until_ready(r1(frozen, state, batch))
+    return state, metrics | d_metrics | r1_metrics
+
+
+COLLECTIVE = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+
+
+def collectives(text):
+    """(operation, elements of its largest result) of every collective of a compiled program."""
+    found = []
+    for types, name in COLLECTIVE.findall(text):
+        sizes = [np.prod([int(side) for side in shape.split(",") if side], dtype=int) for shape in SHAPE.findall(types)]
+        found.append((name, int(max(sizes))))
+    return found
 
 
 def test_a_bad_batch_changes_nothing_but_what_is_known_of_it():

@@ -62,8 +62,9 @@ def optimizer() -> ConfigDict:
         betas=(0.9, 0.99),
         weight_decay=0.0,
         warmup_images=1024,
+        moment_dtype="float32",
     )
-    c.discriminator.update(learning_rate=3e-4, new_learning_rate=1e-3, warmup_images=1024)
+    c.discriminator.update(learning_rate=3e-4, new_learning_rate=1e-3, warmup_images=1024, moment_dtype="float32")
     return c
 
 

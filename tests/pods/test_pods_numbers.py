@@ -5,6 +5,8 @@ import json
 import pytest
 from simulated import differences, work
 
+pytestmark = pytest.mark.slow  # compiling takes minutes; tests/test_step.py has two devices in the default run
+
 TOLERANCE = 1e-5
 
 
@@ -48,7 +50,6 @@ def digits_on_one_device(tmp_path_factory):
     return work(devices=1, out=str(tmp_path_factory.mktemp("digits") / "one.npz"), **DIGITS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
 def test_digits_on_every_mesh_of_eight_devices(fsdp, digits_on_one_device, tmp_path):
     """Five full G, D and R1 steps on (8, 1), (4, 2), (2, 4), (1, 8)."""
@@ -56,7 +57,6 @@ def test_digits_on_every_mesh_of_eight_devices(fsdp, digits_on_one_device, tmp_p
     assert_same(ours, digits_on_one_device)
 
 
-@pytest.mark.slow
 def test_digits_in_two_processes_of_four_devices(digits_on_one_device, tmp_path):
     """Three steps and a sharded checkpoint of two processes; one process of two devices makes the other two steps."""
     spec = {**DIGITS, "checkpoints": str(tmp_path / "checkpoints")}

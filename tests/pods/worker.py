@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,8 +32,6 @@ from d2g_jax.errors import UserError
 from d2g_jax.train.programs import compile_programs, iteration
 
 PROGRAMS = ("g_adversarial", "d", "r1")
-COLLECTIVE = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +95,6 @@ def tiny(config: Any) -> tuple[Any, Any, Any, dict[str, np.ndarray]]:
     return problem(config.train.batch_size, config.train.groups)
 
 
-def collectives_of(text: str) -> list[tuple[str, int]]:
-    """(operation, elements of its largest result) of every collective of a compiled program."""
-    found = []
-    for types, name in COLLECTIVE.findall(text):
-        sizes = [int(np.prod([int(side) for side in shape.split(",") if side])) for shape in SHAPE.findall(types)]
-        found.append((name, max(sizes)))
-    return found
-
-
 def run(spec: Spec) -> None:
     config = config_of(spec)
     mesh = meshes.make_mesh(fsdp=spec.fsdp)
@@ -121,7 +109,9 @@ def run(spec: Spec) -> None:
             state = checkpoints.restore(state)
     programs = compile_programs(config, d, frozen, state, batch, mesh)
     if spec.collectives:
-        found = {name: collectives_of(getattr(programs, name).as_text()) for name in PROGRAMS}
+        from test_step import collectives
+
+        found = {name: collectives(getattr(programs, name).as_text()) for name in PROGRAMS}
         Path(spec.collectives).write_text(json.dumps(found))
     metrics = {}
     for step in range(int(state.step), int(state.step) + spec.steps):
