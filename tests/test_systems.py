@@ -3,17 +3,23 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from d2g_jax import mesh as meshes
+from d2g_jax import weights
 from d2g_jax.__main__ import main
 from d2g_jax.conditioning import tokenize_prompts
+from d2g_jax.diffusion import Schedule
 from d2g_jax.errors import UserError
+from d2g_jax.pipeline import Pipeline
 from d2g_jax.sample import Sampler, draw_noise, latent_shape
 from d2g_jax.systems import SYSTEMS, guidance_embedding
 
 PROMPTS = ["the cat", "the dog the cat"]
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 SDXL = ["dmd2-sdxl", "sdxl-turbo", "sdxl-lightning", "sdxl-lightning-epsilon"]
 
 
@@ -33,9 +39,9 @@ def tiny_lcm(tiny_sd, tmp_path_factory):
     return folder
 
 
-def ours(model, system, **options):
+def ours(model, system):
     """(latents (2, C, h, w), the noise they were made of)."""
-    sampler = Sampler.load(model, meshes.make_mesh(), system=system, **options)
+    sampler = Sampler.load(model, meshes.make_mesh(), system=system)
     programs = sampler.programs(meshes.make_mesh())
     noise = draw_noise(0, len(PROMPTS), latent_shape(sampler.pipeline))
     return np.asarray(programs.solve(noise, programs.encode(tokenize_prompts(sampler.pipeline, PROMPTS)))), noise
@@ -46,7 +52,7 @@ def theirs(pipeline, noise, **arguments):
 
     pipeline.set_progress_bar_config(disable=True)
     given = {"guidance_scale": 0.0, "num_inference_steps": 1} | arguments
-    return pipeline(PROMPTS, latents=torch.from_numpy(noise), output_type="latent", **given).images.numpy()
+    return pipeline(PROMPTS, latents=torch.from_numpy(noise.copy()), output_type="latent", **given).images.numpy()
 
 
 def error(found, expected):
@@ -54,35 +60,71 @@ def error(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("system", SDXL)
-def test_sdxl_systems_equal_diffusers(system, tiny_sdxl):
+def scheduler_of(system, config):
+    """What diffusers draws that system with, and the pipeline's arguments for it."""
+    diffusers = pytest.importorskip("diffusers")
+    config = {**config, "timestep_spacing": "trailing"}
+    if system in ("dmd", "dmd2-sdxl", "lcm"):
+        timesteps = {"dmd": [999], "dmd2-sdxl": [399]}.get(system)
+        return diffusers.LCMScheduler.from_config(config), {"timesteps": timesteps} if timesteps else {}
+    if system == "sdxl-turbo":
+        return diffusers.EulerAncestralDiscreteScheduler.from_config(config), {}
+    kind = "sample" if system == "sdxl-lightning" else "epsilon"
+    return diffusers.EulerDiscreteScheduler.from_config(config, prediction_type=kind), {}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers against numpy 2
+@pytest.mark.parametrize("system", [*SDXL, "dmd", "lcm"])
+def test_one_call_equals_the_scheduler_s_step(system):
+    """With a function in place of the network: what it sees, at which timestep, and what is made of its answer."""
+    torch = pytest.importorskip("torch")
+    scheduler, arguments = scheduler_of(system, SD)
+    scheduler.set_timesteps(**(arguments or {"num_inference_steps": 1}))
+    noise = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
+    (timestep,) = scheduler.timesteps
+    latents = torch.from_numpy(noise) * scheduler.init_noise_sigma
+    seen = scheduler.scale_model_input(latents, timestep)
+    expected = scheduler.step(torch.sin(3.0 * seen) + 0.5 * seen, timestep, latents).prev_sample.numpy()
+
+    def network(x, t):
+        assert int(t) == int(timestep)
+        np.testing.assert_allclose(x, seen.numpy(), rtol=1e-5, atol=1e-5)
+        return jnp.sin(3.0 * x) + 0.5 * x
+
+    found = SYSTEMS[system].generate(network, Schedule.from_config(SD), jnp.asarray(noise))
+    assert error(found, expected) < 1e-5
+
+
+WHOLE = [s if s == "sdxl-lightning" else pytest.param(s, marks=pytest.mark.slow) for s in SDXL]
+"""The step above is each one's own; behind it all share their networks and programs."""
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("system", WHOLE)
+def test_sdxl_systems_equal_whole_pipelines(system, tiny_sdxl):
     diffusers = pytest.importorskip("diffusers")
     found, noise = ours(tiny_sdxl, system)
     oracle = diffusers.StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, add_watermarker=False)
-    config, arguments = {**oracle.scheduler.config, "timestep_spacing": "trailing"}, {}
-    if system == "dmd2-sdxl":
-        oracle.scheduler, arguments = diffusers.LCMScheduler.from_config(config), {"timesteps": [399]}
-    elif system == "sdxl-turbo":
-        oracle.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(config)
-    else:
-        kind = "sample" if system == "sdxl-lightning" else "epsilon"
-        oracle.scheduler = diffusers.EulerDiscreteScheduler.from_config(config, prediction_type=kind)
+    oracle.scheduler, arguments = scheduler_of(system, oracle.scheduler.config)
     expected = theirs(oracle, noise, **arguments)
     assert error(found, expected) < 1e-5
     assert np.std(expected) > 0.1
 
 
-def test_dmd_equals_diffusers(tiny_sd):
+@pytest.mark.slow
+def test_dmd_equals_a_whole_pipeline(tiny_sd):
     diffusers = pytest.importorskip("diffusers")
     found, noise = ours(tiny_sd, "dmd")
     oracle = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd)
-    oracle.scheduler = diffusers.LCMScheduler.from_config(oracle.scheduler.config)
-    assert error(found, theirs(oracle, noise, timesteps=[999])) < 1e-5
+    oracle.scheduler, arguments = scheduler_of("dmd", oracle.scheduler.config)
+    assert error(found, theirs(oracle, noise, **arguments)) < 1e-5
 
 
-def test_instaflow_is_a_step_of_length_one_along_the_velocity(tiny_sd):
+def test_d2g_sample_of_instaflow_is_a_step_of_length_one_along_the_velocity(tiny_sd, tmp_path):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    found, noise = ours(tiny_sd, "instaflow")
+    flags = [f"--prompt={prompt}" for prompt in PROMPTS]
+    assert main(["sample", f"--model={tiny_sd}", "--system=instaflow", f"--out={tmp_path}", *flags]) == 0
+    found, noise = np.load(tmp_path / "latents.npy"), np.load(tmp_path / "noise.npy")
     oracle = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd)
     with torch.no_grad():
         text, _ = oracle.encode_prompt(PROMPTS, "cpu", 1, False)
@@ -90,7 +132,7 @@ def test_instaflow_is_a_step_of_length_one_along_the_velocity(tiny_sd):
     assert error(found, noise + velocity.numpy()) < 1e-5
 
 
-def test_lcm_equals_diffusers(tiny_lcm):
+def test_lcm_equals_a_whole_pipeline(tiny_lcm):
     diffusers = pytest.importorskip("diffusers")
     found, noise = ours(tiny_lcm, "lcm")
     oracle = diffusers.LatentConsistencyModelPipeline.from_pretrained(tiny_lcm)
@@ -110,21 +152,13 @@ def test_guidance_embedding_equals_diffusers(size):
 
 def test_a_unet_of_its_own(tiny_lcm, tiny_sd, tmp_path):
     """As LCM's and SDXL-Lightning's are published: a folder with a config, or a file for the base model's config."""
-    pytest.importorskip("torch")
-    expected, _ = ours(tiny_lcm, "lcm")
-    found, _ = ours(tiny_sd, "lcm", unet=tiny_lcm / "unet")
-    np.testing.assert_array_equal(found, expected)
-    file = shutil.copy(tiny_sd / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "other.safetensors")
-    np.testing.assert_array_equal(ours(tiny_sd, "dmd", unet=file)[0], ours(tiny_sd, "dmd")[0])
-
-
-def test_sample_takes_a_system(tiny_sd, tmp_path):
-    out = tmp_path / "out"
-    flags = [f"--prompt={prompt}" for prompt in PROMPTS]
-    assert main(["sample", f"--model={tiny_sd}", "--system=instaflow", f"--out={out}", *flags]) == 0
-    found, noise = ours(tiny_sd, "instaflow")
-    np.testing.assert_array_equal(np.load(out / "noise.npy"), noise)
-    np.testing.assert_allclose(np.load(out / "latents.npy"), found, rtol=1e-5, atol=1e-5)
+    whole, swapped = Pipeline.load(tiny_lcm), Pipeline.load(tiny_sd, unet=tiny_lcm / "unet")
+    assert swapped.unet.config == whole.unet.config != Pipeline.load(tiny_sd).unet.config
+    jax.tree.map(np.testing.assert_array_equal, swapped.params["unet"], whole.params["unet"])
+    state = weights.load_state_dict(tiny_sd / "unet")
+    weights.save_state_dict({key: 2 * value for key, value in state.items()}, tmp_path / "other.safetensors")
+    doubled, own = Pipeline.load(tiny_sd, unet=tmp_path / "other.safetensors"), Pipeline.load(tiny_sd)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), doubled.params["unet"], own.params["unet"])
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def load(name: str, folder: Path) -> ClipScore:
     _check_folder(name, folder)
     try:
         import torch
+        from safetensors import SafetensorError
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
     except ImportError as error:
         raise metric_weights.needs_extra("the CLIP score", error) from error
@@ -47,7 +48,7 @@ def load(name: str, folder: Path) -> ClipScore:
         model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
         processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: cannot be read as a CLIP model ({reason}); {metric_weights.WHERE[name]}") from error
     model = model.to(device).eval()

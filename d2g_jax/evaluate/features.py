@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,7 +68,10 @@ def _inception(file: Path) -> Extractor:
         raise metric_weights.needs_extra("FID", error) from error
     device = best_device(torch)
     try:
-        network = InceptionV3W(str(file.parent), download=False).to(device).eval()
+        with warnings.catch_warnings():
+            # TorchScript is what clean-fid's file is, whatever newer releases of PyTorch would rather have.
+            warnings.filterwarnings("ignore", "`torch.jit.load`", DeprecationWarning)
+            network = InceptionV3W(str(file.parent), download=False).to(device).eval()
     except RuntimeError as error:
         raise UserError(f"{file}: not clean-fid's TorchScript file ({str(error).splitlines()[0]})") from error
     resize, pool = build_resizer("clean"), ThreadPoolExecutor()
@@ -76,15 +81,10 @@ def _inception(file: Path) -> Extractor:
         with torch.inference_mode():
             return network(torch.from_numpy(large).permute(0, 3, 1, 2).to(device)).cpu().numpy()
 
-    return Extractor(f"clean-fid {_version('clean-fid')}, Inception-v3", metric_weights.sha256_of(file), extract)
+    name = f"clean-fid {importlib.metadata.version('clean-fid')}, Inception-v3"
+    return Extractor(name, metric_weights.sha256_of(file), extract)
 
 
 def best_device(torch: Any) -> Any:
     """CUDA where torch has it."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _version(package: str) -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version(package)

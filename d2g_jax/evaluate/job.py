@@ -142,6 +142,7 @@ def _plan(request: Request) -> _Plan:
         raise UserError(f"--samples={samples}: {protocol.name} has 1 to {protocol.samples}")
     if request.batch_size < 1 or request.max_corrupt < 0:
         raise UserError(f"--batch={request.batch_size} --max-corrupt={request.max_corrupt}: give 1 or more, 0 or more")
+    _check_paths(request)
     digits = protocol.features == DIGITS
     prompts, labels = _prompts(request, protocol, samples)
     if request.model is not None and prompts is None:
@@ -155,6 +156,14 @@ def _plan(request: Request) -> _Plan:
     }
     chosen = metrics.choose(request.metrics, have.__getitem__, request.weights, own_features=digits)
     return _Plan(request, protocol, prompts, labels, samples, chosen)
+
+
+def _check_paths(request: Request) -> None:
+    """Raises `UserError` for a file or folder that is not there: before images are drawn for hours."""
+    given = [request.images, request.reference, request.diversity_images, request.teacher_images]
+    for path in (*given, *dataclasses.astuple(request.weights)):
+        if path is not None and not path.exists():
+            raise UserError(f"{path}: no such file or folder")
 
 
 def _prompts(

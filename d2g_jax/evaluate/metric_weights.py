@@ -37,6 +37,9 @@ WHERE = {
 """Where each comes from, for messages and for --help."""
 
 
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+
+
 def flag(name: str) -> str:
     return f"--weights-{name.replace('_', '-')}"
 
@@ -52,7 +55,7 @@ def needs_extra(what: str, error: ImportError) -> UserError:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes; of a folder the names and bytes of all its weights (.safetensors, .pth, .pt, .bin).
+    """Of a file's bytes; of a folder the names and bytes of all its weights (.safetensors, .pth, ...).
 
     Raises `UserError` for a path that does not exist and for a folder without weights.
     """
@@ -61,9 +64,9 @@ def sha256_of(path: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder of weights")
-    files = [file for file in sorted(path.rglob("*")) if file.suffix in (".safetensors", ".pth", ".pt", ".bin", ".tar")]
+    files = [file for file in sorted(path.rglob("*")) if file.suffix in _SUFFIXES and file.is_file()]
     if not files:
-        raise UserError(f"{path}: holds no weights (.safetensors, .pth)")
+        raise UserError(f"{path}: holds no weights ({', '.join(_SUFFIXES)})")
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())

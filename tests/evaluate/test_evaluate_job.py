@@ -179,7 +179,9 @@ def test_corrupt_files_are_left_out_by_flag_and_named(real, tmp_path, capsys):
         (["--protocol=coco"], "coco2014-30k, coco2017-5k, digits"),
         (["--protocol=coco2017-5k"], "nothing to measure"),
         (["--protocol=coco2017-5k", "--metrics=fid"], "fid needs --weights-inception=PATH"),
-        (["--prompts=pyproject.toml"], "prompts; digits takes 2000"),
+        (["--prompts=LICENSE"], "line 1 is empty"),
+        (["--weights-lpips=nowhere"], "nowhere: no such file or folder"),
+        (["--teacher-images=nowhere"], "nowhere: no such file or folder"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -187,6 +189,12 @@ def test_bad_flags(flags, message, real, tmp_path, capsys):
     command = [*DIGITS, f"--images={real}", f"--out={tmp_path / 'a.json'}", *flags]
     assert message in refused(capsys, *command)
     assert not (tmp_path / "a.json").exists()
+
+
+def test_a_list_of_too_few_prompts(real, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a one\na two\n")
+    flags = [f"--images={real}", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={tmp_path / 'a.json'}"]
+    assert "2 prompts; digits takes 2000" in refused(capsys, *DIGITS, *flags)
 
 
 def test_too_few_images_without_the_flag(real, tmp_path, capsys):
@@ -228,12 +236,14 @@ def test_statistics_that_say_nothing_of_themselves(real, tmp_path, capsys):
         assert message in refused(capsys, *DIGITS, f"--images={real}", *flags)
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing says:UserWarning")
 def test_dreamsim_is_its_package_s(real, tmp_path, monkeypatch, capsys):
     """The package cannot be had here: its documented interface, `model(a, b)` of preprocessed batches, in its place."""
     torch = pytest.importorskip("torch")
     folder = tmp_path / "dreamsim"
     flags = [f"--weights-dreamsim={folder}", f"--teacher-images={real}", "--metrics=dreamsim_fidelity"]
     command = [*DIGITS, f"--images={real}", *flags, f"--out={tmp_path / 'a.json'}"]
+    folder.mkdir()
     assert "lacks ensemble_lora" in refused(capsys, *command)
     for part in pairwise._DREAMSIM_NEEDS:
         (folder / part).mkdir(parents=True)
@@ -247,8 +257,7 @@ def test_dreamsim_is_its_package_s(real, tmp_path, monkeypatch, capsys):
         return (lambda a, b: (a - b).abs().mean((1, 2, 3)) + 0.25), preprocess
 
     monkeypatch.setitem(sys.modules, "dreamsim", types.SimpleNamespace(dreamsim=dreamsim))
-    with pytest.warns(UserWarning, match="nothing says"):
-        run(*command)
+    run(*command)
     assert read_result(tmp_path / "a.json")["metrics"]["dreamsim_fidelity"] == pytest.approx(0.25)
 
 
