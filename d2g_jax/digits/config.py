@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
         sample_every=2_048,
         checkpoint_every=2_048,
     )
-    c.overfit.update(metric=str(WEIGHTS / "metric"), lpips=str(WEIGHTS / "lpips"), steps=2000, learning_rate=3e-2)
+    c.overfit.update(metric=str(WEIGHTS / "metric"), lpips=str(WEIGHTS / "lpips"), steps=1000, learning_rate=3e-2)
     c.evaluation = ConfigDict({"samples": 2000, "batch_size": 256, "seed": 1})  # the pairs' batch: one program
     c.teacher = teacher()
     return c.lock()
@@ -109,7 +109,7 @@ def perceptual_metric(steps: int, batch_size: int, rounds: int) -> ConfigDict:
                 "seed": 0,
             },
             "heads": {
-                "steps": 2000,
+                "steps": 1000,
                 "batch_size": 50,
                 "learning_rate": 1e-3,
                 "triplets": 8000,
