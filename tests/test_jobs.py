@@ -180,6 +180,7 @@ def test_training_passes_through_its_phases(trained):
     ]
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_to_the_bit(trained, tmp_path):
     """Stopped after a checkpoint with metrics written past it, as a kill leaves them; same parameters, same metrics."""
     workdir, config, folder = trained
