@@ -89,28 +89,29 @@ BANDS = (
         above="the student's latents are lighter than the teacher's on average; raise loss.l1_weight",
     ),
     Band(
-        "discriminator_wins", 0.55, 0.97, since=_LISTENING,
-        below="D cannot tell teacher from student: it is too weak or held down; lower adversarial.r1_gamma or raise "
-        "optimizer.discriminator.learning_rate",
+        "discriminator_wins", 0.4, 0.97, since=_LISTENING,
+        below="D is worse than chance, it lags behind G; raise optimizer.discriminator.learning_rate or lower "
+        "adversarial.r1_gamma",
         above="D tells all apart and G learns little from it; raise adversarial.r1_gamma or lower "
         "optimizer.discriminator.learning_rate",
     ),
     Band(
-        "logit_gap_latents", 0.0, since=_LISTENING,
-        below="D does not see that a latent belongs to other noise and text; raise adversarial.mix_and_match or give D "
+        "logit_gap_latents", -0.02, since=_LISTENING,
+        below="D takes latents of other noise and text for the realer ones; raise adversarial.mix_and_match or give D "
         "longer (adversarial.warmup_images)",
     ),
     Band(
-        "logit_gap_text", 0.0, since=_LISTENING,
-        below="D does not look at the text, so G gets no push towards the prompt; raise adversarial.mix_and_match",
+        "logit_gap_text", -0.02, since=_LISTENING,
+        below="D takes wrong texts for the righter ones, so G is pushed away from the prompt; raise "
+        "adversarial.mix_and_match",
     ),
     Band(
-        "logit_gap_noise", 0.0, since=_LISTENING,
-        below="D does not look at the noise; raise adversarial.mix_and_match or check discriminator.z_conditioning",
+        "logit_gap_noise", -0.02, since=_LISTENING,
+        below="D takes wrong noise for the righter one; raise adversarial.mix_and_match or check "
+        "discriminator.z_conditioning",
     ),
     Band(
-        "gradient_ratio", 0.02, 1.0,
-        below="the adversary hardly moves G; raise adversarial.weight",
+        "gradient_ratio", high=1.0,
         above="the adversary outweighs the regression and may undo it; lower adversarial.weight",
     ),
     Band(

@@ -178,7 +178,7 @@ def test_alarms_are_listed_with_their_span_and_cause(tmp_path):
     page = Outline(write_report(tmp_path).read_text())
     text = " ".join(page.text)
     assert "r1_share high 0.2 16 until 32 R1 outweighs D's own loss" in text
-    assert "logit_gap_text low −0.25 24 until 40 D does not look at the text" in text
+    assert "logit_gap_text low −0.25 24 until 40 D takes wrong texts" in text
     assert "stopped: the generator's update of step 5" in text
     assert "the R1 update of step 3 (images 16 to 24): loss_r1 is not finite" in text
 
