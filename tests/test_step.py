@@ -213,12 +213,12 @@ SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 
 def collectives(text):
-    """(operation, elements of its largest result) of every collective of a compiled program."""
-    found = []
-    for types, name in COLLECTIVE.findall(text):
-        sizes = [np.prod([int(side) for side in shape.split(",") if side], dtype=int) for shape in SHAPE.findall(types)]
-        found.append((name, int(max(sizes))))
-    return found
+    """(operation, elements) of every result of every collective of a compiled program."""
+    return [
+        (name, int(np.prod([int(side) for side in shape.split(",") if side], dtype=int)))
+        for types, name in COLLECTIVE.findall(text)
+        for shape in SHAPE.findall(types)
+    ]
 
 
 def test_a_bad_batch_changes_nothing_but_what_is_known_of_it():
