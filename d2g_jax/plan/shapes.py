@@ -1,0 +1,112 @@
+"""A run as shapes on a mesh: everything that its programs are traced with, and no array."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from d2g_jax import mesh as meshes
+from d2g_jax import noise, records
+from d2g_jax.conditioning import text_shapes
+from d2g_jax.models.platform import compiling_for
+from d2g_jax.pairs.job import solution
+from d2g_jax.pipeline import Pipeline
+from d2g_jax.plan.architectures import abstract_metric, abstract_pipeline
+from d2g_jax.solvers import first_timestep
+from d2g_jax.state import TrainState, create_state
+from d2g_jax.step import Distillation, Frozen
+from d2g_jax.train.programs import trace_programs
+from d2g_jax.train.setup import build
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What a run holds on its devices, every leaf a `jax.ShapeDtypeStruct` with its sharding.
+
+    Attributes:
+      config: of the run.
+      mesh: of the target's devices.
+      d: networks, losses and optimisers.
+      frozen, state, batch: the programs' arguments.
+      vae: parameters that the sample grids keep on the devices; no step reads them.
+    """
+
+    config: ml_collections.ConfigDict
+    mesh: jax.sharding.Mesh
+    d: Distillation
+    frozen: Frozen
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    vae: Any
+
+    def trace(self, platform: str) -> dict[str, jax.stages.Traced]:
+        """The run's steps, formulated for "cpu", "gpu" or "tpu"."""
+        with compiling_for(platform):
+            return trace_programs(self.config, self.d, self.frozen, self.state, self.batch, self.mesh, images=0)
+
+
+def run_shapes(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Shapes:
+    """The shapes of `d2g train --config=...` on a mesh; raises `UserError` as that would before its first step."""
+    meshes.check_batch(mesh, config.train.batch_size, config.train.groups)
+    pipeline = abstract_pipeline(config.pipeline)
+    manifest = planned_manifest(config, pipeline)
+    d, frozen = build(config, pipeline, manifest, abstract_metric(config.loss))
+    state = jax.eval_shape(
+        lambda generator, discriminator: create_state(
+            generator, d.generator_optimizer, discriminator, d.discriminator_optimizer
+        ),
+        pipeline.params["unet"],
+        None if d.discriminator is None else d.discriminator.abstract(),
+    )
+    placed = lambda tree: meshes.placed_shapes(tree, mesh)  # noqa: E731
+    batch = batch_shapes(config.train.batch_size, manifest, mesh)
+    return Shapes(config, mesh, d, placed(frozen), placed(state), batch, placed(pipeline.params["vae"]))
+
+
+def batch_shapes(
+    batch_size: int, manifest: records.Manifest, mesh: jax.sharding.Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """One global batch as the loop places it."""
+    tensors = manifest.schema().tensors()
+    sharding = jax.sharding.NamedSharding(mesh, meshes.BATCH)
+    fields = {name: tensors[name] for name in ("input_ids", "latents", *manifest.text_shapes)}
+    fields["id"] = ((), jnp.uint32)
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in fields.items()
+    }
+
+
+def planned_manifest(config: ml_collections.ConfigDict, pipeline: Pipeline) -> records.Manifest:
+    """The manifest of pairs that this config would make, without prompts and hashes: no program depends on those."""
+    pairs = config.pairs
+    schedule = solution(pairs).schedule(pipeline)
+    height, width, channels = pipeline.latent_shape
+    return records.Manifest(
+        teacher=pipeline.folder.name,
+        teacher_hash="",
+        solver=pairs.solver,
+        num_inference_steps=pairs.steps,
+        guidance_scale=pairs.guidance_scale,
+        prediction_type=schedule.prediction_type,
+        first_timestep=first_timestep(pairs.solver, schedule, pairs.steps),
+        scheduler=pipeline.scheduler,
+        noise_implementation=noise.IMPLEMENTATION,
+        seed=pairs.seed,
+        scaling_factor=pipeline.scaling_factor,
+        latent_shape=(channels, height, width),
+        token_length=pipeline.token_length,
+        latent_dtype=pairs.latent_dtype,
+        store_noise=pairs.store_noise,
+        text_shapes={name: list(shape) for name, shape in (text_shapes(pipeline) if pairs.store_text else {}).items()},
+        num_prompts=pairs.count,
+        num_distinct_prompts=pairs.count,
+        num_records=pairs.count,
+        num_shards=-(-pairs.count // pairs.records_per_shard),
+        config_hash="",
+    )
