@@ -125,7 +125,7 @@ def _start(config: Any, *, cache: bool = True) -> None:
 
     from d2g_jax import mesh
 
-    if "cpu_devices" in config.mesh:
+    if config.mesh.get("cpu_devices"):
         mesh.use_cpu_devices(config.mesh.cpu_devices)
     level = config.get("optimization_level", "UNKNOWN")
     try:

@@ -1,0 +1,37 @@
+"""The configs of `configs/`: what they say of themselves holds, and the jobs' own checks pass on them."""
+
+from pathlib import Path
+
+import pytest
+
+from d2g_jax import mesh
+from d2g_jax.configuration import read_config
+from d2g_jax.errors import UserError
+from d2g_jax.runs import flatten
+
+FOLDER = Path(__file__).parents[1] / "configs"
+TEACHERS = ("sd15", "sd21", "sdxl")
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_configs_of_stable_diffusion(name):
+    """Every field of the digits but its own sections, nothing left empty that a job needs, flags apply."""
+    config, digits = read_config(FOLDER / f"{name}.py"), read_config(FOLDER / "digits.py")
+    fields = {key for key in flatten(digits.to_dict()) if not key.startswith(("teacher.", "evaluation."))}
+    assert set(flatten(config.to_dict())) == fields
+    assert config.name == name
+    assert all((config.pipeline, config.pairs.prompts, config.loss.metric, config.overfit.metric))
+    t, a = config.train, config.adversarial
+    assert t.batch_size % t.groups == 0
+    assert t.groups % config.mesh.fsdp == 0
+    for images in (t.images, t.checkpoint_every, a.start_images, a.warmup_images):
+        assert images % t.batch_size == 0
+    assert a.start_images + a.warmup_images < t.images
+    assert config.pairs.batch_size % config.mesh.fsdp == 0
+    assert read_config(FOLDER / f"{name}.py", ["--config.mesh.cpu_devices=4"]).mesh.cpu_devices == 4
+
+
+def test_a_single_device_is_told_the_remedy():
+    config = read_config(FOLDER / "sd15.py")
+    with pytest.raises(UserError, match=r"mesh\.fsdp=8 does not divide the 2 devices"):
+        mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
