@@ -84,9 +84,7 @@ _BK_TINY = dataclasses.replace(
 SD15 = Architecture((_CLIP_L,), _SD15, _VAE)
 SD21_BASE = Architecture((_CLIP_H,), _SD21, _VAE)
 SD21 = Architecture((_CLIP_H,), dataclasses.replace(_SD21, sample_size=96), _VAE, "v_prediction")
-SDXL_BASE = Architecture(
-    (_CLIP_L, _CLIP_G), _SDXL, dataclasses.replace(_VAE, sample_size=1024, scaling_factor=0.13025)
-)
+SDXL_BASE = Architecture((_CLIP_L, _CLIP_G), _SDXL, dataclasses.replace(_VAE, sample_size=1024, scaling_factor=0.13025))
 
 KNOWN = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,

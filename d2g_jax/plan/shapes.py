@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from d2g_jax import mesh as meshes
 from d2g_jax import noise, records
@@ -44,10 +45,38 @@ class Shapes:
     batch: dict[str, jax.ShapeDtypeStruct]
     vae: Any
 
-    def trace(self, platform: str) -> dict[str, jax.stages.Traced]:
-        """The run's steps, formulated for "cpu", "gpu" or "tpu"."""
+    def on(self, mesh: meshes.Mesh) -> Shapes:
+        """The same run on another mesh."""
+        placed = lambda tree: meshes.placed_shapes(tree, mesh)  # noqa: E731
+        batch = _split(self.batch, mesh)
+        return dataclasses.replace(
+            self, mesh=mesh, frozen=placed(self.frozen), state=placed(self.state), batch=batch, vae=placed(self.vae)
+        )
+
+    def trace(self, platform: str, names: Sequence[str] | None = None) -> dict[str, jax.stages.Traced]:
+        """The run's steps (of `names` only), formulated for "cpu", "gpu" or "tpu"."""
         with compiling_for(platform):
-            return trace_programs(self.config, self.d, self.frozen, self.state, self.batch, self.mesh, images=0)
+            return trace_programs(
+                self.config, self.d, self.frozen, self.state, self.batch, self.mesh, images=0, names=names
+            )
+
+    def resident_bytes(self) -> dict[str, float]:
+        """What stays on each device from step to step, by what it is."""
+        return {
+            "generator": device_bytes(self.state.generator),
+            "its average": device_bytes(self.state.ema),
+            "its moments": device_bytes(self.state.generator_optimizer),
+            "discriminator": device_bytes(self.state.discriminator),
+            "its own moments": device_bytes(self.state.discriminator_optimizer),
+            "text towers and metric": device_bytes(self.frozen),
+            "VAE": device_bytes(self.vae),
+            "batches": 2 * device_bytes(self.batch),  # the next one is on its way
+        }
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes of a tree of shapes with shardings on one device."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
 def run_shapes(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Shapes:
@@ -63,23 +92,21 @@ def run_shapes(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Sh
         pipeline.params["unet"],
         None if d.discriminator is None else d.discriminator.abstract(),
     )
-    placed = lambda tree: meshes.placed_shapes(tree, mesh)  # noqa: E731
-    batch = batch_shapes(config.train.batch_size, manifest, mesh)
-    return Shapes(config, mesh, d, placed(frozen), placed(state), batch, placed(pipeline.params["vae"]))
+    batch = batch_shapes(config.train.batch_size, manifest)
+    return Shapes(config, mesh, d, frozen, state, batch, pipeline.params["vae"]).on(mesh)
 
 
-def batch_shapes(
-    batch_size: int, manifest: records.Manifest, mesh: jax.sharding.Mesh
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """One global batch as the loop places it."""
+def batch_shapes(batch_size: int, manifest: records.Manifest) -> dict[str, jax.ShapeDtypeStruct]:
+    """One global batch as the loop reads it."""
     tensors = manifest.schema().tensors()
-    sharding = jax.sharding.NamedSharding(mesh, meshes.BATCH)
     fields = {name: tensors[name] for name in ("input_ids", "latents", *manifest.text_shapes)}
-    fields["id"] = ((), jnp.uint32)
-    return {
-        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
-        for name, (shape, dtype) in fields.items()
-    }
+    fields["id"] = ((), np.dtype(np.uint32))
+    return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in fields.items()}
+
+
+def _split(batch: dict[str, jax.ShapeDtypeStruct], mesh: meshes.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    sharding = jax.sharding.NamedSharding(mesh, meshes.BATCH)
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in batch.items()}
 
 
 def planned_manifest(config: ml_collections.ConfigDict, pipeline: Pipeline) -> records.Manifest:

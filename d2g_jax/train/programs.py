@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -53,8 +54,9 @@ def trace_programs(
     batch: dict[str, jax.Array],
     mesh: jax.sharding.Mesh,
     images: int,
+    names: Collection[str] | None = None,
 ) -> dict[str, jax.stages.Traced]:
-    """The steps that a run needs after `images`, traced, under the names of `Programs`.
+    """The steps that a run needs after `images` (of `names` only), traced, under the names of `Programs`.
 
     Of `frozen`, `state` and `batch` only shapes, dtypes and shardings are looked at: `jax.ShapeDtypeStruct`s will do.
     """
@@ -77,6 +79,7 @@ def trace_programs(
     return {
         name: jax.jit(step, donate_argnums=1, out_shardings=out).trace(frozen, *arguments)
         for name, (step, arguments, out) in steps.items()
+        if names is None or name in names
     }
 
 
