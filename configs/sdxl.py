@@ -34,4 +34,5 @@ def get_config() -> ConfigDict:
     c.generator.timestep = 399
     c.adversarial.update(start_images=1_024_000, warmup_images=512_000)
     c.train.update(images=5_120_000, checkpoint_every=256_000, sample_every=256_000)
+    c.train.update(remat="full", micro_batch=4, r1_micro_batch=1)
     return c.lock()

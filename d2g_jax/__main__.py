@@ -1,7 +1,7 @@
 """The `d2g` command: one subcommand per job, nothing else.
 
-Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted, 143 terminated. Every job goes on where it
-stopped when the same command is given again.
+Exit codes: 0 done, 2 bad input (one line on stderr), 75 another process of the job died, 130 interrupted, 143
+terminated. Every job goes on where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
@@ -46,21 +46,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     warnings.formatwarning = _format_warning
     try:
-        return _run(arguments)
+        return _finish(_run(arguments))
     except UserError as error:
-        print(f"d2g: {error}", file=sys.stderr)
-        return 2
+        return _finish(2, str(error))
     except KeyboardInterrupt:
-        print("d2g: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return _finish(130, "interrupted; the same command goes on from here")
     except Terminated:
-        print("d2g: terminated; the same command goes on from here", file=sys.stderr)
-        return 143
+        return _finish(143, "terminated; the same command goes on from here")
+
+
+def _finish(code: int, message: str = "") -> int:
+    """Says how it ended, once for all processes of a job."""
+    if "d2g_jax.distributed" in sys.modules:  # else this process has joined no others, and need not import jax
+        from d2g_jax import distributed
+
+        return distributed.finish(code, message)
+    if message:
+        print(f"d2g: {message}", file=sys.stderr)
+    return code
 
 
 def _format_warning(message: Warning | str, category: type[Warning], *place: Any) -> str:
     """Ours in one line without the place in the source; those of libraries as ever."""
-    return f"d2g: warning: {message}\n" if category is UserWarning else _library_format(message, category, *place)
+    if category is not UserWarning:
+        return _library_format(message, category, *place)
+    # Which process, where there are several: it may be about that one's share of the data.
+    process = sys.modules["d2g_jax.distributed"].process_id() if "d2g_jax.distributed" in sys.modules else 0
+    return f"d2g: {f'process {process}: ' if process else ''}warning: {message}\n"
 
 
 def _run(arguments: list[str]) -> int:
@@ -119,8 +131,11 @@ def _parse_with_config(parser: _Parser, arguments: list[str]) -> tuple[argparse.
     return own, config
 
 
-def _start(config: Any, *, cache: bool = True) -> None:
-    """Device count, XLA's optimisation level and the compilation cache; before the first use of a device."""
+def _start(config: Any, *, cache: bool = True, same: dict[str, Any] | None = None) -> None:
+    """Device count, XLA's optimisation level and the compilation cache; before the first use of a device.
+
+    `same` is for jobs that several processes do together: what must be the same in all of them, beside the config.
+    """
     import jax
 
     from d2g_jax import mesh
@@ -136,6 +151,11 @@ def _start(config: Any, *, cache: bool = True) -> None:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "d2g_jax"))
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if same is not None:
+        from d2g_jax import distributed
+        from d2g_jax.runs import flatten
+
+        distributed.start({**same, **flatten(config.to_dict())})
 
 
 def _demo(arguments: list[str]) -> int:
@@ -169,7 +189,7 @@ def _pairs(arguments: list[str]) -> int:
     parser.add_argument("--workdir", type=as_path, required=True, help="a folder, here or in a bucket (gs://...)")
     parser.add_argument("--dry-run", action="store_true", help="print records, bytes, FLOPs and hours; write nothing")
     own, config = _parse_with_config(parser, arguments)
-    _start(config)
+    _start(config, same={"job": "pairs", "--workdir": str(own.workdir)})
     if own.dry_run:
         from d2g_jax.pairs.estimate import estimate
 
@@ -218,7 +238,7 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--pairs", help="folder of pairs, here or in a bucket; default WORKDIR/pairs/1.0.0")
     own, config = _parse_with_config(parser, arguments)
-    _start(config)
+    _start(config, same={"job": "train", "--workdir": str(own.workdir), "--pairs": str(own.pairs)})
     from d2g_jax.pairs import FOLDER
     from d2g_jax.train import train
 

@@ -117,6 +117,7 @@ def optimizer() -> ConfigDict:
                 "weight_decay": 0.01,
                 "warmup_images": 512_000,
                 "gradient_clip": 10.0,
+                "moment_dtype": "float32",  # of Adam's first moments; bfloat16 saves two bytes a parameter
             },
             "discriminator": {
                 "learning_rate": 1e-5,
@@ -125,6 +126,7 @@ def optimizer() -> ConfigDict:
                 "weight_decay": 0.0,
                 "warmup_images": 512_000,
                 "gradient_clip": 10.0,
+                "moment_dtype": "float32",
             },
         }
     )
@@ -138,7 +140,12 @@ def train() -> ConfigDict:
             "batch_size": 1024,  # the paper's
             "groups": 64,  # logical groups of the batch; R1 takes one sample of each. A multiple of the devices
             "dtype": "bfloat16",  # of the networks' arithmetic; parameters, optimisers, losses and R1 are float32
-            "remat": False,
+            # What of its share a device takes at once, gradients summed: None for all. R1 is float32 and differentiated
+            # twice, and has a number of its own.
+            "micro_batch": config_dict.placeholder(int),
+            "r1_micro_batch": config_dict.placeholder(int),
+            # What the backward pass computes again: none, dots (all but products with weights), full (all of a block).
+            "remat": "none",
             "compile_workers": 1,  # programs compiled at once, at the price of their compilers' memory
             "ema_half_life_images": 500_000.0,  # about a decay of 0.999 at batch 1024; not in the paper
             "log_every": 10_240,

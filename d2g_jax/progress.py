@@ -1,4 +1,7 @@
-"""Progress of a long job: a bar on a terminal, plain lines elsewhere; both show rate and time left."""
+"""Progress of a long job: a bar on a terminal, plain lines elsewhere; both show rate and time left.
+
+Of several processes the first one shows its own.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from d2g_jax import distributed
 
 T = TypeVar("T")
 
@@ -22,7 +27,9 @@ class Progress:
         self._first = self._done = done
         self._start = self._last_line = time.monotonic()
         self._note = ""
-        self._bar = tqdm(desc=label, total=total, initial=done, unit=unit) if sys.stderr.isatty() else None
+        self._shown = distributed.process_id() == 0
+        terminal = self._shown and sys.stderr.isatty()
+        self._bar = tqdm(desc=label, total=total, initial=done, unit=unit) if terminal else None
 
     def __enter__(self) -> Progress:
         return self
@@ -59,6 +66,8 @@ class Progress:
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
+        if not self._shown:
+            return
         rate = (self._done - self._first) / max(self._last_line - self._start, 1e-9)
         left = (self._total - self._done) / rate if rate else float("inf")
         text = f"{self._label}: {self._done}/{self._total} {self._unit}, {rate:.1f} {self._unit}/s, {left:.0f} s left"

@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from d2g_jax.errors import UserError
 from d2g_jax.models.network import Params
+
+MOMENT_DTYPES = ("float32", "bfloat16")
+"""Of Adam's first moments. The second ones stay float32: in bfloat16 a decay of 0.1% a step would round to nothing."""
 
 
 @jax.tree_util.register_dataclass
@@ -48,11 +52,24 @@ def _adam(config: ml_collections.ConfigDict, learning_rate: float, batch_size: i
     b1, b2 = config.betas
     # The first update already moves: a schedule that starts at exactly zero wastes a step.
     schedule = _warmup(learning_rate, config.warmup_images // batch_size)
-    return optax.adamw(lambda count: schedule(count + 1), b1, b2, weight_decay=config.weight_decay)
+    if config.moment_dtype not in MOMENT_DTYPES:
+        raise UserError(
+            f"moment_dtype={config.moment_dtype!r} of an optimizer; choose one of {', '.join(MOMENT_DTYPES)}"
+        )
+    return optax.adamw(
+        lambda count: schedule(count + 1),
+        b1,
+        b2,
+        weight_decay=config.weight_decay,
+        mu_dtype=jnp.dtype(config.moment_dtype),
+    )
 
 
 def generator_optimizer(config: ml_collections.ConfigDict, batch_size: int) -> optax.GradientTransformation:
-    """AdamW with warm-up and a cap on the global gradient norm, from `config.optimizer.generator`."""
+    """AdamW with warm-up and a cap on the global gradient norm, from `config.optimizer.generator`.
+
+    Raises `UserError` for an unknown `moment_dtype`.
+    """
     return optax.chain(optax.clip_by_global_norm(config.gradient_clip), _adam(config, config.learning_rate, batch_size))
 
 

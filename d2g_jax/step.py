@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from d2g_jax import adversarial, noise
+from d2g_jax.accumulation import accumulate
 from d2g_jax.conditioning import Conditioning
 from d2g_jax.diffusion import Schedule, one_step
 from d2g_jax.models.network import Network, Params
+from d2g_jax.models.sharding import shards
 from d2g_jax.state import TrainState, ema_decay, update_ema
 
 Batch = dict[str, jax.Array]
@@ -41,6 +43,7 @@ class Distillation:
       r1_gamma, r1_interval, mix_and_match: the discriminator's regularisers.
       groups: logical groups of the batch (see mesh.py).
       batch_size: images per step, all processes together.
+      micro_batch, r1_micro_batch: samples that a device takes at once (see accumulation.py); None for all.
       ema_half_life_images: of the generator's average.
       seed: training seed; noise_seed: the seed that the pairs were made with.
       stored_text: a batch to `Conditioning`, where the records hold the text embeddings; then no text tower runs.
@@ -64,10 +67,17 @@ class Distillation:
     ema_half_life_images: float
     seed: int
     noise_seed: int
+    micro_batch: int | None = None
+    r1_micro_batch: int | None = None
     stored_text: Callable[[Batch], Conditioning] | None = None
 
     def key(self, purpose: str, step: jax.Array) -> jax.Array:
         return jax.random.fold_in(noise.purpose_key(self.seed, purpose), step)
+
+    def sample_keys(self, purpose: str, step: jax.Array) -> jax.Array:
+        """One key for each place in the batch: (B,)."""
+        key = self.key(purpose, step)
+        return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(self.batch_size))
 
 
 @jax.tree_util.register_dataclass
@@ -127,30 +137,41 @@ def g_step(
     Returns:
       The new state, the generated latents (B, h, w, C) without gradient, and float32 scalars.
     """
-    c = condition(d, frozen, batch)
-    generated, pull_back = jax.vjp(lambda params: generate(d, params, c.noise, c.text), state.generator)
+    c, keys = condition(d, frozen, batch), d.sample_keys("augmentation", state.step)
 
-    key = d.key("augmentation", state.step)
-    regress = lambda x: jnp.mean(d.regression(frozen.metric, key, x, c.target))  # noqa: E731
-    regression, output_gradient = jax.value_and_grad(regress)(generated)
+    def gradient_of(c: Condition, keys: jax.Array) -> tuple[Params, dict[str, jax.Array]]:
+        generated, pull_back = jax.vjp(lambda params: generate(d, params, c.noise, c.text), state.generator)
+
+        def regress(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            losses = d.regression(frozen.metric, keys, x, c.target)
+            return jnp.sum(losses) / d.batch_size, losses
+
+        def convince(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits = d.discriminator.apply(state.discriminator, x, c.noise, *c.text)
+            losses = adversarial.generator_loss(logits)
+            return jnp.sum(losses) / d.batch_size, losses
+
+        output_gradient, losses = jax.grad(regress, has_aux=True)(generated)
+        values = {"generated": generated, "regression": losses, "regression_gradient": output_gradient}
+        if with_adversary:
+            fooling_gradient, losses = jax.grad(convince, has_aux=True)(generated)
+            values |= {"adversarial": losses, "adversarial_gradient": fooling_gradient}
+            output_gradient = output_gradient + d.adversarial_weight * fooling_gradient
+        return pull_back(output_gradient)[0], values
+
+    gradient, values = accumulate(gradient_of, d.batch_size, d.micro_batch, c, keys)
+    generated = values["generated"]
     metrics = {
-        "loss_regression": regression,
-        "gradient_regression": optax.tree.norm(output_gradient),
+        "loss_regression": jnp.mean(values["regression"]),
+        "gradient_regression": optax.tree.norm(values["regression_gradient"]),
         "latent_mse": jnp.mean(jnp.square(generated - c.target)),
         "latent_std": jnp.std(generated),
         "target_std": jnp.std(c.target),
+        "gradient_generator": optax.tree.norm(gradient),
     }
     if with_adversary:
-        convince = lambda x: jnp.mean(  # noqa: E731
-            adversarial.generator_loss(d.discriminator.apply(state.discriminator, x, c.noise, *c.text))
-        )
-        fooling, fooling_gradient = jax.value_and_grad(convince)(generated)
-        output_gradient = output_gradient + d.adversarial_weight * fooling_gradient
-        metrics["loss_adversarial"] = fooling
-        metrics["gradient_adversarial"] = d.adversarial_weight * optax.tree.norm(fooling_gradient)
-
-    (gradient,) = pull_back(output_gradient)
-    metrics["gradient_generator"] = optax.tree.norm(gradient)
+        metrics["loss_adversarial"] = jnp.mean(values["adversarial"])
+        metrics["gradient_adversarial"] = d.adversarial_weight * optax.tree.norm(values["adversarial_gradient"])
     updates, optimizer_state = d.generator_optimizer.update(gradient, state.generator_optimizer, state.generator)
     params = optax.apply_updates(state.generator, updates)
     images = state.images + d.batch_size
@@ -185,36 +206,43 @@ def d_step(
     fake, fake_noise, fake_text = adversarial.mix_and_match(
         d.key("mix and match", state.step), d.mix_and_match, d.groups, generated, c.target, c.noise, c.text, c.input_ids
     )
-    latents, drawn, text = jax.tree.map(
-        lambda real, fake: _interleave(real, fake, d.groups), (c.target, c.noise, c.text), (fake, fake_noise, fake_text)
+
+    def gradient_of(
+        real: tuple[jax.Array, jax.Array, Conditioning], fake: tuple[jax.Array, jax.Array, Conditioning]
+    ) -> tuple[Params, dict[str, jax.Array]]:
+        latents, drawn, text = jax.tree.map(_interleave, real, fake)
+
+        def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+            maps = d.discriminator.apply(params, latents, drawn, *text)
+            real_maps, fake_maps = zip(*(_separate(m) for m in maps), strict=True)
+            losses = adversarial.discriminator_loss(real_maps, fake_maps)
+            real, fake = adversarial.realness(real_maps), adversarial.realness(fake_maps)
+            return jnp.sum(losses) / d.batch_size, {"loss": losses, "real": real, "fake": fake}
+
+        return jax.grad(loss, has_aux=True)(state.discriminator)
+
+    gradient, values = accumulate(
+        gradient_of, d.batch_size, d.micro_batch, (c.target, c.noise, c.text), (fake, fake_noise, fake_text)
     )
-
-    def loss(params: Params) -> tuple[jax.Array, Metrics]:
-        maps = d.discriminator.apply(params, latents, drawn, *text)
-        real_maps, fake_maps = zip(*(_separate(m, d.groups) for m in maps), strict=True)
-        value = jnp.mean(adversarial.discriminator_loss(real_maps, fake_maps))
-        real, fake = adversarial.realness(real_maps), adversarial.realness(fake_maps)
-        return value, {
-            "loss_discriminator": value,
-            "logit_real": jnp.mean(real),
-            "logit_fake": jnp.mean(fake),
-            "discriminator_wins": 0.5 * (jnp.mean(real > 0.0) + jnp.mean(fake < 0.0)),
-        }
-
-    gradient, metrics = jax.grad(loss, has_aux=True)(state.discriminator)
-    metrics["gradient_discriminator"] = optax.tree.norm(gradient)
+    metrics = {
+        "loss_discriminator": jnp.mean(values["loss"]),
+        "logit_real": jnp.mean(values["real"]),
+        "logit_fake": jnp.mean(values["fake"]),
+        "discriminator_wins": 0.5 * (jnp.mean(values["real"] > 0.0) + jnp.mean(values["fake"] < 0.0)),
+        "gradient_discriminator": optax.tree.norm(gradient),
+    }
     return _update_discriminator(d, state, gradient), metrics
 
 
-def _interleave(real: jax.Array, fake: jax.Array, groups: int) -> jax.Array:
-    """(B, ...) twice to (2B, ...), group by group: a plain concatenation would move half the batch between devices."""
-    split = lambda x: x.reshape(groups, -1, *x.shape[1:])  # noqa: E731
+def _interleave(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """(B, ...) twice to (2B, ...), device by device: a plain concatenation would move half the batch between them."""
+    split = lambda x: x.reshape(shards(), -1, *x.shape[1:])  # noqa: E731
     return jnp.concatenate([split(real), split(fake)], axis=1).reshape(-1, *real.shape[1:])
 
 
-def _separate(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+def _separate(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The inverse of `_interleave`."""
-    real, fake = jnp.split(x.reshape(groups, -1, *x.shape[1:]), 2, axis=1)
+    real, fake = jnp.split(x.reshape(shards(), -1, *x.shape[1:]), 2, axis=1)
     return real.reshape(-1, *x.shape[1:]), fake.reshape(-1, *x.shape[1:])
 
 
@@ -223,11 +251,15 @@ def r1_step(d: Distillation, frozen: Frozen, state: TrainState, batch: Batch) ->
     one = {name: adversarial.first_of_each_group(value, d.groups) for name, value in batch.items()}
     c = condition(d, frozen, one)
 
-    def loss(params: Params) -> jax.Array:
-        realness_of = lambda x: adversarial.realness(  # noqa: E731
-            d.discriminator_plain.apply(params, x, c.noise, *c.text)
-        )
-        return 0.5 * d.r1_gamma * d.r1_interval * jnp.mean(adversarial.r1_penalty(realness_of, c.target))
+    def gradient_of(c: Condition) -> tuple[Params, jax.Array]:
+        def loss(params: Params) -> tuple[jax.Array, jax.Array]:
+            realness_of = lambda x: adversarial.realness(  # noqa: E731
+                d.discriminator_plain.apply(params, x, c.noise, *c.text)
+            )
+            penalties = adversarial.r1_penalty(realness_of, c.target)
+            return 0.5 * d.r1_gamma * d.r1_interval * jnp.sum(penalties) / d.groups, penalties
 
-    value, gradient = jax.value_and_grad(loss)(state.discriminator)
-    return _update_discriminator(d, state, gradient), {"loss_r1": value / d.r1_interval}
+        return jax.grad(loss, has_aux=True)(state.discriminator)
+
+    gradient, penalties = accumulate(gradient_of, d.groups, d.r1_micro_batch, c)
+    return _update_discriminator(d, state, gradient), {"loss_r1": 0.5 * d.r1_gamma * jnp.mean(penalties)}

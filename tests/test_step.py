@@ -42,8 +42,8 @@ TEXT = clip.ClipTextConfig(
 
 
 @functools.cache
-def problem():
-    """(static half, frozen parameters, first state, batch), all on the host's default device."""
+def problem(size=BATCH, groups=4):
+    """(static half, frozen parameters, first state, batch of `size`), all on the host's default device."""
     d_config = discriminator.DiscriminatorConfig(UNET, head_channels=8)
     rates = optimizer()
     rates.generator.warmup_images = rates.discriminator.warmup_images = 0
@@ -56,14 +56,14 @@ def problem():
         schedule=Schedule.from_config(SCHEDULER),
         timestep=999,
         regression=lambda metric, key, a, b: mse(a, b),
-        generator_optimizer=generator_optimizer(rates.generator, BATCH),
-        discriminator_optimizer=discriminator_optimizer(rates.discriminator, BATCH),
+        generator_optimizer=generator_optimizer(rates.generator, size),
+        discriminator_optimizer=discriminator_optimizer(rates.discriminator, size),
         adversarial_weight=0.1,
         r1_gamma=100.0,  # large enough to be seen to work within a few steps
         r1_interval=16,
         mix_and_match=0.25,
-        groups=4,
-        batch_size=BATCH,
+        groups=groups,
+        batch_size=size,
         ema_half_life_images=100.0,
         seed=0,
         noise_seed=5,
@@ -79,9 +79,9 @@ def problem():
     state = create_state(teacher, d.generator_optimizer, adversary, d.discriminator_optimizer)
     rng = np.random.default_rng(0)
     batch = {
-        "id": np.arange(BATCH, dtype=np.uint32),
-        "input_ids": rng.integers(0, 14, (BATCH, 4)).astype(np.int32),
-        "latents": rng.standard_normal((BATCH, 4, 4, 4)).astype(np.float16),
+        "id": np.arange(size, dtype=np.uint32),
+        "input_ids": rng.integers(0, 14, (size, 4)).astype(np.int32),
+        "latents": rng.standard_normal((size, 4, 4, 4)).astype(np.float16),
     }
     return d, frozen, state, batch
 

@@ -99,7 +99,7 @@ class Discriminator(nnx.Module):
         *,
         dtype: Any = jnp.float32,
         attention: str = "auto",
-        remat: bool = False,
+        remat: str = "none",
         with_backbone: bool = True,
         rngs: Keys,
     ):
@@ -153,7 +153,7 @@ class Discriminator(nnx.Module):
 
 
 def build(
-    config: DiscriminatorConfig, dtype: Any = jnp.float32, attention: str = "auto", remat: bool = False
+    config: DiscriminatorConfig, dtype: Any = jnp.float32, attention: str = "auto", remat: str = "none"
 ) -> Network:
     """The discriminator as a `Network`. Build a second one with `attention="plain"` for R1's second derivatives."""
     kw = {"dtype": dtype, "attention": attention, "remat": remat}

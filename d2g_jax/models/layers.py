@@ -18,18 +18,38 @@ from d2g_jax.errors import UserError
 from d2g_jax.models.initializers import Initializer, full, torch_uniform
 from d2g_jax.models.network import Keys
 from d2g_jax.models.platform import platform
+from d2g_jax.models.sharding import by_sample
 
 Padding = int | tuple[tuple[int, int], tuple[int, int]]
 
 ATTENTIONS = ("auto", "xla", "cudnn", "plain")
 
 
-def remat_call(remat: bool, module: nnx.Module, *args: Any) -> Any:
-    """`module(*args)`, with its activations recomputed in the backward pass when `remat`."""
-    if not remat:
+REMATS = ("none", "dots", "full")
+"""What of a block the backward pass computes again: nothing; all but its products with weights; all but its inputs."""
+
+
+def check_remat(remat: str) -> None:
+    """Raises `UserError` unless `remat` is one of `REMATS`."""
+    if remat not in REMATS:
+        raise UserError(f"train.remat is {remat!r}; choose one of {', '.join(REMATS)}")
+
+
+def remat_call(remat: str, module: nnx.Module, *args: Any) -> Any:
+    """`module(*args)`, of whose activations the backward pass keeps what `remat`, one of `REMATS`, says."""
+    check_remat(remat)
+    if remat == "none":
         return module(*args)
     graphdef, state = nnx.split(module)
-    return jax.checkpoint(lambda state, *args: nnx.merge(graphdef, state)(*args))(state, *args)
+    policy = _is_product_with_weights if remat == "dots" else None
+    return jax.checkpoint(lambda state, *args: nnx.merge(graphdef, state)(*args), policy=policy)(state, *args)
+
+
+def _is_product_with_weights(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Linear layers and convolutions, but not attention's products, whose results are the largest of all."""
+    if primitive.name == "conv_general_dilated":
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
 
 
 class Linear(nnx.Module):
@@ -43,7 +63,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        y = by_sample(x.astype(self.dtype) @ self.kernel[...].astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -104,7 +124,8 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(self.dtype)
         function = convolve_by_matmul if prefers_matmul(x.shape, kernel.shape) else convolve
-        return function(x.astype(self.dtype), kernel, self.stride, self.padding) + self.bias[...].astype(self.dtype)
+        y = by_sample(function(x.astype(self.dtype), kernel, self.stride, self.padding))
+        return y + self.bias[...].astype(self.dtype)
 
 
 class GroupNorm(nnx.Module):
@@ -368,7 +389,7 @@ class Transformer2DModel(nnx.Module):
         use_linear_projection: bool = False,
         upcast: bool = False,
         attention: str = "auto",
-        remat: bool = False,
+        remat: str = "none",
         dtype: Any = jnp.float32,
         rngs: Keys,
     ):

@@ -32,7 +32,7 @@ __all__ = ["UNet2DConditionModel", "UNetBackbone", "UNetConfig", "build"]
 class _Factory:
     """Makes the layers of one UNet: what they have in common is said once."""
 
-    def __init__(self, config: UNetConfig, dtype: Any, attention: str, remat: bool, rngs: Keys):
+    def __init__(self, config: UNetConfig, dtype: Any, attention: str, remat: str, rngs: Keys):
         self.config, self.attention, self.remat = config, attention, remat
         self.kw = {"dtype": dtype, "rngs": rngs}
 
@@ -140,7 +140,7 @@ class UpBlock(nnx.Module):
 class UNetBackbone(nnx.Module):
     """The UNet without its output norm and convolution."""
 
-    def __init__(self, config: UNetConfig, *, dtype: Any, attention: str, remat: bool, rngs: Keys):
+    def __init__(self, config: UNetConfig, *, dtype: Any, attention: str, remat: str, rngs: Keys):
         make = _Factory(config, dtype, attention, remat, rngs)
         widths, width = config.block_out_channels, config.block_out_channels[0]
         self.config, self.dtype = config, dtype
@@ -213,7 +213,7 @@ class UNetBackbone(nnx.Module):
 class UNet2DConditionModel(UNetBackbone):
     """Predicts noise, velocity or sample, as the model was trained to."""
 
-    def __init__(self, config: UNetConfig, *, dtype: Any, attention: str, remat: bool, rngs: Keys):
+    def __init__(self, config: UNetConfig, *, dtype: Any, attention: str, remat: str, rngs: Keys):
         super().__init__(config, dtype=dtype, attention=attention, remat=remat, rngs=rngs)
         width = config.block_out_channels[0]
         self.conv_norm_out = GroupNorm(config.norm_num_groups, width, config.norm_eps, dtype=dtype)
@@ -238,7 +238,7 @@ class UNet2DConditionModel(UNetBackbone):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(hidden)))
 
 
-def build(config: UNetConfig, dtype: Any = jnp.float32, attention: str = "auto", remat: bool = False) -> Network:
-    """The UNet as a `Network`; `remat` recomputes resnets and transformer blocks in the backward pass."""
+def build(config: UNetConfig, dtype: Any = jnp.float32, attention: str = "auto", remat: str = "none") -> Network:
+    """The UNet as a `Network`; `remat`, one of `layers.REMATS`, is for its resnets and transformer blocks."""
     kw = {"dtype": dtype, "attention": attention, "remat": remat}
     return Network.build(config, lambda rngs: UNet2DConditionModel(config, **kw, rngs=rngs))

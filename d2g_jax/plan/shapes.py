@@ -81,7 +81,8 @@ def device_bytes(tree: Any) -> float:
 
 def run_shapes(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Shapes:
     """The shapes of `d2g train --config=...` on a mesh; raises `UserError` as that would before its first step."""
-    meshes.check_batch(mesh, config.train.batch_size, config.train.groups)
+    t = config.train
+    meshes.check_batch(mesh, t.batch_size, t.groups, t.micro_batch, t.r1_micro_batch)
     pipeline = abstract_pipeline(config.pipeline)
     manifest = planned_manifest(config, pipeline)
     d, frozen = build(config, pipeline, manifest, abstract_metric(config.loss))

@@ -41,7 +41,8 @@ def compile_programs(
     A program is traced under Python's lock and compiled without it, so `train.compile_workers` threads share the work.
     """
     traced = trace_programs(config, d, frozen, state, batch, mesh, int(state.images))
-    lowered = {name: program.lower() for name, program in traced.items()}
+    with meshes.traced_for(mesh):
+        lowered = {name: program.lower() for name, program in traced.items()}
     with ThreadPoolExecutor(config.train.compile_workers) as pool:
         return Programs(**dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)))
 
@@ -76,11 +77,12 @@ def trace_programs(
         steps["d"] = (functools.partial(d_step, d), (state, batch, generated), (of(state), None))
     if adversary and a.r1_gamma:
         steps["r1"] = (functools.partial(r1_step, d), (state, batch), (of(state), None))
-    return {
-        name: jax.jit(step, donate_argnums=1, out_shardings=out).trace(frozen, *arguments)
-        for name, (step, arguments, out) in steps.items()
-        if names is None or name in names
-    }
+    with meshes.traced_for(mesh):
+        return {
+            name: jax.jit(step, donate_argnums=1, out_shardings=out).trace(frozen, *arguments)
+            for name, (step, arguments, out) in steps.items()
+            if names is None or name in names
+        }
 
 
 def without_adversary(state: TrainState) -> TrainState:

@@ -17,6 +17,7 @@ from d2g_jax.diffusion import Schedule
 from d2g_jax.errors import UserError
 from d2g_jax.models import discriminator as discriminators
 from d2g_jax.models import unet as unets
+from d2g_jax.models.layers import check_remat
 from d2g_jax.perceptual import LatentLPIPS, regression_loss
 from d2g_jax.pipeline import Pipeline
 from d2g_jax.state import TrainState, create_state, discriminator_optimizer, generator_optimizer
@@ -58,6 +59,7 @@ def build(
     `metric` None: the one that `loss.metric` names is read, if the loss needs one.
     """
     dtype = jnp.dtype(config.train.dtype)
+    check_remat(config.train.remat)
     unet_config = pipeline.unet.config
     adversary: dict[str, Any] = {"discriminator": None, "discriminator_plain": None, "discriminator_optimizer": None}
     if config.adversarial.weight:
@@ -94,6 +96,8 @@ def build(
         r1_interval=config.adversarial.r1_interval,
         mix_and_match=config.adversarial.mix_and_match,
         groups=config.train.groups,
+        micro_batch=config.train.micro_batch,
+        r1_micro_batch=config.train.r1_micro_batch,
         batch_size=config.train.batch_size,
         ema_half_life_images=config.train.ema_half_life_images,
         seed=config.seed,

@@ -158,7 +158,7 @@ def test_ablations_leave_out_their_layers():
 
 
 def test_sd15_has_twelve_heads_and_sdxl_nine():
-    sd15 = discriminator.build(DiscriminatorConfig(UNetConfig(cross_attention_dim=768)), jnp.bfloat16, remat=True)
+    sd15 = discriminator.build(DiscriminatorConfig(UNetConfig(cross_attention_dim=768)), jnp.bfloat16, remat="full")
     text = jax.ShapeDtypeStruct((1, 77, 768), jnp.float32)
     latents = jax.ShapeDtypeStruct((1, 64, 64, 4), jnp.float32)
     maps = jax.eval_shape(sd15.apply, sd15.abstract(), latents, latents, text)

@@ -77,7 +77,15 @@ def test_transformer(linear):
     context = normal(1, 2, 7, 10)
 
     def make(rngs):
-        kw = dict(heads=2, depth=1, context_dim=10, groups=4, attention="plain", upcast=linear, remat=not linear)
+        kw = dict(
+            heads=2,
+            depth=1,
+            context_dim=10,
+            groups=4,
+            attention="plain",
+            upcast=linear,
+            remat="none" if linear else "full",
+        )
         return layers.Transformer2DModel(16, use_linear_projection=linear, **kw, rngs=rngs)
 
     extra = {"encoder_hidden_states": torch.from_numpy(context), "return_dict": False}

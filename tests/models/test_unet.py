@@ -256,7 +256,7 @@ def test_sdxl_without_its_conditions_is_refused():
 
 
 def test_bfloat16_remat_and_int_timesteps_keep_the_interface():
-    network = unet.build(UNetConfig(**SD1), dtype=jnp.bfloat16, remat=True)
+    network = unet.build(UNetConfig(**SD1), dtype=jnp.bfloat16, remat="full")
     latents, timesteps, text, _ = batch(network.config, 8, 8)
     assert {leaf.dtype for leaf in jax.tree.leaves(network.abstract())} == {jnp.dtype(jnp.float32)}
     jaxpr = jax.make_jaxpr(network.apply)(network.abstract(), latents, timesteps, text)
