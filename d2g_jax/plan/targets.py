@@ -115,7 +115,7 @@ def devices(target: Target) -> Sequence[jax.Device] | None:
     try:
         described = topologies.get_topology_desc(target.topology, platform="tpu").devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
         raise UserError(f"--topology={target.topology}: libtpu describes no such slice ({reason})") from error
     if len(described) != target.count:
         raise UserError(f"--topology={target.topology}: libtpu describes {len(described)} devices, not {target.count}")
@@ -143,13 +143,19 @@ def libtpu_version() -> str | None:
 
 @contextmanager
 def described_tpu() -> Iterator[None]:
-    """The environment in which libtpu compiles and looks for no TPU.
+    """The environment in which libtpu compiles and looks for no TPU; what the user has set stays.
 
-    Without TPU_SKIP_MDS_QUERY it asks the metadata server of a cloud that is not there, for half a minute. A process
-    that has loaded libtpu keeps others on the host from it, unless both set ALLOW_MULTIPLE_LIBTPU_LOAD: nothing runs on
-    a TPU here, so that is safe.
+    Without TPU_SKIP_MDS_QUERY it asks the metadata server of a cloud that is not there, for half a minute, and without
+    the names of a host and a slice it complains that there is none. A process that has loaded libtpu keeps others on
+    the host from it, unless both set ALLOW_MULTIPLE_LIBTPU_LOAD: nothing runs on a TPU here, so that is safe.
     """
-    wanted = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled"}
+    wanted = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_LOG_DIR": "disabled",
+    }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update({name: value for name, value in wanted.items() if before[name] is None})
     try:
