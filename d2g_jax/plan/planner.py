@@ -94,8 +94,7 @@ def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def calls_per_iteration(config: ml_collections.ConfigDict, programs: Mapping[str, Any]) -> dict[str, float]:
     """How often each step runs in an iteration once the adversary has started."""
-    each = {"g_regression": 0.0 if "g_adversarial" in programs else 1.0, "r1": 1.0 / config.adversarial.r1_interval}
-    return {name: each.get(name, 1.0) for name in programs}
+    return {name: 1.0 / config.adversarial.r1_interval if name == "r1" else 1.0 for name in programs}
 
 
 def with_settings(config: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,12 +52,11 @@ class Shapes:
             self, mesh=mesh, frozen=placed(self.frozen), state=placed(self.state), batch=batch, vae=placed(self.vae)
         )
 
-    def trace(self, platform: str, names: Sequence[str] | None = None) -> dict[str, jax.stages.Traced]:
-        """The run's steps (of `names` only), formulated for "cpu", "gpu" or "tpu"."""
+    def trace(self, platform: str) -> dict[str, jax.stages.Traced]:
+        """The run's planned steps, formulated for "cpu", "gpu" or "tpu"."""
+        arguments = self.config, self.d, self.frozen, self.state, self.batch, self.mesh
         with compiling_for(platform):
-            return trace_programs(
-                self.config, self.d, self.frozen, self.state, self.batch, self.mesh, images=0, names=names
-            )
+            return trace_programs(*arguments, images=0, names=planned_steps(self.config))
 
     def resident_bytes(self) -> dict[str, float]:
         """What stays on each device from step to step, by what it is."""
@@ -77,6 +75,16 @@ class Shapes:
 def device_bytes(tree: Any) -> float:
     """Bytes of a tree of shapes with shardings on one device."""
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def planned_steps(config: ml_collections.ConfigDict) -> tuple[str, ...] | None:
+    """Names of the steps that are planned; None for all that a run has.
+
+    Of a run with an adversary not "g_regression", which "g_adversarial" contains: it takes less of everything.
+    """
+    a = config.adversarial
+    fools = bool(a.weight) and config.train.images > a.start_images + a.warmup_images
+    return ("g_adversarial", "d", "r1") if fools else None
 
 
 def run_shapes(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Shapes:

@@ -171,7 +171,7 @@ def _flatten(jaxpr: core.Jaxpr, environment: dict[core.Var, _Value], shares: Sha
     for eqn in jaxpr.eqns:
         inputs = tuple(environment[v] for v in eqn.invars if not isinstance(v, core.Literal))
         inner = next((eqn.params[key] for key in _INLINED if key in eqn.params), None)
-        if inner is None or eqn.primitive.name in _LOOPS:
+        if inner is None or eqn.primitive.name in _LOOPS or eqn.primitive.name.startswith("reduce"):
             outputs = tuple(_value(var.aval, shares) for var in eqn.outvars)
             environment.update(zip(eqn.outvars, outputs, strict=True))
             yield _Op(eqn.primitive.name, eqn.params, inputs, outputs)
