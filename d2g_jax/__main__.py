@@ -54,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _finish(130, "interrupted; the same command goes on from here")
     except Terminated:
         return _finish(143, "terminated; the same command goes on from here")
+    except Exception:
+        if "d2g_jax.distributed" in sys.modules:
+            from d2g_jax import distributed
+
+            distributed.crash()
+        raise
 
 
 def _finish(code: int, message: str = "") -> int:
@@ -65,6 +71,14 @@ def _finish(code: int, message: str = "") -> int:
     if message:
         print(f"d2g: {message}", file=sys.stderr)
     return code
+
+
+def _print_once(result: object) -> None:
+    """Where a job's result is, from the first of its processes."""
+    from d2g_jax import distributed
+
+    if distributed.process_id() == 0:
+        print(result)
 
 
 def _format_warning(message: Warning | str, category: type[Warning], *place: Any) -> str:
@@ -199,7 +213,7 @@ def _pairs(arguments: list[str]) -> int:
         return 0
     from d2g_jax.pairs import make_pairs
 
-    print(make_pairs(config, own.workdir))
+    _print_once(make_pairs(config, own.workdir))
     return 0
 
 
@@ -245,7 +259,7 @@ def _train(arguments: list[str]) -> int:
     from d2g_jax.train import train
 
     train(config, own.workdir, own.pairs or own.workdir / FOLDER)
-    print(own.workdir / "report.html")
+    _print_once(own.workdir / "report.html")
     return 0
 
 

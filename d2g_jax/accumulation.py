@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from d2g_jax import mesh as meshes
+from d2g_jax.models.network import Params
 from d2g_jax.models.sharding import by_sample, shards
 
 
@@ -31,11 +32,16 @@ def count_parts(samples: int, micro_batch: int | None) -> int:
 
 
 def accumulate(
-    gradient_of: Callable[..., tuple[Any, Any]], samples: int, micro_batch: int | None, *arguments: Any
-) -> tuple[Any, Any]:
+    gradient_of: Callable[..., tuple[Params, Any]],
+    params: Params,
+    samples: int,
+    micro_batch: int | None,
+    *arguments: Any,
+) -> tuple[Params, Any]:
     """The sum over parts of the first result of `gradient_of`, and the second results put together.
 
     Args:
+      params: what the gradient is taken by; it has their shapes, dtypes and shardings.
       gradient_of: called with the same part of all `arguments`; gives a gradient, which is a sum over the part's
         samples (a mean over the batch is one divided by the whole batch's size), and a tree of values per sample
         (b, ...).
@@ -48,12 +54,11 @@ def accumulate(
         return meshes.constrain(gradient), values
     stacked = jax.tree.map(lambda x: _split(x, parts), arguments)
 
-    def add(total: Any, part: Any) -> tuple[Any, Any]:
+    def add(total: Params, part: Any) -> tuple[Params, Any]:
         gradient, values = gradient_of(*part)
         return meshes.constrain(jax.tree.map(jnp.add, total, gradient)), values
 
-    shapes = jax.eval_shape(lambda part: gradient_of(*part)[0], jax.tree.map(lambda x: x[0], stacked))
-    zeros = meshes.constrain(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    zeros = meshes.constrain(jax.tree.map(jnp.zeros_like, params))
     total, values = jax.lax.scan(add, zeros, stacked)
     return total, jax.tree.map(_join, values)
 

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -186,6 +187,18 @@ def finish(code: int, message: str = "") -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def crash() -> None:
+    """For an `except` clause: with other processes, prints the exception, ends this process and takes them along.
+
+    Where another process has died, a collective may fail here before the watch knows which: it gets the time to say so.
+    Alone, this returns, and the exception is the caller's to raise.
+    """
+    if _client() is not None:
+        traceback.print_exc()
+        time.sleep((_PATIENCE + 1) * _POLL_SECONDS)
+        finish(1, "ended by the exception above")
 
 
 class _Watch:

@@ -159,7 +159,7 @@ def g_step(
             output_gradient = output_gradient + d.adversarial_weight * fooling_gradient
         return pull_back(output_gradient)[0], values
 
-    gradient, values = accumulate(gradient_of, d.batch_size, d.micro_batch, c, keys)
+    gradient, values = accumulate(gradient_of, state.generator, d.batch_size, d.micro_batch, c, keys)
     generated = values["generated"]
     metrics = {
         "loss_regression": jnp.mean(values["regression"]),
@@ -221,9 +221,8 @@ def d_step(
 
         return jax.grad(loss, has_aux=True)(state.discriminator)
 
-    gradient, values = accumulate(
-        gradient_of, d.batch_size, d.micro_batch, (c.target, c.noise, c.text), (fake, fake_noise, fake_text)
-    )
+    real, fake = (c.target, c.noise, c.text), (fake, fake_noise, fake_text)
+    gradient, values = accumulate(gradient_of, state.discriminator, d.batch_size, d.micro_batch, real, fake)
     metrics = {
         "loss_discriminator": jnp.mean(values["loss"]),
         "logit_real": jnp.mean(values["real"]),
@@ -261,5 +260,5 @@ def r1_step(d: Distillation, frozen: Frozen, state: TrainState, batch: Batch) ->
 
         return jax.grad(loss, has_aux=True)(state.discriminator)
 
-    gradient, penalties = accumulate(gradient_of, d.groups, d.r1_micro_batch, c)
+    gradient, penalties = accumulate(gradient_of, state.discriminator, d.groups, d.r1_micro_batch, c)
     return _update_discriminator(d, state, gradient), {"loss_r1": 0.5 * d.r1_gamma * jnp.mean(penalties)}

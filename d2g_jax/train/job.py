@@ -31,13 +31,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
       UserError: bad config, pairs that do not fit the teacher, a workdir of another config, a loss that is not finite.
       KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; the step under way has been finished and saved.
     """
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh, t = meshes.make_mesh(config.mesh.data, config.mesh.fsdp), config.train
+    meshes.check_batch(mesh, t.batch_size, t.groups, t.micro_batch, t.r1_micro_batch)
     source = open_pairs(config, pairs_folder)
     without = TOWERS if source.manifest.text_shapes else ()
     pipeline = Pipeline.load(config.pipeline, mesh=mesh, without=without)
     check_pairs(pairs_folder, source.manifest, pipeline)
-    t = config.train
-    meshes.check_batch(mesh, t.batch_size, t.groups, t.micro_batch, t.r1_micro_batch)
     d, frozen = build(config, pipeline, source.manifest)
     runs.claim(workdir, config)
     state, frozen = initial_state(config, d, pipeline, mesh), meshes.place(frozen, mesh)

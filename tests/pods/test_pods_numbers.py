@@ -1,0 +1,67 @@
+"""The same numbers on any mesh and any number of processes, and what the compiled programs send between devices."""
+
+import json
+
+import pytest
+from simulated import differences, work
+
+TOLERANCE = 1e-5
+
+
+def assert_same(ours, theirs, tolerance=TOLERANCE):
+    wrong = {name: value for name, value in differences(ours, theirs).items() if not value <= tolerance}
+    assert not wrong
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    """The tiny problem on a single device: what all meshes must agree with."""
+    return work(devices=1, out=str(tmp_path_factory.mktemp("one") / "one.npz"))
+
+
+def test_a_sharded_mesh_gives_the_numbers_of_one_device_and_gathers_no_activations(one_device, tmp_path):
+    """8 devices as (2, 4), gradients accumulated in five parts, R1's too: metrics and the whole state."""
+    found = tmp_path / "collectives.json"
+    spec = {"micro_batch": 2, "r1_micro_batch": 1, "collectives": str(found)}
+    assert_same(work(devices=8, fsdp=4, out=str(tmp_path / "mesh.npz"), **spec), one_device)
+    programs = json.loads(found.read_text())
+    for name, collectives in programs.items():
+        assert any(operation == "all-gather" for operation, _ in collectives), name  # of the sharded kernels
+        # Every activation has the factor 5 of the batch (80, a group for each two), no parameter has.
+        assert [(operation, size) for operation, size in collectives if size % 5 == 0] == [], name
+
+
+def test_two_processes_give_the_numbers_of_one_and_their_checkpoint_goes_on_anywhere(one_device, tmp_path):
+    """Two processes x 2 devices, parameters sharded, a step and a save; one process x 2 devices makes another step."""
+    spec = {"devices": 2, "steps": 1, "checkpoints": str(tmp_path / "checkpoints")}
+    first = work(2, fsdp=4, save=True, out=str(tmp_path / "first.npz"), **spec)
+    second = work(restore=True, out=str(tmp_path / "second.npz"), **spec)
+    assert_same({name: value for name, value in first.items() if name.startswith("metrics")} | second, one_device)
+
+
+DIGITS = {"problem": "digits", "size": 64, "groups": 8, "steps": 5}
+"""The demo's networks, losses, rates and batch; 8 groups, so that they divide over 8 devices."""
+
+
+@pytest.fixture(scope="module")
+def digits_on_one_device(tmp_path_factory):
+    return work(devices=1, out=str(tmp_path_factory.mktemp("digits") / "one.npz"), **DIGITS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
+def test_digits_on_every_mesh_of_eight_devices(fsdp, digits_on_one_device, tmp_path):
+    """Five full G, D and R1 steps on (8, 1), (4, 2), (2, 4), (1, 8)."""
+    ours = work(devices=8, fsdp=fsdp, out=str(tmp_path / "mesh.npz"), **DIGITS)
+    assert_same(ours, digits_on_one_device)
+
+
+@pytest.mark.slow
+def test_digits_in_two_processes_of_four_devices(digits_on_one_device, tmp_path):
+    """Three steps and a sharded checkpoint of two processes; one process of two devices makes the other two steps."""
+    spec = {**DIGITS, "checkpoints": str(tmp_path / "checkpoints")}
+    first = work(2, devices=4, fsdp=4, save=True, out=str(tmp_path / "first.npz"), **{**spec, "steps": 3})
+    second = work(devices=2, fsdp=2, restore=True, out=str(tmp_path / "second.npz"), **{**spec, "steps": 2})
+    assert_same(
+        {name: value for name, value in first.items() if name.startswith("metrics")} | second, digits_on_one_device
+    )
