@@ -169,6 +169,9 @@ def _gathered_bytes(ops: Iterable[_Op]) -> float:
 def _flatten(jaxpr: core.Jaxpr, environment: dict[core.Var, _Value], shares: Shares) -> Iterator[_Op]:
     """The operations of a jaxpr in order, with calls inlined (jit, checkpoint, custom derivatives), loops kept."""
     for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "optimization_barrier":
+            environment.update({out: environment[v] for out, v in zip(eqn.outvars, eqn.invars, strict=True)})
+            continue
         inputs = tuple(environment[v] for v in eqn.invars if not isinstance(v, core.Literal))
         inner = next((eqn.params[key] for key in _INLINED if key in eqn.params), None)
         if inner is None or eqn.primitive.name in _LOOPS or eqn.primitive.name.startswith("reduce"):
