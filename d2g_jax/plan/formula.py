@@ -1,12 +1,14 @@
-"""A plan without a compiler: the steps are traced for one device's share of the batch and counted (see trace.py).
+"""A plan without a compiler: the steps are traced for one micro-batch on one device and counted (see trace.py).
 
 State, frozen parameters and batch are exact. Temporaries, bytes and collectives are a model of what a compiler does.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import functools
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,37 +16,58 @@ import jax
 import ml_collections
 
 from d2g_jax import mesh as meshes
+from d2g_jax.plan import store
 from d2g_jax.plan.collectives import Collective
 from d2g_jax.plan.programs import Program
+from d2g_jax.plan.settings import with_settings
 from d2g_jax.plan.shapes import Shapes, device_bytes, run_shapes
 from d2g_jax.plan.targets import Target
 from d2g_jax.plan.trace import Assumptions, Cost, program_cost
 
 CODE_BYTES = 200 * 2**20
-"""Of one program; SD 1.5's compiled ones take 100 to 300 MB."""
+"""Assumed of one compiled step."""
 
 
-def trace_share(config: ml_collections.ConfigDict, devices: int) -> dict[str, Any]:
-    """The jaxprs of a run's steps for one device's samples, under their names."""
-    local = run_shapes(share_of_one_device(config, devices), meshes.make_mesh(1, 1, jax.devices("cpu")[:1]))
+def formula_programs(shapes: Shapes, target: Target) -> dict[str, Program]:
+    """The planned steps of a run, counted for one device of the target."""
+    micro = {name: min(shapes.samples(name), shapes.micro_batch(name) or math.inf) for name in ("g", "r1")}
+    costs = micro_batch_costs(shapes, target, int(micro["g"]), int(micro["r1"]))
+    return {name: formula_program(name, cost, int(micro[_kind(name)]), shapes) for name, cost in costs.items()}
+
+
+def _kind(name: str) -> str:
+    return "r1" if name == "r1" else "g"
+
+
+def micro_batch_costs(shapes: Shapes, target: Target, micro: int, r1_micro: int) -> dict[str, Cost]:
+    """Of each planned step at these micro-batches the cost of one, with the optimiser's update behind it."""
+    whole = math.lcm(micro, r1_micro)
+    changes = {"train.batch_size": whole, "train.groups": r1_micro, "train.micro_batch": micro}
+    changes |= {"train.r1_micro_batch": r1_micro, "mesh.data": 1, "mesh.fsdp": 1}
+    one = with_settings(shapes.config, changes).to_json()
+    given = Assumptions(parameter_shares(shapes), fused_attention=target.chip.platform == "gpu")
+    key = {
+        "costs of": json.loads(one),
+        "shares": sorted([list(shape), share] for shape, share in given.shares.items()),
+        "fused_attention": given.fused_attention,
+        "source": store.source_hash(),
+        **store.versions(),
+    }
+    costs = store.cached(
+        key,
+        lambda: {name: dataclasses.asdict(program_cost(jaxpr, given)) for name, jaxpr in _jaxprs(one).items()},
+    )
+    samples = {name: r1_micro if name == "r1" else whole for name in costs}
+    divisor = {name: samples[name] // (r1_micro if name == "r1" else micro) for name in costs}
+    return {name: _one_of(Cost(**fields), divisor[name], name, shapes) for name, fields in costs.items()}
+
+
+@functools.lru_cache(maxsize=2)
+def _jaxprs(config: str) -> dict[str, Any]:
+    """The planned steps of a config, given as JSON, traced on one device."""
+    local = run_shapes(ml_collections.ConfigDict(json.loads(config)), meshes.make_mesh(1, 1, jax.devices("cpu")[:1]))
     # As for CPU: kernels that stand for attention elsewhere cannot be looked into.
     return {name: traced.jaxpr for name, traced in local.trace("cpu").items()}
-
-
-def count_programs(jaxprs: Mapping[str, Any], shapes: Shapes, target: Target) -> dict[str, Program]:
-    """The steps by formula: traced for one device's share, state and parameters sharded as `shapes` are."""
-    given = Assumptions(parameter_shares(shapes), fused_attention=target.chip.platform == "gpu")
-    return {name: formula_program(name, program_cost(jaxpr, given), shapes) for name, jaxpr in jaxprs.items()}
-
-
-def share_of_one_device(config: ml_collections.ConfigDict, devices: int) -> ml_collections.ConfigDict:
-    """The same run on one device with one device's samples."""
-    local = copy.deepcopy(config)
-    with local.unlocked():
-        local.train.batch_size //= devices
-        local.train.groups //= devices
-        local.mesh.update({"data": 1, "fsdp": 1})
-    return local
 
 
 def parameter_shares(shapes: Shapes) -> dict[tuple[int, ...], float]:
@@ -58,20 +81,44 @@ def parameter_shares(shapes: Shapes) -> dict[tuple[int, ...], float]:
     return shares
 
 
-def formula_program(name: str, cost: Cost, shapes: Shapes) -> Program:
-    """A step of which only the cost is known."""
-    arguments = device_bytes((shapes.frozen, shapes.state, shapes.batch))
+def update_bytes(name: str, shapes: Shapes) -> float:
+    """What an optimiser's update reads and writes: parameters, moments, and for the generator its average."""
+    state = shapes.state
+    if name.startswith("g_"):
+        return 2 * device_bytes((state.generator, state.ema, state.generator_optimizer))
+    return 2 * device_bytes((state.discriminator, state.discriminator_optimizer))
+
+
+def _one_of(cost: Cost, parts: int, name: str, shapes: Shapes) -> Cost:
+    """The cost of one of `parts` micro-batches that `cost` has before its one update."""
+    if parts == 1:
+        return cost
+    update = update_bytes(name, shapes)
+    return _times(dataclasses.replace(cost, memory_bytes=cost.memory_bytes - update), 1 / parts, update)
+
+
+def _times(cost: Cost, times: float, update: float) -> Cost:
+    return dataclasses.replace(Cost(memory_bytes=update).then(cost, times), temp_bytes=cost.temp_bytes)
+
+
+def formula_program(name: str, cost: Cost, micro: int, shapes: Shapes) -> Program:
+    """A step by formula, from the cost of a micro-batch of so many samples with the update behind it."""
+    parts = shapes.samples(_kind(name)) / micro
+    update = min(update_bytes(name, shapes), cost.memory_bytes)
+    trained = shapes.state.generator if name.startswith("g_") else shapes.state.discriminator
+    total = _times(dataclasses.replace(cost, memory_bytes=cost.memory_bytes - update), parts, update)
     generated = device_bytes(shapes.batch["latents"]) * 4 / shapes.batch["latents"].dtype.itemsize
+    returned = generated if name.startswith("g_") else 0.0
     return Program(
         name,
         "formula",
-        argument_bytes=arguments,
-        output_bytes=device_bytes(shapes.state) + generated,
+        argument_bytes=device_bytes((shapes.frozen, shapes.state, shapes.batch)),
+        output_bytes=device_bytes(shapes.state) + returned,
         alias_bytes=device_bytes(shapes.state),
-        temp_bytes=cost.temp_bytes,
+        temp_bytes=cost.temp_bytes + (device_bytes(trained) if parts > 1 else 0.0),  # the sum of gradients
         code_bytes=CODE_BYTES,
-        cost=cost,
-        collectives=collectives(cost, *(shapes.mesh.shape[axis] for axis in ("data", "fsdp"))),
+        cost=dataclasses.replace(total, temp_bytes=cost.temp_bytes),
+        collectives=collectives(total, *(shapes.mesh.shape[axis] for axis in ("data", "fsdp"))),
     )
 
 
@@ -86,16 +133,11 @@ def collectives(cost: Cost, data: int, fsdp: int) -> tuple[Collective, ...]:
     return tuple(found)
 
 
-def interpolate(costs: Mapping[int, Cost], micro_batch: int) -> Cost:
-    """The cost at a micro-batch from those at one or two: memory grows with it, the traffic of parameters shrinks."""
-    if micro_batch in costs or len(costs) == 1:
-        return costs.get(micro_batch) or next(iter(costs.values()))
+def interpolate(costs: Mapping[int, Cost], micro: int) -> Cost:
+    """The cost of a micro-batch from those of one or two others: everything grows by the sample."""
+    if micro in costs or len(costs) == 1:
+        return costs.get(micro) or next(iter(costs.values()))
     first, second = sorted(costs)
-    small, large = costs[first], costs[second]
-    steps = (micro_batch - first) / (second - first)
-    fewer = (1 / micro_batch - 1 / second) / (1 / first - 1 / second)
-    linear = {"temp_bytes": small.temp_bytes + steps * (large.temp_bytes - small.temp_bytes)}
-    for name in ("memory_bytes", "gathered_bytes", "reduced_bytes"):  # a + b / micro_batch
-        low, high = getattr(small, name), getattr(large, name)
-        linear[name] = max(high + fewer * (low - high), 0.0)
-    return dataclasses.replace(small, **linear)
+    low, high = (dataclasses.asdict(costs[n]) for n in (first, second))
+    steps = (micro - first) / (second - first)
+    return Cost(**{name: low[name] + steps * (high[name] - low[name]) for name in low})

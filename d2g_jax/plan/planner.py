@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import json
@@ -15,19 +14,18 @@ import ml_collections
 from d2g_jax import mesh as meshes
 from d2g_jax.models.layers import REMATS
 from d2g_jax.plan import store
-from d2g_jax.plan.formula import CODE_BYTES, count_programs, formula_program, interpolate, trace_share
+from d2g_jax.plan.formula import CODE_BYTES, formula_program, formula_programs, interpolate, micro_batch_costs
 from d2g_jax.plan.plan import Plan, from_json, to_json
 from d2g_jax.plan.programs import Program, compile_program
+from d2g_jax.plan.settings import MOMENTS, settings, with_settings
 from d2g_jax.plan.shapes import Shapes, run_shapes
 from d2g_jax.plan.targets import Target, described_tpu, devices
+from d2g_jax.plan.trace import Cost
 from d2g_jax.state import MOMENT_DTYPES
 
 METHODS = ("compile", "formula")
 PROBES = (1, 2)
 """Micro-batches that are traced; those between and beyond are interpolated until one is chosen."""
-
-_MOMENTS = tuple(f"optimizer.{name}.moment_dtype" for name in ("generator", "discriminator"))
-_KNOBS = ("mesh.fsdp", "train.remat", "train.micro_batch", "train.r1_micro_batch", *_MOMENTS)
 
 
 def plan_run(config: ml_collections.ConfigDict, target: Target, method: str) -> Plan:
@@ -54,7 +52,7 @@ def plan_run(config: ml_collections.ConfigDict, target: Target, method: str) -> 
 def _plan(config: ml_collections.ConfigDict, target: Target, method: str) -> Plan:
     shape = meshes.mesh_shape(config.mesh.data, config.mesh.fsdp, target.count)
     shapes = run_shapes(config, jax.sharding.AbstractMesh(shape, ("data", "fsdp")))
-    programs = count_programs(trace_share(config, target.count), shapes, target)
+    programs = formula_programs(shapes, target)
     resident = shapes.resident_bytes()
     if method == "compile":
         with described_tpu():
@@ -83,26 +81,9 @@ def _make(
     )
 
 
-def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The knobs of memory, by their names in the config."""
-    flat = {name: config[name.split(".")[0]] for name in _KNOBS}
-    for name in _KNOBS:
-        for part in name.split(".")[1:]:
-            flat[name] = flat[name][part]
-    return flat
-
-
 def calls_per_iteration(config: ml_collections.ConfigDict, programs: Mapping[str, Any]) -> dict[str, float]:
     """How often each step runs in an iteration once the adversary has started."""
     return {name: 1.0 / config.adversarial.r1_interval if name == "r1" else 1.0 for name in programs}
-
-
-def with_settings(config: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """A copy of the config with changes such as {"train.remat": "full"}."""
-    changed = copy.deepcopy(config)
-    with changed.unlocked():
-        changed.update_from_flattened_dict(dict(changes))
-    return changed
 
 
 def find_fit(
@@ -145,70 +126,51 @@ def candidates(config: ml_collections.ConfigDict, target: Target) -> Iterator[tu
     here = settings(config)
     runs = {
         dtype: run_shapes(
-            with_settings(config, dict.fromkeys(_MOMENTS, dtype)),
+            with_settings(config, dict.fromkeys(MOMENTS, dtype)),
             jax.sharding.AbstractMesh((1, target.count), ("data", "fsdp")),
         )
-        for dtype in MOMENT_DTYPES[MOMENT_DTYPES.index(here[_MOMENTS[0]]) :]
+        for dtype in MOMENT_DTYPES[MOMENT_DTYPES.index(here[MOMENTS[0]]) :]
     }
-    for remat in REMATS[REMATS.index(here["train.remat"]) :]:
-        probes = _probe(config, target, remat)
-        for dtype, fsdp in itertools.product(runs, _fsdps(here, target)):
-            mesh = target.count // fsdp, fsdp
-            shapes = runs[dtype].on(jax.sharding.AbstractMesh(mesh, ("data", "fsdp")))
-            counted = {micro: count_programs(jaxprs, shapes, target) for micro, jaxprs in probes.items()}
-            changed = {"train.remat": remat, "mesh.fsdp": fsdp, **dict.fromkeys(_MOMENTS, dtype)}
-            found = _largest_micro_batches(config, target, mesh, shapes, counted)
-            changed |= found[0]
-            changes = {name: value for name, value in changed.items() if value != here[name]}
+    probes = [n for n in PROBES if min(config.train.batch_size, config.train.groups) // target.count >= n]
+    for remat, fsdp in itertools.product(REMATS[REMATS.index(here["train.remat"]) :], _fsdps(here, target)):
+        mesh = jax.sharding.AbstractMesh((target.count // fsdp, fsdp), ("data", "fsdp"))
+        traced = dataclasses.replace(runs[here[MOMENTS[0]]], config=with_settings(config, {"train.remat": remat}))
+        costs = {micro: micro_batch_costs(traced.on(mesh), target, micro, micro) for micro in probes}
+        for dtype, run in runs.items():
+            micros, plan = _largest_micro_batches(config, target, run.on(mesh), costs)
+            now = {"train.remat": remat, "mesh.fsdp": fsdp, **dict.fromkeys(MOMENTS, dtype), **micros}
+            changes = {name: value for name, value in now.items() if value != here[name]}
             if "mesh.fsdp" in changes:
                 changes["mesh.data"] = -1
-            yield changes, dataclasses.replace(found[1], settings={**here, **changed})
+            yield changes, dataclasses.replace(plan, settings={**here, **now})
 
 
 def _largest_micro_batches(
-    config: ml_collections.ConfigDict,
-    target: Target,
-    mesh: tuple[int, int],
-    shapes: Shapes,
-    counted: Mapping[int, Mapping[str, Program]],
+    config: ml_collections.ConfigDict, target: Target, shapes: Shapes, costs: Mapping[int, Mapping[str, Cost]]
 ) -> tuple[dict[str, int | None], Plan]:
     """The largest micro-batches with which every step fits, or the smallest if none does; and the plan with them."""
     chosen: dict[str, Program] = {}
     found: dict[str, int | None] = {}
-    resident = shapes.resident_bytes()
-    names = list(next(iter(counted.values())))
-    for knob, steps, samples in (
-        ("train.micro_batch", [name for name in names if name != "r1"], config.train.batch_size),
-        ("train.r1_micro_batch", [name for name in names if name == "r1"], config.train.groups),
+    mesh, resident = (shapes.mesh.shape["data"], shapes.mesh.shape["fsdp"]), shapes.resident_bytes()
+    names = list(next(iter(costs.values())))
+    for knob, steps in (
+        ("train.micro_batch", [name for name in names if name != "r1"]),
+        ("train.r1_micro_batch", [name for name in names if name == "r1"]),
     ):
-        share = samples // target.count
-        own = settings(config)[knob] or share
-        for micro in [n for n in range(min(own, share), 0, -1) if share % n == 0]:
+        share, own = shapes.samples("r1" if "r1" in knob else "g"), settings(config)[knob]
+        for micro in [n for n in range(min(own or share, share), 0, -1) if share % n == 0]:
             at = {
-                name: formula_program(name, interpolate({m: c[name].cost for m, c in counted.items()}, micro), shapes)
+                name: formula_program(name, interpolate({m: c[name] for m, c in costs.items()}, micro), micro, shapes)
                 for name in steps
             }
             plan = _make(config, target, mesh, resident, {**chosen, **at})
             room = (len(names) - len(plan.programs)) * CODE_BYTES
             if plan.total_bytes() + room <= target.chip.memory_bytes:
                 break
-        found[knob] = None if settings(config)[knob] is None and micro == share else micro
+        found[knob] = own if own is None and micro == share else micro
         chosen |= at
     return found, _make(config, target, mesh, resident, chosen)
 
 
 def _fsdps(here: Mapping[str, Any], target: Target) -> list[int]:
     return [n for n in range(here["mesh.fsdp"], target.count + 1) if target.count % n == 0]
-
-
-def _probe(config: ml_collections.ConfigDict, target: Target, remat: str) -> dict[int, dict[str, Any]]:
-    """The jaxprs of all steps at the micro-batches of `PROBES`."""
-    share = min(config.train.batch_size, config.train.groups) // target.count
-    micros = [micro for micro in PROBES if share % micro == 0]
-    changes = {"train.remat": remat, "mesh.data": -1, "mesh.fsdp": target.count}
-    return {
-        micro: trace_share(
-            with_settings(config, {**changes, "train.micro_batch": micro, "train.r1_micro_batch": micro}), target.count
-        )
-        for micro in micros
-    }

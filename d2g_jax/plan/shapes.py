@@ -52,6 +52,16 @@ class Shapes:
             self, mesh=mesh, frozen=placed(self.frozen), state=placed(self.state), batch=batch, vae=placed(self.vae)
         )
 
+    def samples(self, step: str) -> int:
+        """Of one device in a call of a step: its share of the batch, for "r1" of the groups."""
+        t = self.config.train
+        return (t.groups if step == "r1" else t.batch_size) // meshes.batch_shards(self.mesh)
+
+    def micro_batch(self, step: str) -> int | None:
+        """What of its samples a device takes at once; None for all."""
+        t = self.config.train
+        return t.r1_micro_batch if step == "r1" else t.micro_batch
+
     def trace(self, platform: str) -> dict[str, jax.stages.Traced]:
         """The run's planned steps, formulated for "cpu", "gpu" or "tpu"."""
         arguments = self.config, self.d, self.frozen, self.state, self.batch, self.mesh

@@ -15,8 +15,9 @@ from d2g_jax.plan import architectures, planner
 from d2g_jax.plan.architectures import Architecture
 from d2g_jax.plan.collectives import Collective
 from d2g_jax.plan.plan import from_json, scaled, to_json
-from d2g_jax.plan.planner import find_fit, plan_run, settings, with_settings
+from d2g_jax.plan.planner import find_fit, plan_run
 from d2g_jax.plan.programs import out_of_memory
+from d2g_jax.plan.settings import settings, with_settings
 from d2g_jax.plan.shapes import planned_manifest, run_shapes
 from d2g_jax.plan.targets import CHIPS, Target, parse_topology
 from d2g_jax.train.setup import build, initial_state
