@@ -29,13 +29,14 @@ JOBS = {
     "sample": "draw images from a pipeline folder or a trained student",
     "evaluate": "FID, KID, CLIP score, diversity, fidelity by a protocol; `evaluate table` lays results side by side",
     "export": "a trained student as a diffusers folder, a Flax checkpoint or one StableHLO file",
+    "plan": "what a config takes on a TPU slice or on GPUs, compiled ahead of time: memory, FLOPs, time, what fits",
     "metric": "distances between files of latents or images; `metric convert FILE` reads published PyTorch weights",
     "lpips": "train a LatentLPIPS for the latents of any VAE",
     "overfit": "figure 5 of the paper: latents optimised to match targets under one loss after another",
     "bench": "speed and memory side by side, in one run: `bench loss`, `bench input`, `bench pairs`",
 }
 
-_CONFIGURED = ("demo", "teacher", "pairs", "train", "lpips", "overfit")
+_CONFIGURED = ("demo", "teacher", "pairs", "train", "plan", "lpips", "overfit")
 _CONFIG_HELP = """
 Settings: --config=FILE.py names a file with get_config(); without it the digits configuration is taken.
 --config.KEY=VALUE overrides one setting, for example --config.train.images=100000.
@@ -110,6 +111,7 @@ def _run(arguments: list[str]) -> int:
         "sample": _sample,
         "evaluate": _evaluate,
         "export": _export,
+        "plan": _plan,
         "metric": _metric,
         "lpips": _lpips,
         "overfit": _overfit,
@@ -346,6 +348,41 @@ def _export(arguments: list[str]) -> int:
 
     sampler = Sampler.load(own.model, mesh.make_mesh())
     print(export_student(sampler, own.to, own.out, dtype=own.dtype, size=(own.height, own.width)))
+    return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    if arguments[:1] == ["table"]:
+        return _plan_table(arguments[1:])
+    parser = _parser("plan")
+    parser.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x4, v6e:4x4, gpu:8xH100, cpu:8 ...")
+    parser.add_argument(
+        "--method",
+        choices=["compile", "formula"],
+        default="compile",
+        help="compile for the target (TPUs need libtpu, GPUs are always planned by formula), or count the trace",
+    )
+    parser.add_argument("--no-search", action="store_true", help="if it does not fit, do not look for what would")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the plan as JSON")
+    own, config = _parse_with_config(parser, arguments)
+    from d2g_jax.plan import command
+
+    target = command.start(own.topology, own.method)
+    text, report = command.make_report(config, target, own.method, search=not own.no_search)
+    print(json.dumps(report, indent=1) if own.json else text)
+    if own.out:
+        command.write_report(report, own.out)
+    return 0
+
+
+def _plan_table(arguments: list[str]) -> int:
+    parser = _parser("plan table", "plans that --out wrote, as one Markdown table")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
+    own = parser.parse_args(arguments)
+    from d2g_jax.plan import command
+
+    print(command.table(own.files))
     return 0
 
 

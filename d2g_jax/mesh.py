@@ -44,13 +44,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
 
     Raises `UserError` when the axes do not multiply to the number of devices.
     """
-    total = jax.device_count() if devices is None else len(devices)
+    data, fsdp = mesh_shape(data, fsdp, jax.device_count() if devices is None else len(devices))
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def mesh_shape(data: int, fsdp: int, total: int) -> tuple[int, int]:
+    """(data, fsdp) for `total` devices, without needing any; raises as `make_mesh` does."""
     if fsdp < 1 or total % fsdp:
         raise UserError(f"mesh.fsdp={fsdp} does not divide the {total} devices")
     data = total // fsdp if data == -1 else data
     if data * fsdp != total:
         raise UserError(f"mesh.data={data} x mesh.fsdp={fsdp} is not the {total} devices; mesh.data=-1 takes the rest")
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+    return data, fsdp
 
 
 def _path_string(path: tuple[Any, ...]) -> str:

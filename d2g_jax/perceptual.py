@@ -114,7 +114,7 @@ class LatentLPIPS:
         """
         path = Path(path)
         if path.is_dir():
-            config, space, file = *_read_config(path / "config.json"), path / "metric.safetensors"
+            config, space, file = *read_metric_config(path / "config.json"), path / "metric.safetensors"
         elif space is None:
             raise UserError(f"{path}: not a metric folder; give one with config.json, or a file and its latent space")
         else:
@@ -122,6 +122,13 @@ class LatentLPIPS:
         tree = to_params(_without_duplicates(load_state_dict(file)), metric_tree(config), source=str(file))
         heads = [tree[f"lin{i}"]["model"]["1"]["kernel"].reshape(-1) for i in range(len(config.widths))]
         return cls.from_params(config, tree["net"], heads, space, dtype, source=str(file))
+
+    @classmethod
+    def abstract(cls, config: vgg.VGGConfig, space: LatentSpace, dtype: Any = jnp.float32) -> LatentLPIPS:
+        """The metric's shapes, `jax.ShapeDtypeStruct`s for arrays: what a program is traced with."""
+        network = vgg.build(config, dtype)
+        heads = tuple(jax.ShapeDtypeStruct((width,), jnp.float32) for width in config.widths)
+        return cls(space, network, network.abstract(), heads)
 
     def channel_differences(self, a: jax.Array, b: jax.Array, *, scaled: bool) -> list[jax.Array]:
         """Of each tap the squared difference of unit features, averaged over locations: (B, C_k) each.
@@ -319,7 +326,8 @@ def save_metric(
     write_text(folder / "config.json", text + "\n")
 
 
-def _read_config(file: Path) -> tuple[vgg.VGGConfig, LatentSpace]:
+def read_metric_config(file: Path) -> tuple[vgg.VGGConfig, LatentSpace]:
+    """The trunk and the space of a metric folder's `config.json`; raises `UserError` when it holds something else."""
     try:
         config = json.loads(file.read_text())
         space = LatentSpace(**config.pop("latent_space"))

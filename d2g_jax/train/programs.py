@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,7 +40,28 @@ def compile_programs(
 
     A program is traced under Python's lock and compiled without it, so `train.compile_workers` threads share the work.
     """
-    a, t, images = config.adversarial, config.train, int(state.images)
+    traced = trace_programs(config, d, frozen, state, batch, mesh, int(state.images))
+    with meshes.traced_for(mesh):
+        lowered = {name: program.lower() for name, program in traced.items()}
+    with ThreadPoolExecutor(config.train.compile_workers) as pool:
+        return Programs(**dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)))
+
+
+def trace_programs(
+    config: ml_collections.ConfigDict,
+    d: Distillation,
+    frozen: Frozen,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    mesh: jax.sharding.Mesh,
+    images: int,
+    names: Collection[str] | None = None,
+) -> dict[str, jax.stages.Traced]:
+    """The steps that a run needs after `images` (of `names` only), traced, under the names of `Programs`.
+
+    Of `frozen`, `state` and `batch` only shapes, dtypes and shardings are looked at: `jax.ShapeDtypeStruct`s will do.
+    """
+    a, t = config.adversarial, config.train
     fools_from = a.start_images + a.warmup_images
     adversary, alone = bool(a.weight) and t.images > a.start_images, without_adversary(state)
     batch_sharding = jax.sharding.NamedSharding(mesh, meshes.BATCH)
@@ -56,12 +78,11 @@ def compile_programs(
     if adversary and a.r1_gamma:
         steps["r1"] = (functools.partial(r1_step, d), (state, batch), (of(state), None))
     with meshes.traced_for(mesh):
-        lowered = {
-            name: jax.jit(step, donate_argnums=1, out_shardings=out).lower(frozen, *arguments)
+        return {
+            name: jax.jit(step, donate_argnums=1, out_shardings=out).trace(frozen, *arguments)
             for name, (step, arguments, out) in steps.items()
+            if names is None or name in names
         }
-    with ThreadPoolExecutor(t.compile_workers) as pool:
-        return Programs(**dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)))
 
 
 def without_adversary(state: TrainState) -> TrainState:

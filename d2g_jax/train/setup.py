@@ -49,9 +49,15 @@ def check_pairs(folder: Path, manifest: records.Manifest, pipeline: Pipeline) ->
 
 
 def build(
-    config: ml_collections.ConfigDict, pipeline: Pipeline, manifest: records.Manifest
+    config: ml_collections.ConfigDict,
+    pipeline: Pipeline,
+    manifest: records.Manifest,
+    metric: LatentLPIPS | None = None,
 ) -> tuple[Distillation, Frozen]:
-    """Networks, losses and optimisers by config, and the parameters that are never trained."""
+    """Networks, losses and optimisers by config, and the parameters that are never trained.
+
+    `metric` None: the one that `loss.metric` names is read, if the loss needs one.
+    """
     dtype = jnp.dtype(config.train.dtype)
     check_remat(config.train.remat)
     unet_config = pipeline.unet.config
@@ -72,7 +78,8 @@ def build(
             "discriminator_plain": discriminators.build(d_config, jnp.float32, "plain", remat=config.train.remat),
             "discriminator_optimizer": discriminator_optimizer(config.optimizer.discriminator, config.train.batch_size),
         }
-    metric = LatentLPIPS.load(config.loss.metric) if config.loss.name in PERCEPTUAL else None
+    if metric is None and config.loss.name in PERCEPTUAL:
+        metric = LatentLPIPS.load(config.loss.metric)
     schedule = Schedule.from_config(pipeline.scheduler)
     timestep = manifest.first_timestep if config.generator.timestep is None else config.generator.timestep
     if not 0 <= timestep < schedule.num_train_timesteps:

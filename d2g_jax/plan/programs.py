@@ -1,0 +1,126 @@
+"""One step of training as a plan sees it: compiled for the target, or by formula from its trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.errors import JaxRuntimeError
+
+from d2g_jax.errors import UserError
+from d2g_jax.plan import store
+from d2g_jax.plan.collectives import Collective, has_loops, parse_collectives
+from d2g_jax.plan.targets import Target, described_tpu
+from d2g_jax.plan.trace import Cost
+
+COMPILER_OPTIONS = {"tpu": {"exec_time_optimization_effort": -1.0}}
+"""By platform. Memory and FLOPs are those of full effort to within 1%, in a quarter of the time and a third of the
+host's memory."""
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Of one call, on one device.
+
+    Attributes:
+      name: "g_regression", "g_adversarial", "d" or "r1".
+      method: "compiled" or "formula".
+      argument_bytes, output_bytes, alias_bytes, temp_bytes, code_bytes: of memory; outputs that take the place of
+        donated arguments count as `alias_bytes` too. None where the compiler gave up.
+      needed_bytes: of memory, all together, where the compiler gave up because that is more than there is.
+      cost: FLOPs counted in the trace; bytes the compiler's own where it knows them.
+      collectives: what it sends.
+      compile_seconds: of the compiler; None by formula.
+    """
+
+    name: str
+    method: str
+    argument_bytes: float | None
+    output_bytes: float | None
+    alias_bytes: float | None
+    temp_bytes: float | None
+    code_bytes: float | None
+    cost: Cost
+    collectives: tuple[Collective, ...]
+    needed_bytes: float | None = None
+    compile_seconds: float | None = None
+
+    @property
+    def beside_arguments(self) -> float | None:
+        """What a call takes while it runs beside what stays: temporaries, and outputs without a donated place."""
+        if self.temp_bytes is None:
+            return None
+        return self.temp_bytes + self.output_bytes - self.alias_bytes
+
+    @property
+    def received_bytes(self) -> float:
+        """From other devices."""
+        return sum(collective.received_bytes for collective in self.collectives)
+
+
+def compile_program(name: str, traced: jax.stages.Traced, cost: Cost, target: Target) -> Program:
+    """Compiles a step for the target's devices, or takes what an earlier compilation of the same text said."""
+    lowered = traced.lower()
+    options = COMPILER_OPTIONS.get(target.chip.platform, {})
+    key = {
+        "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+        "topology": target.topology,
+        "options": options,
+        **store.versions(),
+    }
+    facts = store.cached(key, lambda: _compile(lowered, options, target))
+    collectives = tuple(Collective(**fields) for fields in facts.pop("collectives"))
+    # XLA counts a loop's body once: then the count in the trace, which multiplies, is the better one.
+    memory_bytes = facts.pop("bytes_accessed")
+    if facts.pop("has_loops") or not memory_bytes:
+        memory_bytes = max(cost.memory_bytes, memory_bytes or 0.0)
+    return Program(
+        name, "compiled", cost=dataclasses.replace(cost, memory_bytes=memory_bytes), collectives=collectives, **facts
+    )
+
+
+def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any], target: Target) -> dict[str, Any]:
+    """Plain values for JSON: the fields of `Program` that the compiler knows."""
+    start = time.monotonic()
+    memory = dict.fromkeys(("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "code_bytes"))
+    try:
+        with described_tpu():
+            compiled = lowered.compile(compiler_options=dict(options))
+    except JaxRuntimeError as error:
+        needed = out_of_memory(str(error))
+        if needed is None:
+            raise
+        facts: dict[str, Any] = {"needed_bytes": needed, "bytes_accessed": None, "has_loops": False, "collectives": []}
+    else:
+        analysis, text = compiled.memory_analysis(), compiled.as_text()
+        memory = {
+            "argument_bytes": analysis.argument_size_in_bytes,
+            "output_bytes": analysis.output_size_in_bytes,
+            "alias_bytes": analysis.alias_size_in_bytes,
+            "temp_bytes": analysis.temp_size_in_bytes,
+            "code_bytes": analysis.generated_code_size_in_bytes,
+        }
+        facts = {
+            "needed_bytes": None,
+            "bytes_accessed": (compiled.cost_analysis() or {}).get("bytes accessed"),
+            "has_loops": has_loops(text),
+            "collectives": [dataclasses.asdict(c) for c in parse_collectives(text, target.count)],
+        }
+    return {**memory, **facts, "compile_seconds": round(time.monotonic() - start, 1)}
+
+
+def out_of_memory(message: str) -> float | None:
+    """Bytes that a program would take, from the error with which XLA refuses it; None for any other error."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    match = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", message)
+    if match is None:
+        raise UserError(f"the compiler refuses the program: {message.splitlines()[0]}")
+    return float(match[1]) * _UNITS[match[2]]

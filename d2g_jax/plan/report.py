@@ -1,0 +1,142 @@
+"""A plan as text, and a list of plans as a table for docs/plan.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from d2g_jax.plan.plan import ASSUMED_SHARE, Plan, program_seconds
+from d2g_jax.plan.programs import Program
+from d2g_jax.plan.targets import GIB
+
+_FORMULA = "by formula, not compiled"
+
+
+def format_plan(plan: Plan) -> str:
+    """One plan: memory, programs, collectives, the time floor, weak scaling."""
+    target, total = plan.target, plan.total_bytes()
+    share, (data, fsdp) = plan.batch_size // target.count, plan.mesh
+    beside = max((p.beside_arguments or 0.0 for p in plan.programs), default=0.0)
+    verdict = f"of {_gib(target.chip.memory_bytes)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
+    lines = [
+        f"plan {plan.name} for {target.topology}: {target.count} devices, mesh data={data} fsdp={fsdp}, "
+        f"batch {plan.batch_size} ({share} a device); {'compiled' if plan.method == 'compiled' else _FORMULA}",
+        "settings  " + ", ".join(f"{name}={value}" for name, value in plan.settings.items()),
+        "",
+        "memory of one device, GiB",
+        *(f"  {name:24}{_gib(value):>9}" for name, value in plan.resident.items()),
+        f"  {'stays, as compiled':24}{_gib(plan.arguments_bytes):>9}",
+        f"  {'code of all steps':24}{_gib(plan.code_bytes):>9}",
+        f"  {'most beside, in a step':24}{_gib(beside):>9}",
+        f"  {'total':24}{_gib(total):>9} {verdict}",
+        "",
+        _programs_table(plan),
+        "",
+        *_collective_lines(plan),
+        *_time_lines(plan),
+    ]
+    return "\n".join(lines)
+
+
+def _gib(value: float | None) -> str:
+    return "-" if value is None else f"{value / GIB:.2f}"
+
+
+def _programs_table(plan: Plan) -> str:
+    headings = ("step", "arguments", "outputs", "aliased", "temporaries", "code", "TFLOP", "GB moved", "GB received")
+    rows = [headings + (("floor ms",) if plan.floor_seconds() else ())]
+    rows += [_program_cells(program, plan) for program in plan.programs]
+    refused = [
+        f"  {p.name}: the compiler refuses it, {_gib(p.needed_bytes)} GiB are needed"
+        for p in plan.programs
+        if p.needed_bytes is not None
+    ]
+    return "\n".join(["one call of each step, on one device (memory in GiB)", _columns(rows), *refused])
+
+
+def _program_cells(program: Program, plan: Plan) -> tuple[str, ...]:
+    sizes = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "code_bytes")
+    cells = [program.name, *(_gib(getattr(program, name)) for name in sizes)]
+    cost = program.cost
+    cells += [f"{cost.flops / 1e12:.3f}", f"{cost.memory_bytes / 1e9:.2f}", f"{program.received_bytes / 1e9:.3f}"]
+    if plan.floor_seconds():
+        cells.append(f"{1e3 * max(program_seconds(program, plan.target.chip).values()):.1f}")
+    return tuple(cells)
+
+
+def _collective_lines(plan: Plan) -> list[str]:
+    received = plan.received_bytes()
+    if not received:
+        return ["no collectives"]
+    parts = ", ".join(f"{kind} {value / 1e9:.3f}" for kind, value in received.items())
+    return [f"received from other devices in one iteration, GB a device: {parts}"]
+
+
+def _time_lines(plan: Plan) -> list[str]:
+    seconds, rate = plan.floor_seconds(), plan.images_per_second_per_chip()
+    flops = f"{plan.flops_per_image() / 1e12:.2f} TFLOP an image"
+    if seconds is None:
+        return [f"{flops}; no time floor: this chip has no published peaks here"]
+    lines = [
+        f"{flops}; one iteration takes at least {seconds['floor']:.3f} s (products {seconds['products']:.3f}, memory "
+        f"{seconds['memory']:.3f}, links {seconds['links']:.3f})",
+        f"images/s a chip: at most {rate['at most']:.2f}, predicted {rate['predicted']:.2f} with products at "
+        f"{ASSUMED_SHARE:.0%} of the peak and links not overlapped",
+    ]
+    for row in plan.weak_scaling() or ():
+        lines.append(
+            f"  {row['chips']:4} chips: {row['received_bytes'] / 1e9:.2f} GB received, links {row['links']:.3f} s "
+            f"beside {row['compute']:.3f} s, efficiency {row['efficiency']:.1%}"
+        )
+    return lines
+
+
+def format_search(found: Plan | None, tried: Sequence[Plan]) -> str:
+    """What was tried to make a config fit, and what did."""
+    lines = [f"tried: {_changes(plan)}: {_gib(plan.total_bytes())} GiB, does not fit" for plan in tried]
+    if found is None:
+        return "\n".join([*lines, "no change of mesh, rematerialisation, micro-batch or moments makes it fit"])
+    return "\n".join([*lines, f"the cheapest change that fits: {_changes(found)}", "", format_plan(found)])
+
+
+def _changes(plan: Plan) -> str:
+    return " ".join(f"--config.{name}={value}" for name, value in plan.settings.items())
+
+
+def format_table(plans: Sequence[tuple[Plan, str]]) -> str:
+    """Markdown rows for plans and what each is called."""
+    headings = ("config", "target", "how", "settings", "GiB", "fits", "TFLOP/image", "floor s")
+    headings += ("images/s/chip at most", "predicted")
+    rows = [headings, ("---",) * len(headings), *(_row(plan, name) for plan, name in plans)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _row(plan: Plan, name: str) -> tuple[str, ...]:
+    seconds, rate = plan.floor_seconds(), plan.images_per_second_per_chip()
+    limit = _gib(plan.target.chip.memory_bytes)
+    return (
+        plan.name,
+        name,
+        plan.method,
+        _short(plan.settings),
+        f"{_gib(plan.total_bytes())} of {limit}",
+        "yes" if plan.fits else "**no**",
+        f"{plan.flops_per_image() / 1e12:.1f}",
+        f"{seconds['floor']:.2f}" if seconds else "-",
+        f"{rate['at most']:.2f}" if rate else "-",
+        f"{rate['predicted']:.2f}" if rate else "-",
+    )
+
+
+def _short(settings: Mapping[str, Any]) -> str:
+    moments = {value for name, value in settings.items() if name.endswith("moment_dtype")}
+    return (
+        f"fsdp {settings['mesh.fsdp']}, remat {settings['train.remat']}, micro {settings['train.micro_batch']}, "
+        f"R1 {settings['train.r1_micro_batch']}, moments {'/'.join(sorted(moments))}"
+    )
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cell = lambda i, text: text.ljust(widths[i]) if i == 0 else text.rjust(widths[i])  # noqa: E731
+    return "\n".join("  " + "  ".join(cell(i, text) for i, text in enumerate(row)) for row in rows)

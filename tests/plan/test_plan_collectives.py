@@ -1,0 +1,77 @@
+"""Collectives out of HLO text: every way in which XLA writes groups, loops, and one program of its own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from d2g_jax.mesh import make_mesh
+from d2g_jax.plan.collectives import Collective, by_kind, has_loops, parse_collectives, ring_bytes
+
+GATHER = "  %all-gather.1 = f32[1024,8]{1,0:T(8,128)} all-gather(%p), channel_id=1, replica_groups=%s, dimensions={0}"
+GROUPS = {"{{0,1,2,3},{4,5,6,7}}": 4, "[2,4]<=[8]": 4, "mesh['a'=2,'b'=4] {'b'}": 4, "mesh['a'=8] {'a':(2)4}": 4}
+
+
+@pytest.mark.parametrize(("written", "size"), [*GROUPS.items(), ("{}", 8)])
+def test_groups(written, size):
+    text = "ENTRY %main (p: f32[256,8]) -> f32[1024,8] {\n" + GATHER.replace("%s", written) + "\n}\n"
+    assert parse_collectives(text, 8) == [Collective("all-gather", 4 * 1024 * 8, size)]
+
+
+def test_tuples_starts_and_what_is_none():
+    text = """
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %r = (f32[8,4]{1,0}, bf16[16]{0}) all-reduce(%p, %q), replica_groups=[1,4]<=[4], to_apply=%add
+  %s = (bf16[8], bf16[32]) all-gather-start(%p), replica_groups=[1,4]<=[4], dimensions={0}
+  %d = bf16[32] all-gather-done(%s)
+  %c = f32[8] reduce-scatter(%p), replica_groups=[1,4]<=[4], dimensions={0}, to_apply=%add
+  %g = f32[8] get-tuple-element(%all-reduce.3), index=0
+}
+"""
+    assert parse_collectives(text, 4) == [
+        Collective("all-reduce", 4 * 32 + 2 * 16, 4),
+        Collective("all-gather", 2 * 32, 4),
+        Collective("reduce-scatter", 4 * 8 * 4, 4),
+    ]
+
+
+LOOP = """
+%inner (p: f32[8]) -> f32[8] {
+  %r = f32[8] all-reduce(%p), replica_groups=[1,4]<=[4], to_apply=%add
+}
+%body (t: (f32[8])) -> (f32[8]) {
+  %f = f32[8] fusion(%x), kind=kCustom, calls=%inner
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = (f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+}
+"""
+
+
+def test_loops_count_as_often_as_they_run():
+    assert parse_collectives(LOOP, 4) == [Collective("all-reduce", 32, 4, 6)]
+    assert has_loops(LOOP)
+    assert not has_loops(LOOP.replace('"6"', '"1"'))
+
+
+def test_ring_arithmetic():
+    assert ring_bytes("all-gather", 800, 8) == 700
+    assert ring_bytes("reduce-scatter", 800, 8) == 700
+    assert ring_bytes("all-reduce", 800, 8) == 1400
+    assert ring_bytes("collective-permute", 800, 8) == 800
+    assert ring_bytes("all-gather", 800, 1) == 0
+    assert by_kind([Collective("all-reduce", 800, 8, 2), Collective("all-gather", 8, 2)]) == {
+        "all-reduce": 2800,
+        "all-gather": 4,
+    }
+
+
+def test_a_program_of_xla():
+    mesh = make_mesh()
+    shape = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+    compiled = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=NamedSharding(mesh, P())).lower(shape).compile()
+    found = parse_collectives(compiled.as_text(), mesh.size)
+    assert [(c.kind, c.whole_bytes, c.group) for c in found] == [("all-reduce", 4 * 128, 2)]
+    assert np.isclose(found[0].received_bytes, 4 * 128)

@@ -1,0 +1,169 @@
+"""Whole plans of a tiny teacher: counted against the compiler, compiled for a described TPU, and made to fit."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from d2g_jax import mesh as meshes
+from d2g_jax.__main__ import main
+from d2g_jax.digits.config import get_config
+from d2g_jax.models import clip, unet, vae
+from d2g_jax.pipeline import Pipeline
+from d2g_jax.plan import architectures, planner
+from d2g_jax.plan.architectures import Architecture
+from d2g_jax.plan.collectives import Collective
+from d2g_jax.plan.plan import from_json, scaled, to_json
+from d2g_jax.plan.planner import find_fit, plan_run
+from d2g_jax.plan.programs import out_of_memory
+from d2g_jax.plan.settings import settings, with_settings
+from d2g_jax.plan.shapes import planned_manifest, run_shapes
+from d2g_jax.plan.targets import CHIPS, Target, parse_topology
+from d2g_jax.train.setup import build, initial_state
+
+TINY = Architecture(
+    (clip.ClipTextConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1),),
+    unet.UNetConfig(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2, mid_block_type=None,
+    ),
+    vae.VaeConfig(),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_store(monkeypatch, tmp_path):
+    monkeypatch.setattr(planner.store, "folder", lambda: tmp_path / "store")
+    monkeypatch.setitem(architectures.KNOWN, "tiny/tiny", TINY)
+
+
+def tiny(**changes):
+    config = get_config()
+    with config.unlocked():
+        config.pipeline = "tiny/tiny"
+        config.loss.update({"name": "mse", "metric": ""})
+        config.train.update({"images": 1024, "batch_size": 32, "groups": 8})
+        config.adversarial.update({"start_images": 32, "warmup_images": 32})
+    return with_settings(config, changes)
+
+
+def alone(**changes):
+    return tiny(**{"adversarial.weight": 0.0, **changes})
+
+
+def small_chip(mebibytes, count=4):
+    chip = dataclasses.replace(CHIPS["v5e"], name="small", memory_bytes=mebibytes * 2**20)
+    return Target("small", chip, count)
+
+
+def test_the_planned_state_is_the_one_that_is_trained():
+    config, mesh = get_config(), meshes.make_mesh()
+    shapes = run_shapes(config, mesh)
+    pipeline = Pipeline.load(config.pipeline, mesh=mesh)
+    d, frozen = build(config, pipeline, planned_manifest(config, pipeline))
+    state, frozen = initial_state(config, d, pipeline, mesh), meshes.place(frozen, mesh)
+    facts = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype.name, x.sharding), tree)  # noqa: E731
+    assert facts(shapes.state) == facts(state)
+    assert jax.tree.leaves(facts(shapes.frozen)) == jax.tree.leaves(facts(frozen))
+
+
+def test_compiled_for_the_host():
+    plan = plan_run(alone(), parse_topology("cpu:2"), "compile")
+    (program,) = plan.programs
+    assert plan.method == program.method == "compiled"
+    shapes = run_shapes(alone(), meshes.make_mesh())
+    held = plan.resident
+    assert program.argument_bytes == sum(held.values()) - held["VAE"] - held["batches"] / 2
+    assert program.alias_bytes == pytest.approx(sum(held[k] for k in ("generator", "its average", "its moments")), 1e-3)
+    assert {c.group for c in program.collectives} == {2}
+    gradients = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes.state.generator))
+    assert plan.received_bytes()["all-reduce"] == pytest.approx(gradients, rel=0.05)  # 2 (n - 1) / n = 1
+    assert plan.floor_seconds() is None  # no published peaks of this host
+    assert plan.fits
+    assert from_json(json.loads(json.dumps(to_json(plan)))) == plan
+
+
+def test_flops_are_those_that_xla_counts():
+    one = alone(**{"train.micro_batch": None})
+    counted = plan_run(one, parse_topology("gpu:2xH100"), "formula").programs[0].cost.flops
+    traced = run_shapes(one, meshes.make_mesh()).trace("cpu")["g_regression"]
+    exact = traced.lower().cost_analysis()["flops"] / 2
+    assert counted == pytest.approx(
+        exact, rel=0.15
+    )  # XLA adds what is elementwise, and leaves out what falls on borders
+
+
+def test_a_formula_counts_micro_batches_as_one_batch():
+    target = Target("four", CHIPS["v5e"], 4)
+    whole, parts = (
+        plan_run(alone(**{"train.micro_batch": micro, "mesh.fsdp": 4}), target, "formula").programs[0]
+        for micro in (None, 2)
+    )
+    assert parts.cost.flops == pytest.approx(whole.cost.flops, rel=1e-2)
+    assert parts.temp_bytes < 0.6 * whole.temp_bytes
+    assert parts.received_bytes > 3 * whole.received_bytes  # parameters gathered four times
+
+
+def test_a_config_that_does_not_fit_is_changed_until_it_does():
+    config = tiny()
+    roomy = plan_run(config, small_chip(10**6), "formula")
+    needed = roomy.total_bytes() / 2**20
+    target = small_chip(needed - 1)
+    assert not plan_run(config, target, "formula").fits
+    found, tried = find_fit(config, target, "formula")
+    assert found.fits
+    assert found.total_bytes() <= target.chip.memory_bytes
+    assert found.settings != settings(config)
+    assert all(not plan.fits for plan in tried)
+    nothing, _ = find_fit(config, small_chip(1), "formula")
+    assert nothing is None
+
+
+def test_a_plan_is_made_once(monkeypatch):
+    target = parse_topology("gpu:2xH100")
+    first = plan_run(alone(), target, "formula")
+    monkeypatch.setattr(planner, "_plan", lambda *arguments: pytest.fail("planned again"))
+    assert plan_run(alone(), target, "formula") == first
+
+
+def test_weak_scaling_keeps_fsdp_and_grows_data():
+    gather, scatter = Collective("all-gather", 1600.0, 16), Collective("reduce-scatter", 1600.0, 16)
+    assert scaled((gather, scatter), 1, 16, 4) == [gather, scatter, Collective("all-reduce", 100.0, 4)]
+    assert scaled((Collective("all-reduce", 8.0, 16),), 1, 16, 4) == [Collective("all-reduce", 8.0, 64)]
+    assert scaled((Collective("all-reduce", 8.0, 2), gather), 2, 8, 32)[0].group == 32
+
+
+def test_the_compiler_s_refusal_is_read():
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.50G of"
+    )
+    assert out_of_memory(message + " 15.75G hbm. Exceeded hbm capacity by 5.75G.") == 21.5 * 2**30
+    assert out_of_memory("INTERNAL: something else") is None
+
+
+def test_the_command_prints_and_writes(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    flags = ["--topology=gpu:4xL4", "--config.pipeline=tiny/tiny", "--config.loss.name=mse", "--config.train.groups=4"]
+    assert main(["plan", *flags, "--config.adversarial.weight=0.0", f"--out={file}"]) == 0
+    out = capsys.readouterr().out
+    assert "by formula, not compiled" in out
+    assert "fits" in out
+    assert "images/s a chip: at most" in out
+    assert main(["plan", "table", str(file)]) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.startswith("| digits | gpu:4xL4 | formula |")
+    assert json.loads(file.read_text())["plan"]["fits"]
+
+
+@pytest.mark.slow
+def test_compiled_for_a_tpu_that_is_not_there():
+    pytest.importorskip("libtpu")
+    plan = plan_run(alone(**{"mesh.fsdp": 4}), parse_topology("v5e:2x2"), "compile")
+    (program,) = plan.programs
+    assert program.method == "compiled"
+    assert program.code_bytes > 0
+    assert "all-gather" in plan.received_bytes()
+    assert plan.fits
+    assert plan.images_per_second_per_chip()["at most"] > 0

@@ -1,0 +1,108 @@
+"""Counting of jaxprs against closed forms and against XLA's own counts."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from d2g_jax.plan.trace import Assumptions, program_cost
+
+
+def cost(function, *shapes, **assumptions):
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    traced = jax.jit(function).trace(*arguments)
+    return program_cost(traced.jaxpr, Assumptions(**{"shares": {}, **assumptions}))
+
+
+def xla_flops(function, *shapes):
+    lowered = jax.jit(function).lower(*[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes])
+    return lowered.cost_analysis()["flops"]
+
+
+F32, BF16 = jnp.float32, jnp.bfloat16
+
+
+def test_a_product():
+    counted = cost(jnp.dot, ((8, 16), F32), ((16, 4), F32))
+    assert (counted.float32_flops, counted.bfloat16_flops) == (2 * 8 * 16 * 4, 0)
+    assert counted.memory_bytes == 4 * (8 * 16 + 16 * 4 + 8 * 4)
+
+
+def test_the_dtype_of_operands_decides_the_peak():
+    counted = cost(jnp.dot, ((8, 16), BF16), ((16, 4), BF16))
+    assert (counted.float32_flops, counted.bfloat16_flops) == (0, 2 * 8 * 16 * 4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_and_its_gradients(stride):
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    shapes = ((2, 9, 9, 8), F32), ((3, 3, 8, 16), F32)
+    side = (9 - 3) // stride + 1
+    forward = 2 * (2 * side * side * 16) * 9 * 8
+    assert cost(convolve, *shapes).flops == forward == xla_flops(convolve, *shapes)
+    # Each gradient multiplies as much; the one by x is counted with its border, which XLA leaves out
+    gradients = jax.grad(lambda x, kernel: jnp.sum(convolve(x, kernel) ** 2), (0, 1))
+    counted, exact = cost(gradients, *shapes).flops, 3 * forward
+    assert exact <= counted <= exact * 2
+
+
+def test_loops_count_as_often_as_they_run():
+    def loop(x, w):
+        return jax.lax.scan(lambda carry, _: (carry @ w, None), x, length=5)[0]
+
+    assert cost(loop, ((8, 16), F32), ((16, 16), F32)).flops == 5 * 2 * 8 * 16 * 16
+
+
+def chain(checkpoint):
+    def layer(x, w):
+        return jnp.tanh(jnp.tanh(x @ w) @ w)
+
+    layer = jax.checkpoint(layer) if checkpoint else layer
+
+    def loss(x, w):
+        for _ in range(6):
+            x = layer(x, w)
+        return jnp.sum(x)
+
+    return jax.grad(loss, argnums=0)
+
+
+def test_rematerialisation_takes_flops_and_saves_memory():
+    shapes = ((1024, 32), F32), ((32, 32), F32)
+    kept, computed_again = cost(chain(False), *shapes), cost(chain(True), *shapes)
+    activation = 4 * 1024 * 32
+    assert computed_again.flops == pytest.approx(1.5 * kept.flops)
+    assert kept.temp_bytes >= 12 * activation  # two results a layer live until the backward pass
+    assert computed_again.temp_bytes <= 10 * activation  # one a layer, and one layer's own
+
+
+def test_what_is_elementwise_of_one_array_takes_no_memory():
+    plain = cost(lambda x, w: x @ w, ((64, 64), F32), ((64, 64), F32))
+    fused = cost(lambda x, w: jnp.exp(jnp.tanh(x @ w)) * 2 + 1, ((64, 64), F32), ((64, 64), F32))
+    assert fused.temp_bytes == plain.temp_bytes
+
+
+def attention(query, key, value):
+    return jnp.sum(jax.nn.dot_product_attention(query, key, value).astype(F32))
+
+
+def test_a_fused_kernel_never_writes_attention_weights():
+    shapes = [((1, 512, 4, 32), BF16)] * 3
+    plain, fused = (cost(jax.grad(attention), *shapes, fused_attention=flag) for flag in (False, True))
+    weights = 4 * 512 * 512 * 2
+    assert plain.flops == fused.flops
+    assert plain.temp_bytes - fused.temp_bytes >= 2 * weights
+
+
+def test_sharded_parameters_are_gathered_and_their_gradients_reduced():
+    def loss(w, x):
+        return jnp.sum(jnp.tanh(x @ w) @ w)
+
+    shapes = ((64, 64), F32), ((8, 64), F32)
+    whole, counted = 4 * 64 * 64, cost(jax.grad(loss), *shapes, shares={(64, 64): 1 / 4})
+    assert counted.gathered_bytes == 2 * whole  # forward and backward
+    assert counted.reduced_bytes == 2 * whole  # two products give a part of the gradient
+    assert cost(jax.grad(loss), *shapes, shares={(64, 64): 1.0}).gathered_bytes == 0
