@@ -67,7 +67,7 @@ def _select(condition: jax.Array, new: Any, old: Any) -> Any:
 
 def released(state: TrainState) -> TrainState:
     """The state with its counts of bad updates at zero: what a run that goes on from a stopped one starts with."""
-    zero = jax.tree.map(jnp.zeros_like, state.left_out)
+    zero = jax.tree.map(lambda count: jnp.zeros_like(count, device=count.sharding), state.left_out)
     return dataclasses.replace(state, left_out=zero)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from d2g_jax import guard
+from d2g_jax import mesh as meshes
 from d2g_jax.state import UPDATES, TrainState
 
 
@@ -73,6 +74,16 @@ def test_one_kind_of_update_stops_all():
     again, metrics = commit("discriminator", 0, guard.released(stopped), after, {"loss": jnp.float32(1.0)})
     assert int(metrics[guard.OUTCOME]) == guard.APPLIED
     assert float(again.generator["w"][0]) == 9.0
+
+
+def test_released_stays_where_it_was():
+    mesh = meshes.make_mesh()
+    placed = meshes.place(state(0.0, left_out=2), mesh)
+    released = guard.released(placed)
+    assert released.left_out.keys() == placed.left_out.keys()
+    for name, count in released.left_out.items():
+        assert int(count) == 0
+        assert count.sharding == placed.left_out[name].sharding
 
 
 def test_bad_updates_are_named_and_nothing_after_the_stop_is():
