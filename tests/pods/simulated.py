@@ -55,13 +55,3 @@ def work(count: int = 1, **spec) -> dict[str, np.ndarray]:
         return {}
     with np.load(spec["out"]) as file:
         return dict(file)
-
-
-def differences(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict[str, float]:
-    """max |a - b| / max |b| of every array."""
-    assert ours.keys() == theirs.keys()
-    return {
-        name: float(np.abs(np.float64(ours[name]) - theirs[name]).max() / max(np.abs(theirs[name]).max(), 1e-30))
-        for name in theirs
-        if theirs[name].size
-    }
