@@ -27,6 +27,7 @@ JOBS = {
     "pairs": "solve the teacher's ODE for every prompt and write TFRecord shards; `pairs verify DIR` checks them",
     "train": "distil the teacher into a one-step generator",
     "sample": "draw images from a pipeline folder or a trained student",
+    "evaluate": "FID, KID, CLIP score, diversity, fidelity by a protocol; `evaluate table` lays results side by side",
     "export": "a trained student as a diffusers folder, a Flax checkpoint or one StableHLO file",
     "metric": "distances between files of latents or images; `metric convert FILE` reads published PyTorch weights",
     "lpips": "train a LatentLPIPS for the latents of any VAE",
@@ -81,6 +82,7 @@ def _run(arguments: list[str]) -> int:
         "pairs": _pairs,
         "train": _train,
         "sample": _sample,
+        "evaluate": _evaluate,
         "export": _export,
         "metric": _metric,
         "lpips": _lpips,
@@ -231,6 +233,8 @@ def _sample(arguments: list[str]) -> int:
     parser = _parser("sample")
     parser.add_argument("--model", required=True, help="pipeline folder, hub id, exported student, or training workdir")
     parser.add_argument("--revision", help="of a hub id")
+    parser.add_argument("--system", help="one-step generator of another method: instaflow, dmd, sdxl-turbo, lcm, ...")
+    parser.add_argument("--unet", type=Path, help="safetensors in place of the model's own UNet")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts", type=Path, help="text file, one prompt per line")
     parser.add_argument("--images", type=int, default=1, help="images per prompt")
@@ -269,9 +273,24 @@ def _sample(arguments: list[str]) -> int:
         batch_size=own.batch,
         dtype=own.dtype,
         tiled=own.tiled,
+        system=own.system,
+        unet=own.unet,
     )
     seconds = sample(own.model, request, own.out, own.revision)
     print(json.dumps({"out": str(own.out), "seconds": {name: round(value, 3) for name, value in seconds.items()}}))
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from d2g_jax.evaluate import command
+
+    job = command.read(arguments, _parser)
+    # The metrics' networks run in PyTorch, on the same device: jax must not take all of its memory at once.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from ml_collections import ConfigDict
+
+    _start(ConfigDict({"mesh": {}}))
+    print(job())
     return 0
 
 

@@ -14,11 +14,12 @@ import numpy as np
 from d2g_jax import mesh as meshes
 from d2g_jax import solvers
 from d2g_jax.conditioning import Conditioning, encode_negative, encode_text, size_ids
-from d2g_jax.diffusion import Schedule, guided, one_step
+from d2g_jax.diffusion import Schedule, guided
 from d2g_jax.errors import UserError
 from d2g_jax.models import vae
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import Pipeline, decode, to_uint8
+from d2g_jax.systems import OneStep, guidance_embedding
 
 _OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
@@ -141,12 +142,35 @@ def student_programs(
     tiled: bool = False,
 ) -> Programs:
     """A one-step generator: `unet` are its parameters, `timestep` where in the schedule its one call happens."""
+    return one_step_programs(pipeline, unet, OneStep(timestep), mesh, size, tiled=tiled)
+
+
+def one_step_programs(
+    pipeline: Pipeline,
+    unet: Params,
+    system: OneStep,
+    mesh: jax.sharding.Mesh,
+    size: tuple[int, int] | None = None,
+    *,
+    tiled: bool = False,
+) -> Programs:
+    """A one-step generator of any kind: `unet` are its parameters, `system` how they are called.
+
+    Raises `UserError` for a system that does not go with the schedule or with the UNet.
+    """
     schedule, unet = Schedule.from_config(pipeline.scheduler), meshes.place(unet, mesh)
+    embedding_size = pipeline.unet.config.time_cond_proj_dim
+    system.check_unet(embedding_size)
+    system.schedule(schedule)  # refuses a wrong timestep before anything compiles
 
     @jax.jit
     def solve(unet: Params, drawn: jax.Array, condition: Conditioning) -> jax.Array:
-        call = lambda x, t: pipeline.unet.apply(unet, x, jnp.broadcast_to(t, x.shape[:1]), *condition)  # noqa: E731
-        return _to_nchw(one_step(call, schedule, timestep, _to_nhwc(drawn)))
+        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+            weight = system.guidance_scale
+            embedded = () if weight is None else (guidance_embedding(weight, embedding_size, len(x)),)
+            return pipeline.unet.apply(unet, x, jnp.broadcast_to(t, x.shape[:1]), *condition, *embedded)
+
+        return _to_nchw(system.generate(denoise, schedule, _to_nhwc(drawn)))
 
     return Programs(
         _encoder(pipeline, mesh, size_ids(pipeline, size)),

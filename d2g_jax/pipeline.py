@@ -38,8 +38,11 @@ _CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
 }
+_SD_COMPONENTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 _COMPONENTS = {
-    SD: ("tokenizer", "text_encoder", "unet", "vae", "scheduler"),
+    SD: _SD_COMPONENTS,
+    "LatentConsistencyModelPipeline": _SD_COMPONENTS,
+    "RectifiedFlowPipeline": _SD_COMPONENTS,  # InstaFlow's own class
     SDXL: ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae", "scheduler"),
 }
 _WEIGHTS_STEM = {"text_encoder": "model", "text_encoder_2": "model"}
@@ -111,6 +114,7 @@ class Pipeline:
         mesh: jax.sharding.Mesh | None = None,
         storage: jnp.dtype = jnp.float32,
         without: Collection[str] = (),
+        unet: str | Path | None = None,
     ) -> Pipeline:
         """Reads a diffusers folder leaf by leaf, so that the host never holds a second copy.
 
@@ -120,18 +124,25 @@ class Pipeline:
           mesh: where each leaf goes, by the rules of `mesh.leaf_spec`; None is the default device.
           storage: dtype of kernels and embeddings; norms and biases stay float32. Half precision is for drawing only.
           without: networks whose weights are not read, because others take their place.
+          unet: a safetensors file, or a folder with one, whose weights take the place of the folder's own UNet; with a
+            config.json beside them that config too.
 
         Raises:
           UserError: one line that names the file and key, for anything missing, unknown or inconsistent.
         """
         folder = resolve(folder)
         index = _read_index(folder)
+        places = {name: folder / name for name in _components(index)}
+        configs = {name: place / "config.json" for name, place in places.items()}
+        if unet is not None:
+            places["unet"] = Path(unet)
+            configs["unet"] = own if (own := Path(unet, "config.json")).is_file() else configs["unet"]
         networks = {
-            name: _build(folder, name, index[name][1], dtype, upcast_vae=index["_class_name"] == SDXL)
+            name: _build(configs[name], name, index[name][1], dtype, upcast_vae=index["_class_name"] == SDXL)
             for name in _components(index)
             if name in ("text_encoder", "text_encoder_2", "unet", "vae")
         }
-        _check_widths(folder, networks)
+        _check_widths(configs["unet"], networks)
         tokenizers = {
             name: load_tokenizer(folder / name, networks[name.replace("tokenizer", "text_encoder")].config)
             for name in _components(index)
@@ -139,7 +150,7 @@ class Pipeline:
         }
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         params = {
-            name: weights.load_params(folder / name, network.abstract(), _placer(mesh, storage))
+            name: weights.load_params(places[name], network.abstract(), _placer(mesh, storage))
             for name, network in networks.items()
             if name not in without
         }
@@ -315,8 +326,7 @@ def _components(index: Mapping[str, Any]) -> tuple[str, ...]:
     return _COMPONENTS[index["_class_name"]]
 
 
-def _build(folder: Path, name: str, class_name: str, dtype: jnp.dtype, *, upcast_vae: bool) -> Network:
-    source = folder / name / "config.json"
+def _build(source: Path, name: str, class_name: str, dtype: jnp.dtype, *, upcast_vae: bool) -> Network:
     values = read_json(source)
     if name == "unet":
         return unet.build(unet.UNetConfig.from_json(values, source=str(source)), dtype)
@@ -330,9 +340,9 @@ def _build(folder: Path, name: str, class_name: str, dtype: jnp.dtype, *, upcast
     )
 
 
-def _check_widths(folder: Path, networks: Mapping[str, Network]) -> None:
+def _check_widths(source: Path, networks: Mapping[str, Network]) -> None:
+    """`source` is the UNet's config."""
     unet_config, vae_config = networks["unet"].config, networks["vae"].config
-    source = folder / "unet" / "config.json"
     towers = [network.config for name, network in networks.items() if name.startswith("text_encoder")]
     width, expected = sum(config.hidden_size for config in towers), unet_config.cross_attention_dim
     if width != expected:

@@ -14,11 +14,12 @@ from d2g_jax import atomic, exported, noise
 from d2g_jax import mesh as meshes
 from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.conditioning import tokenize_prompts
-from d2g_jax.draw import Programs, Solution, draw, student_programs, teacher_programs
+from d2g_jax.draw import Programs, Solution, draw, one_step_programs, teacher_programs
 from d2g_jax.errors import UserError
 from d2g_jax.grid import grid, save_png
 from d2g_jax.hub import resolve
 from d2g_jax.pipeline import Pipeline
+from d2g_jax.systems import OneStep, find_system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +28,18 @@ class Sampler:
 
     Attributes:
       pipeline: text towers, UNet, VAE, schedule.
-      timestep: of a one-step generator; None for a teacher, which is solved in steps.
+      timestep: of a one-step generator of ours; None for a teacher, which is solved in steps.
+      system: how a one-step generator of another method is called; None for ours and for teachers.
     """
 
     pipeline: Pipeline
     timestep: int | None
+    system: OneStep | None = None
+
+    @property
+    def one_step(self) -> OneStep | None:
+        """How a one-step generator is called; None for a teacher."""
+        return self.system if self.timestep is None else OneStep(self.timestep)
 
     @classmethod
     def load(
@@ -41,19 +49,30 @@ class Sampler:
         dtype: jnp.dtype = jnp.float32,
         storage: jnp.dtype = jnp.float32,
         revision: str | None = None,
+        system: str | None = None,
+        unet: str | Path | None = None,
     ) -> Sampler:
         """From a folder in diffusers' layout (a teacher, or an exported student), a hub id, or a training workdir.
 
-        Of a workdir the newest average is taken. `dtype` and `storage`: see `Pipeline.load`.
+        Of a workdir the newest average is taken. `dtype`, `storage` and `unet`: see `Pipeline.load`. `system`, a name
+        of `systems.SYSTEMS`, says that the folder holds a one-step generator of another method.
+        Raises `UserError` for a student of ours with a `system` or a `unet`, as `Pipeline.load` does, and for a folder
+        that is neither pipeline nor workdir.
         """
+        foreign = None if system is None else find_system(system)
         if Path(model, "checkpoints").is_dir():
+            _check_own(model, system, unet)
             return cls._from_workdir(Path(model), mesh, dtype, storage)
         folder = resolve(model, revision)
         if not (folder / "model_index.json").exists():
             raise UserError(f"{model}: neither a pipeline folder (model_index.json) nor a workdir (checkpoints/)")
         described = exported.read_description(folder)
-        load = exported.load_pipeline if described.get("format") == "flax" else Pipeline.load
-        return cls(load(folder, dtype, mesh, storage), described.get("timestep"))
+        if described.get("timestep") is not None or described.get("format") == "flax":
+            _check_own(model, system, unet)
+        if described.get("format") == "flax":
+            return cls(exported.load_pipeline(folder, dtype, mesh, storage), described["timestep"])
+        pipeline = Pipeline.load(folder, dtype, mesh, storage, unet=unet)
+        return cls(pipeline, described.get("timestep"), foreign)
 
     @classmethod
     def _from_workdir(cls, workdir: Path, mesh: jax.sharding.Mesh, dtype: jnp.dtype, storage: jnp.dtype) -> Sampler:
@@ -73,9 +92,15 @@ class Sampler:
         tiled: bool = False,
     ) -> Programs:
         """The compiled calls; `solution` is a teacher's (None: its defaults), `size` the images' (height, width)."""
-        if self.timestep is None:
+        if self.one_step is None:
             return teacher_programs(self.pipeline, mesh, solution or Solution(), size, tiled=tiled)
-        return student_programs(self.pipeline, self.pipeline.params["unet"], self.timestep, mesh, size, tiled=tiled)
+        return one_step_programs(self.pipeline, self.pipeline.params["unet"], self.one_step, mesh, size, tiled=tiled)
+
+
+def _check_own(model: str | Path, system: str | None, unet: str | Path | None) -> None:
+    for flag, value in (("system", system), ("unet", unet)):
+        if value is not None:
+            raise UserError(f"{model}: a student of d2g_jax, which says itself how it is called; leave out --{flag}")
 
 
 def latent_shape(pipeline: Pipeline, size: tuple[int | None, int | None] = (None, None)) -> tuple[int, int, int]:
@@ -122,6 +147,8 @@ class Request:
       batch_size: images per call, rounded up to the devices.
       dtype: what the networks compute in and what their kernels are kept in.
       tiled: decode large images in overlapping tiles, for devices that cannot hold one image's activations.
+      system: of `systems.SYSTEMS`, for a one-step generator of another method.
+      unet: weights in place of the folder's own UNet.
     """
 
     prompts: tuple[str, ...]
@@ -133,6 +160,8 @@ class Request:
     batch_size: int = 64
     dtype: str = "float32"
     tiled: bool = False
+    system: str | None = None
+    unet: Path | None = None
 
 
 def sample(model: str | Path, request: Request, out: Path, revision: str | None = None) -> dict[str, float]:
@@ -147,8 +176,8 @@ def sample(model: str | Path, request: Request, out: Path, revision: str | None 
             raise UserError(f"{name}={getattr(request, name)}; it must be at least 1")
     start, dtype = time.monotonic(), jnp.dtype(request.dtype)
     mesh = meshes.make_mesh()
-    sampler = Sampler.load(model, mesh, dtype, dtype, revision)
-    if sampler.timestep is not None and request.solution is not None:
+    sampler = Sampler.load(model, mesh, dtype, dtype, revision, request.system, request.unet)
+    if sampler.one_step is not None and request.solution is not None:
         raise UserError(f"{model}: this is a one-step student; leave out --steps, --guidance, --solver and --negative")
     prompts = [prompt for prompt in request.prompts for _ in range(request.images_per_prompt)]
     shape = latent_shape(sampler.pipeline, request.size)

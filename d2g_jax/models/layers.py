@@ -165,13 +165,30 @@ def sinusoidal_embedding(
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two linear layers with SiLU between: (B, in) -> (B, out)."""
+    """Two linear layers with SiLU between: (B, in) -> (B, out).
 
-    def __init__(self, in_features: int, out_features: int, *, dtype: Any = jnp.float32, rngs: Keys):
+    With `cond_proj_dim` a condition (B, cond_proj_dim), if one is given, is projected and added to the input.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        cond_proj_dim: int | None = None,
+        *,
+        dtype: Any = jnp.float32,
+        rngs: Keys,
+    ):
         self.linear_1 = Linear(in_features, out_features, dtype=dtype, rngs=rngs)
+        projection = None
+        if cond_proj_dim is not None:
+            projection = Linear(cond_proj_dim, in_features, use_bias=False, dtype=dtype, rngs=rngs)
+        self.cond_proj = projection
         self.linear_2 = Linear(out_features, out_features, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
+        if condition is not None and self.cond_proj is not None:
+            x = x + self.cond_proj(condition)
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 

@@ -145,7 +145,7 @@ class UNetBackbone(nnx.Module):
         widths, width = config.block_out_channels, config.block_out_channels[0]
         self.config, self.dtype = config, dtype
         self.conv_in = Conv(config.in_channels, width, **make.kw)
-        self.time_embedding = TimestepEmbedding(width, config.time_embed_dim, **make.kw)
+        self.time_embedding = TimestepEmbedding(width, config.time_embed_dim, config.time_cond_proj_dim, **make.kw)
         added = None
         if config.addition_embed_type is not None:
             added = TimestepEmbedding(config.projection_class_embeddings_input_dim, config.time_embed_dim, **make.kw)
@@ -154,15 +154,22 @@ class UNetBackbone(nnx.Module):
         self.mid_block = None if config.mid_block_type is None else MidBlock(make)
         self.up_blocks = nnx.List([UpBlock(make, index) for index in range(len(widths))])
 
-    def embed(self, timesteps: jax.Array, added: dict[str, jax.Array] | None) -> jax.Array:
-        """The time embedding (B, 4 C0) of timesteps (B,), with SDXL's text_time conditioning in it."""
+    def embed(
+        self, timesteps: jax.Array, added: dict[str, jax.Array] | None, timestep_cond: jax.Array | None = None
+    ) -> jax.Array:
+        """The time embedding (B, 4 C0) of timesteps (B,), with SDXL's text_time conditioning in it.
+
+        `timestep_cond` (B, time_cond_proj_dim) is a latent consistency model's guidance embedding.
+        """
         config = self.config
 
         def wave(values: jax.Array, dim: int) -> jax.Array:
             flip, shift = config.flip_sin_to_cos, config.freq_shift
             return sinusoidal_embedding(values, dim, flip_sin_to_cos=flip, freq_shift=shift)
 
-        temb = self.time_embedding(wave(timesteps, config.block_out_channels[0]))
+        if timestep_cond is not None and config.time_cond_proj_dim is None:
+            raise UserError("this UNet has no time_cond_proj_dim, so it takes no guidance embedding")
+        temb = self.time_embedding(wave(timesteps, config.block_out_channels[0]), timestep_cond)
         if self.add_embedding is None:
             return temb
         if added is None:
@@ -225,13 +232,15 @@ class UNet2DConditionModel(UNetBackbone):
         timesteps: jax.Array,
         encoder_hidden_states: jax.Array,
         added: dict[str, jax.Array] | None = None,
+        timestep_cond: jax.Array | None = None,
     ) -> jax.Array:
         """Latents (B, h, w, C), timesteps (B,), text states (B, L, D) -> (B, h, w, C_out) in the compute dtype.
 
-        `added` is SDXL's {"text_embeds": (B, P), "time_ids": (B, 6)}. h and w may be any: where a level's size is odd,
-        upsampling goes to the size of the skip tensors.
+        `added` is SDXL's {"text_embeds": (B, P), "time_ids": (B, 6)}; `timestep_cond` (B, time_cond_proj_dim) is the
+        guidance embedding of a latent consistency model. h and w may be any: where a level's size is odd, upsampling
+        goes to the size of the skip tensors.
         """
-        temb = self.embed(timesteps, added)
+        temb = self.embed(timesteps, added, timestep_cond)
         hidden, skips = self.encode(latents, temb, encoder_hidden_states)
         hidden = self.middle(hidden, temb, encoder_hidden_states)
         hidden, _ = self.decode(hidden, skips, temb, encoder_hidden_states)

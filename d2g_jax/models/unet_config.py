@@ -32,7 +32,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
     "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
@@ -75,6 +74,7 @@ class UNetConfig:
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
+    time_cond_proj_dim: int | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -159,6 +159,8 @@ class UNetConfig:
             need(not used or width % heads == 0, "attention_head_dim", f"that many heads must divide {width} channels")
         need(self.mid_block_type in _MID, "mid_block_type", f"only {_MID[0]!r} or null is implemented")
         need(self.downsample_padding == 1, "downsample_padding", "only 1 is implemented")
+        dim = self.time_cond_proj_dim
+        need(dim is None or _counts(dim), "time_cond_proj_dim", "give a positive integer or null")
         need(self.addition_embed_type in (None, "text_time"), "addition_embed_type", "only 'text_time' is implemented")
         if self.addition_embed_type is not None:
             for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):

@@ -218,7 +218,7 @@ def test_config_survives_json_and_diffusers_takes_it():
     "wrong",
     [
         {"class_embed_type": "timestep"},
-        {"time_cond_proj_dim": 256},
+        {"time_cond_proj_dim": 0},
         {"only_cross_attention": [True, False]},
         {"act_fn": "gelu"},
         {"num_attention_heads": 8},
@@ -246,6 +246,34 @@ def test_what_is_not_implemented_is_refused_by_name(wrong):
     assert "\n" not in message
     assert SOURCE in message
     assert next(iter(wrong)) in message or "addition_time_embed_dim" in message
+
+
+def test_guidance_embedding_of_a_latent_consistency_model_equals_diffusers():
+    from torch_oracle import error, nchw, nhwc, normal, quick_jit, torch
+
+    model, network, params = oracle(SD1 | {"time_cond_proj_dim": 6})
+    latents, timesteps, text, _ = batch(network.config, 4, 4)
+    condition = normal(3, 2, 6)
+    run = quick_jit(network.apply)
+    output = run(params, latents, timesteps, text, None, condition)
+    with torch.no_grad():
+        arguments = nchw(latents), torch.from_numpy(timesteps), torch.from_numpy(text)
+        theirs = nhwc(model(*arguments, timestep_cond=torch.from_numpy(condition)).sample)
+        without = nhwc(model(*arguments).sample)
+    assert error(output, theirs) < 1e-5
+    assert error(run(params, latents, timesteps, text), without) < 1e-5
+    assert error(without, theirs) > 1e-3
+    state = {key: value.detach().numpy() for key, value in model.state_dict().items()}
+    back = weights.to_state_dict(params)
+    assert set(back) == set(state)
+    np.testing.assert_array_equal(back["time_embedding.cond_proj.weight"], state["time_embedding.cond_proj.weight"])
+
+
+def test_a_guidance_embedding_without_its_projection_is_refused():
+    network = unet.build(UNetConfig(**SD1))
+    latents, timesteps, text, _ = batch(network.config, 4, 4)
+    with pytest.raises(UserError, match="time_cond_proj_dim"):
+        jax.eval_shape(network.apply, network.abstract(), latents, timesteps, text, None, np.zeros((2, 6)))
 
 
 def test_sdxl_without_its_conditions_is_refused():

@@ -1,0 +1,1 @@
+"""`d2g evaluate`: numbers that say how they were measured. The job is `job.evaluate`, the table `table.table`."""

@@ -1,0 +1,178 @@
+"""Flags of `d2g evaluate`, `d2g evaluate reference` and `d2g evaluate table` as the job that they ask for."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from d2g_jax.errors import UserError
+from d2g_jax.evaluate import metric_weights
+from d2g_jax.evaluate.protocols import PROTOCOLS
+
+Parser = Callable[..., argparse.ArgumentParser]
+"""(job, description) -> a parser with one-line errors."""
+
+
+def read(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str]:
+    """The job that the arguments ask for: run, it returns what is to be printed."""
+    if arguments[:1] == ["reference"]:
+        return _reference(arguments[1:], make_parser)
+    if arguments[:1] == ["table"]:
+        return _table(arguments[1:], make_parser)
+    return _evaluate(arguments, make_parser)
+
+
+def _evaluate(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str]:
+    text = (
+        "measure a model or a folder of images by a protocol; `evaluate reference` makes reference statistics, "
+        "`evaluate table RESULT.json ...` lays results side by side"
+    )
+    parser = make_parser("evaluate", text)
+    parser.add_argument("--config", type=Path, metavar="FILE.py", help="get_config() gives flags; configs/evaluate/")
+    parser.add_argument("--protocol", help=", ".join(PROTOCOLS))
+    parser.add_argument("--images", type=Path, help="folder of images, one for each prompt in order")
+    parser.add_argument("--prompts", type=Path, help="one prompt per line; the digits have their own")
+    parser.add_argument("--reference", type=Path, help="file of `d2g evaluate reference`, or a folder of real images")
+    parser.add_argument("--diversity-images", type=Path, help="several images of each prompt; --model draws its own")
+    parser.add_argument("--teacher-images", type=Path, help="the teacher's, of the same prompts and noise")
+    parser.add_argument("--metrics", default="", help="names with commas; default is all that the given files allow")
+    parser.add_argument("--samples", type=int, help="only the first N; the result then says that it is incomplete")
+    parser.add_argument("--name", help="of the system, for tables")
+    parser.add_argument("--out", type=Path, required=True, help="result file, JSON")
+    _add_images(parser)
+    weights = parser.add_argument_group("weights of the metrics; nothing is ever downloaded")
+    for name, where in metric_weights.WHERE.items():
+        weights.add_argument(metric_weights.flag(name), type=Path, help=where.replace("%", "%%"))
+    model = parser.add_argument_group("a model in place of --images")
+    model.add_argument("--model", help="pipeline folder, hub id, exported student, or training workdir")
+    model.add_argument("--revision", help="of a hub id")
+    model.add_argument("--system", help="one-step generator of another method: instaflow, dmd, sdxl-turbo, lcm, ...")
+    model.add_argument("--unet", type=Path, help="safetensors in place of the model's own UNet")
+    model.add_argument("--drawn", type=Path, help="where its images go and are found again; default OUT-drawn")
+    model.add_argument("--seed", type=int, default=0, help="of the noise")
+    model.add_argument("--height", type=int, help="pixels; default is the model's own")
+    model.add_argument("--width", type=int, help="pixels; default is the model's own")
+    model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    model.add_argument("--draw-batch", type=int, default=64, help="images per call of the model, all devices together")
+    model.add_argument("--tiled", action="store_true", help="decode large images in overlapping tiles")
+    model.add_argument("--steps", type=int, help="a teacher's; default 50")
+    model.add_argument("--guidance", type=float, dest="guidance_scale", help="a teacher's; default 7.5")
+    model.add_argument("--guidance-rescale", type=float, help="a teacher's; default 0")
+    model.add_argument("--negative", dest="negative_prompt", help="a teacher's negative prompt")
+    model.add_argument("--solver", help="a teacher's: ddim (default), euler, dpmpp_2m or heun")
+    model.add_argument("--spacing", help="a teacher's: leading, trailing or linspace; default is the pipeline's own")
+    _take_config(parser, arguments)
+    own = parser.parse_args(arguments)
+    if own.protocol is None:
+        raise UserError(f"--protocol is missing; give one of {', '.join(PROTOCOLS)}")
+    if (own.model is None) == (own.images is None):
+        raise UserError("give either --model=M or --images=FOLDER")
+    return lambda: _run(own)
+
+
+def _take_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """The fields of --config, as defaults of the flags. Raises `UserError` for a field that is no flag."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    file = first.parse_known_args(arguments)[0].config
+    if file is None:
+        return
+    from d2g_jax.configuration import read_config
+
+    flags = {action.dest: action for action in parser._actions if action.option_strings}
+    for name, value in read_config(file).items():
+        if name not in flags or name in ("config", "help"):
+            raise UserError(f"--config={file}: {name} is no flag of `{parser.prog}`")
+        read_text = flags[name].type
+        parser.set_defaults(**{name: read_text(value) if isinstance(value, str) and read_text else value})
+        flags[name].required = False
+
+
+def _run(own: argparse.Namespace) -> str:
+    from d2g_jax.draw import Solution
+    from d2g_jax.evaluate.drawing import Model
+    from d2g_jax.evaluate.job import Request, evaluate
+    from d2g_jax.evaluate.metric_weights import MetricWeights
+
+    given = {field.name: getattr(own, field.name) for field in dataclasses.fields(Solution)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if own.images is not None and (given or own.system or own.unet or own.drawn):
+        raise UserError("--images are drawn already; leave out --system, --unet, --drawn and a teacher's flags")
+    if own.model is not None and own.diversity_images is not None:
+        raise UserError("--model draws its own images for diversity; leave out --diversity-images")
+    model = None
+    if own.model is not None:
+        model = Model(
+            own.model,
+            own.revision,
+            own.system,
+            own.unet,
+            Solution(**given) if given else None,
+            (own.height, own.width),
+            own.seed,
+            own.dtype,
+            own.draw_batch,
+            own.tiled,
+        )
+    request = Request(
+        protocol=own.protocol,
+        images=own.images,
+        model=model,
+        drawn=own.drawn or own.out.with_name(f"{own.out.stem}-drawn"),
+        reference=own.reference,
+        prompts=own.prompts,
+        weights=MetricWeights(**{name: getattr(own, f"weights_{name}") for name in metric_weights.WHERE}),
+        metrics=tuple(filter(None, own.metrics.split(","))),
+        diversity_images=own.diversity_images,
+        teacher_images=own.teacher_images,
+        samples=own.samples,
+        max_corrupt=own.max_corrupt,
+        batch_size=own.batch,
+        name=own.name,
+    )
+    result = evaluate(request, own.out)
+    shown = {name: result[name] for name in ("system", "samples", "complete", "metrics")}
+    return json.dumps({"out": str(own.out), **shown}, indent=2, ensure_ascii=False)
+
+
+def _reference(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str]:
+    parser = make_parser("evaluate reference", "features of real images by a protocol, to compare generated ones with")
+    parser.add_argument("--protocol", required=True, help=", ".join(PROTOCOLS))
+    parser.add_argument(
+        "--images", type=Path, required=True, help="folder of real images; sizes and formats may differ"
+    )
+    where = metric_weights.WHERE["inception"]
+    parser.add_argument(metric_weights.flag("inception"), type=Path, dest="inception", help=where)
+    parser.add_argument("--out", type=Path, required=True, help=".npz file")
+    _add_images(parser)
+    own = parser.parse_args(arguments)
+
+    def run() -> str:
+        from d2g_jax.evaluate.job import make_reference
+
+        options = {"max_corrupt": own.max_corrupt, "batch_size": own.batch}
+        made = make_reference(own.protocol, own.images, own.inception, own.out, **options)
+        return json.dumps({"out": str(own.out), **made}, indent=2)
+
+    return run
+
+
+def _table(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str]:
+    parser = make_parser("evaluate table", "results side by side; what was measured differently never shares a column")
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
+    own = parser.parse_args(arguments)
+
+    def run() -> str:
+        from d2g_jax.evaluate.table import read_result, table
+
+        return table([read_result(file) for file in own.results])
+
+    return run
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-corrupt", type=int, default=0, help="unreadable images to leave out; default 0")
+    parser.add_argument("--batch", type=int, default=64, help="images per call of the metrics' networks")

@@ -1,0 +1,155 @@
+"""A model's images as a folder: drawn once, gone on with when interrupted, and described beside themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2g_jax import atomic, noise
+from d2g_jax import mesh as meshes
+from d2g_jax.conditioning import tokenize_prompts
+from d2g_jax.draw import Programs, Solution, draw
+from d2g_jax.errors import UserError
+from d2g_jax.grid import save_png
+from d2g_jax.models.network import Params
+from d2g_jax.progress import Progress
+from d2g_jax.sample import Sampler, latent_shape
+
+DESCRIPTION = "drawing.json"
+"""What a folder's images are; beside them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is to be evaluated, and how it draws.
+
+    Attributes:
+      model: folder, hub id, exported student or workdir, with its `revision`.
+      system: of `systems.SYSTEMS`; None for teachers and for students of ours.
+      unet: weights in place of the model's own UNet.
+      solution: a teacher's.
+      size: (height, width) in pixels, None for the native side.
+      seed: of the noise; image i has the noise of record i, as in `d2g sample`.
+      dtype: what the networks compute in and what their kernels are kept in.
+      batch_size: images per call, rounded up to the devices.
+      tiled: decode large images in overlapping tiles.
+    """
+
+    model: str
+    revision: str | None = None
+    system: str | None = None
+    unet: Path | None = None
+    solution: Solution | None = None
+    size: tuple[int | None, int | None] = (None, None)
+    seed: int = 0
+    dtype: str = "float32"
+    batch_size: int = 64
+    tiled: bool = False
+
+
+class Painter:
+    """A loaded model; draws folder after folder with the same programs. `description` holds what decides a pixel."""
+
+    def __init__(self, model: Model):
+        """Raises `UserError` as `Sampler.load` does, and for a solution given to a one-step generator."""
+        dtype = jnp.dtype(model.dtype)
+        self._model, self._mesh = model, meshes.make_mesh()
+        load = model.revision, model.system, model.unet
+        self._sampler = Sampler.load(model.model, self._mesh, dtype, dtype, *load)
+        one_step = self._sampler.one_step
+        if one_step is not None and model.solution is not None:
+            raise UserError(f"{model.model}: one step only; leave out --steps, --guidance, --solver and --negative")
+        self._shape = latent_shape(self._sampler.pipeline, model.size)
+        factor = self._sampler.pipeline.vae.config.downscale
+        size = factor * self._shape[1], factor * self._shape[2]
+        solution = None if one_step is not None else model.solution or Solution()
+        self._programs: Programs = self._sampler.programs(self._mesh, solution, size, tiled=model.tiled)
+        self.network_calls = self._programs.network_calls
+        self.description: dict[str, Any] = {
+            "model": model.model,
+            "revision": model.revision,
+            "unet": None if model.unet is None else str(model.unet),
+            "unet_sha256": _digest(self._sampler.pipeline.params["unet"]),
+            "system": model.system,
+            "one_step": None if one_step is None else dataclasses.asdict(one_step),
+            "solution": None if solution is None else dataclasses.asdict(solution),
+            "network_calls": self.network_calls,
+            "size": list(size),
+            "seed": model.seed,
+            "noise": noise.IMPLEMENTATION,
+            "dtype": model.dtype,
+        }
+
+    def paint(self, prompts: Sequence[str], folder: Path, *, first_noise: int = 0) -> None:
+        """Writes 00000.png ... of `prompts` into `folder`; what is there already is not drawn again.
+
+        Image i has the noise of record `first_noise` + i. Raises `UserError` for a folder of another drawing.
+        """
+        described = {**self.description, "prompts_sha256": prompts_digest(prompts), "first_noise": first_noise}
+        _claim(folder, described)
+        devices = meshes.batch_shards(self._mesh)
+        batch_size = -(-min(self._model.batch_size, len(prompts)) // devices) * devices
+        with Progress("draw", len(prompts), "image") as progress:
+            for first in range(0, len(prompts), batch_size):
+                part = list(prompts[first : first + batch_size])
+                files = [folder / f"{first + i:05d}.png" for i in range(len(part))]
+                if not all(file.exists() for file in files):
+                    for file, image in zip(files, self._draw(part, first_noise + first, batch_size), strict=True):
+                        save_png(file, image)
+                progress.advance(len(part))
+
+    def _draw(self, prompts: list[str], first: int, batch_size: int) -> np.ndarray:
+        records = jnp.arange(first, first + len(prompts), dtype=jnp.uint32)
+        drawn = np.asarray(noise.record_noise(self._model.seed, records, self._shape))
+        ids = tokenize_prompts(self._sampler.pipeline, prompts)
+        (batch,) = draw(self._programs, self._mesh, drawn, ids, batch_size, images=True)
+        return batch.images
+
+
+def prompts_digest(prompts: Sequence[str]) -> str:
+    """SHA-256 of the prompts in order, one on a line: `sha256sum` of a text file that ends with a newline."""
+    return hashlib.sha256("".join(f"{prompt}\n" for prompt in prompts).encode()).hexdigest()
+
+
+def read_description(folder: Path) -> dict[str, Any] | None:
+    """How the images of a folder were drawn; None where nothing says so. Raises `UserError` for a damaged file."""
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        return None
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); draw the images again into another folder") from error
+
+
+def _claim(folder: Path, described: dict[str, Any]) -> None:
+    """Writes the description, or checks that the one there is the same."""
+    there = read_description(folder)
+    if there is None:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder}: holds files but no {DESCRIPTION}; give an empty folder to draw into")
+        atomic.write_text(folder / DESCRIPTION, json.dumps(described, indent=2) + "\n")
+        return
+    for key, value in described.items():
+        if there.get(key) != value:
+            raise UserError(
+                f"{folder / DESCRIPTION}: images of another drawing, {key}={there.get(key)!r}, not {value!r}; give "
+                "another --drawn or remove the folder"
+            )
+
+
+def _digest(params: Params) -> str:
+    """SHA-256 of all leaves in order with their names: the same whatever kind of file they came from."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()

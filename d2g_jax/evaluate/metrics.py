@@ -1,0 +1,82 @@
+"""The metrics by name: what each needs, and which of them a request can have."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from d2g_jax.errors import UserError
+from d2g_jax.evaluate import metric_weights
+from d2g_jax.evaluate.metric_weights import MetricWeights
+
+REFERENCE, PROMPTS, LABELS, DIVERSITY, TEACHER = "reference", "prompts", "labels", "diversity", "teacher"
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One column of a table.
+
+    Attributes:
+      title: with an arrow to where better is.
+      needs: one of the inputs above.
+      weights: a field of `MetricWeights`; None where the protocol brings them.
+    """
+
+    title: str
+    needs: str
+    weights: str | None = None
+
+
+METRICS: dict[str, Metric] = {
+    "fid": Metric("FID ↓", REFERENCE),
+    "kid": Metric("KID ↓", REFERENCE),
+    "precision": Metric("precision ↑", REFERENCE),
+    "recall": Metric("recall ↑", REFERENCE),
+    "clip_b32": Metric("CLIP ViT-B/32 ↑", PROMPTS, "clip_b32"),
+    "clip_g14": Metric("CLIP ViT-g/14 ↑", PROMPTS, "clip_g14"),
+    "accuracy": Metric("accuracy ↑", LABELS),
+    "lpips_diversity": Metric("LPIPS diversity ↑", DIVERSITY, "lpips"),
+    "dreamsim_diversity": Metric("DreamSim diversity ↑", DIVERSITY, "dreamsim"),
+    "lpips_fidelity": Metric("LPIPS to teacher ↓", TEACHER, "lpips"),
+    "dreamsim_fidelity": Metric("DreamSim to teacher ↓", TEACHER, "dreamsim"),
+}
+
+_REMEDIES = {
+    REFERENCE: "--reference=FILE_OR_FOLDER (see `d2g evaluate reference --help`)",
+    PROMPTS: "--prompts=FILE",
+    LABELS: "the digits protocol with its own prompts",
+    DIVERSITY: "--diversity-images=FOLDER, or --model",
+    TEACHER: "--teacher-images=FOLDER",
+}
+
+
+def choose(
+    asked: Sequence[str], have: Callable[[str], bool], weights: MetricWeights, *, own_features: bool
+) -> list[str]:
+    """The metrics to measure, in the order of `METRICS`.
+
+    Args:
+      asked: names; empty for all that the given files allow.
+      have: whether an input (`REFERENCE`, ...) is there.
+      weights: what was given.
+      own_features: whether the protocol's features need no weights.
+
+    Raises:
+      UserError: an unknown name, a metric that was asked for without what it needs, and nothing to measure.
+    """
+    for name in asked:
+        if name not in METRICS:
+            raise UserError(f"--metrics: {name!r} is unknown; known are {', '.join(METRICS)}")
+    chosen = []
+    for name, metric in METRICS.items():
+        needed = "inception" if metric.needs == REFERENCE and not own_features else metric.weights
+        lacking = needed is not None and getattr(weights, needed) is None
+        if name in asked and lacking:
+            raise metric_weights.missing(name, needed)
+        if name in asked and not have(metric.needs):
+            raise UserError(f"{name} needs {_REMEDIES[metric.needs]}")
+        if (name in asked or not asked) and not lacking and have(metric.needs):
+            chosen.append(name)
+    if not chosen:
+        raise UserError("nothing to measure; give weights (--weights-inception=FILE, ...) and what they are used with")
+    return chosen

@@ -1,0 +1,117 @@
+"""Reference statistics: the features of real images with the protocol and the weights that they were taken by."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2g_jax import atomic
+from d2g_jax.errors import UserError
+from d2g_jax.evaluate.features import Extractor
+from d2g_jax.evaluate.images import batches, survey
+from d2g_jax.evaluate.protocols import Protocol
+from d2g_jax.progress import Progress
+
+_FIELDS = ("protocol", "protocol_sha256", "extractor", "weights_sha256", "images_sha256", "formats")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Features of the images that generated ones are compared with.
+
+    Attributes:
+      features: float32 (N, D).
+      protocol, protocol_sha256: by which the images were prepared.
+      extractor, weights_sha256: whose features these are.
+      images_sha256: of all images' bytes, in order: what a reference is known by.
+      formats: of the image files, and how many of each.
+      source: the file or folder it was read from.
+    """
+
+    features: np.ndarray
+    protocol: str
+    protocol_sha256: str
+    extractor: str
+    weights_sha256: str
+    images_sha256: str
+    formats: dict[str, int]
+    source: str
+
+    def describe(self) -> dict[str, Any]:
+        """For the result file: everything but the features."""
+        described = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**described, "features": list(self.features.shape)}
+
+    def save(self, file: Path) -> None:
+        """Writes a .npz file, whole or not at all; 8 KB for each image."""
+        described = {name: getattr(self, name) for name in _FIELDS}
+        with atomic.replacing(file) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, features=self.features, described=np.array(json.dumps(described)))
+
+
+def open_reference(path: Path, protocol: Protocol, extractor: Extractor, *, max_corrupt: int, batch: int) -> Reference:
+    """From a file of `Reference.save`, or from a folder of images, whose sizes and formats may differ.
+
+    Raises `UserError` for another protocol's statistics, for those of another network, and for a damaged file.
+    """
+    if path.is_dir():
+        return _from_folder(path, protocol, extractor, max_corrupt=max_corrupt, batch=batch)
+    reference = _from_file(path)
+    again = "make them again with `d2g evaluate reference`"
+    if reference.protocol_sha256 != protocol.sha256:
+        version = "another version of it" if reference.protocol == protocol.name else reference.protocol
+        raise UserError(f"{path}: statistics of the protocol {version}, not of {protocol.name}; {again}")
+    if reference.weights_sha256 != extractor.sha256:
+        raise UserError(
+            f"{path}: features of other weights ({reference.weights_sha256[:12]}, these are {extractor.sha256[:12]}); "
+            f"{again}"
+        )
+    return reference
+
+
+def digits_reference(protocol: Protocol, extractor: Extractor) -> Reference:
+    """All 1,797 real digits, which the package brings, not rounded to 8 bits: as the demo's "to real"."""
+    from d2g_jax.digits import data
+
+    train, test = data.load()
+    images = np.concatenate([train.images, test.images])
+    digest = hashlib.sha256(images.tobytes()).hexdigest()
+    source = "scikit-learn's digits, 1,797 images"
+    return _describe(extractor.extract(images), protocol, extractor, digest, {"array": len(images)}, source)
+
+
+def _from_folder(folder: Path, protocol: Protocol, extractor: Extractor, *, max_corrupt: int, batch: int) -> Reference:
+    found = survey(folder, protocol, max_corrupt=max_corrupt, mixed=True)
+    with Progress("reference", len(found), "image") as progress:
+        features = []
+        for _, images in batches(found, protocol, batch):
+            features.append(extractor.extract(images))
+            progress.advance(len(images))
+    return _describe(np.concatenate(features), protocol, extractor, found.sha256, found.formats, str(folder))
+
+
+def _describe(
+    features: np.ndarray, protocol: Protocol, extractor: Extractor, digest: str, formats: dict[str, int], source: str
+) -> Reference:
+    names = protocol.name, protocol.sha256, extractor.name, extractor.sha256
+    return Reference(features, *names, digest, formats, source)
+
+
+def _from_file(file: Path) -> Reference:
+    wanted = "give a file of `d2g evaluate reference` or a folder of images"
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            if "described" not in arrays or "features" not in arrays:
+                raise UserError(f"{file}: statistics that do not say their protocol ({', '.join(arrays)}); {wanted}")
+            described = json.loads(str(arrays["described"]))
+            return Reference(arrays["features"], *(described[name] for name in _FIELDS), str(file))
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file or folder; {wanted}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: cannot be read as reference statistics ({reason}); {wanted}") from error

@@ -1,0 +1,70 @@
+"""Every system of the paper's tables has a configuration that is a command as it stands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from d2g_jax.__main__ import _parser
+from d2g_jax.draw import Solution
+from d2g_jax.errors import UserError
+from d2g_jax.evaluate import command
+from d2g_jax.evaluate.protocols import PROTOCOLS
+from d2g_jax.systems import SYSTEMS
+
+CONFIGS = sorted(Path("configs/evaluate").glob("*.py"))
+
+
+def commands(file):
+    """The `d2g evaluate` lines of a configuration's docstring, each as a list of arguments."""
+    text = file.read_text().split('"""')[1].replace("\\\n", " ")
+    shell = dict(re.findall(r'^ *(\w+)="?([^"\n]*)"?$', text, re.MULTILINE))
+    for line in re.findall(r"^ *d2g evaluate (.*)$", text, re.MULTILINE):
+        for name, value in shell.items():
+            line = line.replace(f"${name}", value)
+        yield shlex.split(line)
+
+
+def parsed(monkeypatch, arguments):
+    seen = []
+    monkeypatch.setattr(command, "_run", seen.append)
+    command.read(arguments, _parser)()
+    return seen[0]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_commands_of_a_configuration(file, monkeypatch):
+    found = list(commands(file))
+    assert found
+    for arguments in found:
+        own = parsed(monkeypatch, arguments)
+        assert own.config == file
+        assert own.protocol in PROTOCOLS
+        assert own.system is None or own.system in SYSTEMS
+        assert (own.model is None) != (own.images is None)
+        one_step = own.system is not None or own.steps is None
+        assert one_step or Solution(own.steps, own.guidance_scale, solver=own.solver).network_calls == 100
+        assert own.unet is None or isinstance(own.unet, Path)
+
+
+def test_every_system_of_the_tables_has_one(monkeypatch):
+    own = [parsed(monkeypatch, arguments) for file in CONFIGS for arguments in commands(file)]
+    assert {o.system for o in own} == {None, *SYSTEMS}
+    names = {o.name for o in own if o.protocol == "coco2014-30k"}
+    table = ["GigaGAN", "StyleGAN-T", "InstaFlow-0.9B", "UFOGen", "MD-UFOGen", "DMD", "DALL-E 2", "Imagen"]
+    assert names >= {*table, "PixArt-α", "Diffusion2GAN, SD 1.5", "Stable Diffusion 1.5, 50 steps"}
+    names = {o.name for o in own if o.protocol == "coco2017-5k"}
+    assert names >= {"SDXL-Turbo", "SDXL-Lightning", "SDXL-Diffusion2GAN", "SDXL-Base-1.0, 50 steps"}
+
+
+def test_flags_override_and_unknown_fields_are_refused(monkeypatch, tmp_path):
+    arguments = ["--config=configs/evaluate/instaflow.py", "--out=a.json", "--name=mine", "--dtype=float32"]
+    own = parsed(monkeypatch, arguments)
+    assert (own.name, own.dtype, own.system) == ("mine", "float32", "instaflow")
+    file = tmp_path / "c.py"
+    file.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'stepps': 3})\n")
+    with pytest.raises(UserError, match="stepps is no flag"):
+        command.read([f"--config={file}", "--out=a.json"], _parser)
+    with pytest.raises(UserError, match="--protocol is missing"):
+        command.read(["--images=x", "--out=a.json"], _parser)

@@ -1,0 +1,89 @@
+"""KID, precision and recall against sums written out, and against torch-fidelity where it is installed."""
+
+import numpy as np
+import pytest
+
+from d2g_jax.errors import UserError
+from d2g_jax.evaluate import distances
+
+
+def features(seed, count, shift=0.0, size=6):
+    return (np.random.default_rng(seed).normal(size=(count, size)) + shift).astype(np.float32)
+
+
+def test_kid_of_whole_sets_is_the_unbiased_estimate_written_out():
+    a, b = features(0, 7), features(1, 7, 0.5)
+    kernel = lambda x, y: (float(x @ y) / 6 + 1) ** 3  # noqa: E731
+    pairs = [(i, j) for i in range(7) for j in range(7)]
+    within = sum(kernel(s[i], s[j]) for s in (a, b) for i, j in pairs if i != j) / (7 * 6)
+    across = sum(kernel(a[i], b[j]) for i, j in pairs) / 49
+    mean, deviation = distances.kernel_distance(a, b, subsets=3, size=7, seed=0)
+    assert mean == pytest.approx(within - 2 * across, rel=1e-5)
+    assert deviation < 1e-6
+
+
+def test_kid_is_about_zero_for_one_distribution_and_grows_with_the_shift():
+    values = [
+        distances.kernel_distance(features(2, 400), features(3, 400, shift), subsets=20, size=100, seed=0)[0]
+        for shift in (0.0, 0.5, 1.0)
+    ]
+    assert abs(values[0]) < 0.1 < values[1] < values[2]
+
+
+def test_kid_subsets_are_those_of_the_seed():
+    a, b = features(4, 90), features(5, 90)
+    one, again, other = (distances.kernel_distance(a, b, subsets=4, size=30, seed=s) for s in (1, 1, 2))
+    assert one == again != other
+
+
+def test_kid_of_too_few():
+    with pytest.raises(UserError, match=r"subsets of 100.*90 and 120"):
+        distances.kernel_distance(features(0, 90), features(1, 120), subsets=1, size=100, seed=0)
+
+
+def test_precision_and_recall_written_out(monkeypatch):
+    monkeypatch.setattr(distances, "_ROWS", 16)  # several blocks
+    a, b, k = features(6, 50), features(7, 40, 0.8), 3
+
+    def covered(points, centres):
+        hit = 0
+        radii = [sorted(np.linalg.norm(c - centres, axis=1))[k] for c in centres]
+        for point in points:
+            hit += any(np.linalg.norm(point - c) <= radius for c, radius in zip(centres, radii, strict=True))
+        return hit / len(points)
+
+    precision, recall = distances.precision_recall(a, b, k)
+    assert (precision, recall) == (covered(a, b), covered(b, a))
+    assert 0 < precision < 1
+    assert 0 < recall < 1
+
+
+def test_precision_and_recall_at_their_ends():
+    a = features(8, 30)
+    assert distances.precision_recall(a, a, 3) == (1.0, 1.0)
+    assert distances.precision_recall(a, a + 100, 3) == (0.0, 0.0)
+    few = np.concatenate([a[:1]] * 30)  # one image over and over: precise, and of no variety
+    precision, recall = distances.precision_recall(few, a, 3)
+    assert precision == 1.0
+    assert recall == pytest.approx(1 / 30)
+
+
+def test_precision_and_recall_of_too_few():
+    with pytest.raises(UserError, match="3-th neighbour"):
+        distances.precision_recall(features(0, 3), features(1, 10), 3)
+
+
+def test_equal_to_torch_fidelity():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torchvision", exc_type=ImportError)
+    kid = pytest.importorskip("torch_fidelity.metric_kid", exc_type=ImportError)
+    prc = pytest.importorskip("torch_fidelity.metric_prc", exc_type=ImportError)
+    a, b = features(9, 300, size=20), features(10, 250, 0.3, size=20)
+    theirs = kid.kid_features_to_metric(
+        torch.from_numpy(a), torch.from_numpy(b), kid_subsets=10, kid_subset_size=100, rng_seed=3,
+        kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1, verbose=False,
+    )  # fmt: skip
+    ours = distances.kernel_distance(a, b, subsets=10, size=100, seed=3)
+    np.testing.assert_allclose(ours, list(theirs.values()), rtol=1e-4)
+    expected = prc.calculate_precision_recall_full(torch.from_numpy(a), torch.from_numpy(b), 3)
+    np.testing.assert_allclose(distances.precision_recall(a, b, 3), expected, atol=1e-6)
