@@ -160,7 +160,7 @@ def overfit() -> ConfigDict:
             "preset": "bgo",  # of e_latent_lpips, as in `loss`
             "images": "",  # an image, or a folder of images; empty takes the digits' test set
             "targets": 8,  # images, from the first on; all are optimised at once, each by itself
-            "steps": 2000,
+            "steps": 1000,
             "every": 100,  # steps between measurements, and between saved states
             "learning_rate": 3e-2,  # of Adam, decaying to 0 by a cosine
             "seed": 0,  # of the noise that the latents start as, and of the augmentation
@@ -209,7 +209,7 @@ def perceptual_metric(steps: int, batch_size: int, rounds: int) -> ConfigDict:
                 "seed": 0,
             },
             "heads": {
-                "steps": 2000,
+                "steps": 1000,
                 "batch_size": 50,
                 "learning_rate": 1e-3,
                 "triplets": 8000,
