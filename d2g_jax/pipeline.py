@@ -199,12 +199,12 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
     length = tokenizer.model_max_length
     with _TOKENIZING:
         whole = tokenizer(list(prompts))["input_ids"]
-        ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"]
+        fitted = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"]
     for prompt, ids in zip(prompts, whole, strict=True):
         if len(ids) > length:
             lost = tokenizer.decode(ids[length - 1 : -1])
             warnings.warn(f"prompt longer than {length} tokens, cut off {lost!r}: {prompt!r}", stacklevel=2)
-    return np.asarray(ids, np.int32)
+    return np.asarray(fitted, np.int32)
 
 
 def decode(pipeline: Pipeline, params: Mapping[str, Params], latents: jax.Array) -> jax.Array:
