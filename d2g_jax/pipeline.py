@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -187,18 +188,23 @@ def load_tokenizer(folder: Path, text_config: clip.ClipTextConfig | None = None)
     return tokenizer
 
 
+_TOKENIZING = threading.Lock()
+"""A tokenizer keeps the padding of the call under way in itself, and the pair job tokenizes in two threads."""
+
+
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
     """Prompts as int32 (N, L) with L = `model_max_length`, padded; what is too long is cut off with a warning."""
     if not prompts:
         return np.zeros((0, tokenizer.model_max_length), np.int32)
     length = tokenizer.model_max_length
-    whole = tokenizer(list(prompts))["input_ids"]
+    with _TOKENIZING:
+        whole = tokenizer(list(prompts))["input_ids"]
+        fitted = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"]
     for prompt, ids in zip(prompts, whole, strict=True):
         if len(ids) > length:
             lost = tokenizer.decode(ids[length - 1 : -1])
             warnings.warn(f"prompt longer than {length} tokens, cut off {lost!r}: {prompt!r}", stacklevel=2)
-    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"]
-    return np.asarray(ids, np.int32)
+    return np.asarray(fitted, np.int32)
 
 
 def decode(pipeline: Pipeline, params: Mapping[str, Params], latents: jax.Array) -> jax.Array:

@@ -268,7 +268,8 @@ def test_student_draws_in_one_step(trained, tmp_path, capsys):
     assert "one-step student" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("adversary", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adversary", [False, True])
 def test_every_job_on_sdxl(adversary, tiny_sdxl, tmp_path):
     """Two text towers, pooled text and image sizes, from prompts to a drawn image: pairs, G, D, R1, sampling."""
     config = small_config()

@@ -71,6 +71,7 @@ def test_gradients_reach_the_latents_alone(scene, name):
     assert jnp.abs(images).max() == 0
 
 
+@pytest.mark.slow
 def test_losses_vanish_at_the_target(scene):
     for name in job.TITLES:
         values = job.loss_of(name, "bgo")(scene, jax.random.key(0), scene.target)

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -16,9 +17,10 @@ import pytest
 from d2g_jax import pipeline as pipelines
 from d2g_jax import weights
 from d2g_jax.conditioning import encode_text, tokenize_prompts
+from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.errors import UserError
 from d2g_jax.models import vae
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline import Pipeline, tokenize
 
 PROMPTS = ["the cat", "the dog the cat", ""]
 
@@ -276,3 +278,13 @@ def test_unwritable_folder(loaded: Pipeline, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         save(loaded, tmp_path / "file" / "folder")
+
+
+def test_tokenizing_in_many_threads_at_once():
+    """A tokenizer keeps the padding of the call under way in itself: unguarded, some of these come back unpadded."""
+    tokenizer = Pipeline.load(WEIGHTS / "pipeline").tokenizer
+    prompts = ["a seven", "", "a bold handwritten seven slanted to the right"]
+    expected = [tokenize(tokenizer, [prompt]) for prompt in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        for prompt, ids in zip(prompts * 200, pool.map(lambda p: tokenize(tokenizer, [p]), prompts * 200), strict=True):
+            np.testing.assert_array_equal(ids, expected[prompts.index(prompt)])

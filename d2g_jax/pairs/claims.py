@@ -94,9 +94,9 @@ class Claims:
     def release(self, shard: int) -> None:
         """Gives a claim back, unless another worker has taken it over."""
         with self._lock:
-            self._held.discard(shard)
             if self._lease and (claim := self._read(shard)) is not None and claim.worker == self.worker:
                 self._path(shard).unlink(missing_ok=True)
+            self._held.discard(shard)  # last: a signal may come between the two, and leaving then tries again
 
     def wait(self) -> None:
         """Sleeps a little, before another look at what others hold."""
