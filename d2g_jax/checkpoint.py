@@ -33,11 +33,12 @@ class Checkpoints:
         """
         self.folder = Path(folder).absolute()
         policies = [LatestN(keep)]
+        lowest = lambda metrics: -metrics[METRIC]  # noqa: E731
         if keep_best:
-            lowest = lambda metrics: -metrics[METRIC]  # noqa: E731
             policies.append(BestN(get_metric_fn=lowest, n=1, keep_checkpoints_without_metrics=False))
         writing = {
             "preservation_policy": AnyPreservationPolicy(policies),
+            "best_fn": lowest if keep_best else None,  # the policy decides; without this, metrics would not be written
             "enable_async_checkpointing": True,
             "cleanup_tmp_directories": True,
         }

@@ -50,10 +50,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         assert checkpoints.all() == [16, 32, 40]
         assert checkpoints.latest() == 40
     with Checkpoints(tmp_path, keep=2, keep_best=True) as checkpoints:  # a resumed run knows the best
-        checkpoints.save(meshes.place(state(48), mesh), {}, 0.5)
-        checkpoints.wait()
-        assert checkpoints.all() == [40, 48]
-        assert_equal(checkpoints.restore(meshes.place(state(0), mesh)), state(48))
+        for images, metric, kept in ((48, 2.0, [16, 40, 48]), (56, 0.5, [48, 56])):
+            checkpoints.save(meshes.place(state(images), mesh), {}, metric)
+            checkpoints.wait()
+            assert checkpoints.all() == kept
+        assert_equal(checkpoints.restore(meshes.place(state(0), mesh)), state(56))
 
 
 def test_without_a_metric_the_newest_are_kept(tmp_path):
