@@ -14,6 +14,8 @@ ASSUMED_SHARE = 0.4
 """Of the peak, for predicted images/s; docs/plan.md says where it comes from."""
 
 EFFICIENCY_SIZES = (16, 64, 256)
+EFFICIENCY_BAR = 0.9
+"""Of weak scaling from the first to the last of these."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +112,11 @@ class Plan:
     def weak_scaling(self) -> list[dict[str, float]] | None:
         """The same samples per chip on more chips: `fsdp` as it is, `data` larger. Nothing overlaps: the worst case.
 
-        None where peaks are unknown or the plan is for fewer than 16 chips.
+        For TPUs of up to 16 chips, whose links are the same in any slice; None for others.
         """
         seconds, (data, fsdp) = self.floor_seconds(), self.mesh
-        if seconds is None or self.target.count > EFFICIENCY_SIZES[0] or EFFICIENCY_SIZES[0] % fsdp:
+        smallest = EFFICIENCY_SIZES[0]
+        if self.target.chip.platform != "tpu" or self.target.count > smallest or smallest % fsdp:
             return None
         compute = max(seconds["products"], seconds["memory"])
         rows = []

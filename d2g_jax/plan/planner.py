@@ -56,8 +56,7 @@ def _plan(config: ml_collections.ConfigDict, target: Target, method: str) -> Pla
     resident = shapes.resident_bytes()
     if method == "compile":
         with described_tpu():
-            real = run_shapes(config, meshes.make_mesh(*shape, devices=devices(target)))
-            traced = real.trace(target.chip.platform)
+            traced = shapes.on(meshes.make_mesh(*shape, devices=devices(target))).trace(target.chip.platform)
             programs = {name: compile_program(name, traced[name], programs[name].cost, target) for name in traced}
     return _make(config, target, shape, resident, programs)
 

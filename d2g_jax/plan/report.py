@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from d2g_jax.plan.plan import ASSUMED_SHARE, Plan, program_seconds
+from d2g_jax.plan.plan import ASSUMED_SHARE, EFFICIENCY_BAR, Plan, program_seconds
 from d2g_jax.plan.programs import Program
 from d2g_jax.plan.targets import GIB
 
@@ -83,11 +83,15 @@ def _time_lines(plan: Plan) -> list[str]:
         f"images/s a chip: at most {rate['at most']:.2f}, predicted {rate['predicted']:.2f} with products at "
         f"{ASSUMED_SHARE:.0%} of the peak and links not overlapped",
     ]
-    for row in plan.weak_scaling() or ():
+    rows = plan.weak_scaling() or []
+    for row in rows:
         lines.append(
             f"  {row['chips']:4} chips: {row['received_bytes'] / 1e9:.2f} GB received, links {row['links']:.3f} s "
             f"beside {row['compute']:.3f} s, efficiency {row['efficiency']:.1%}"
         )
+    if rows:
+        word = "met" if rows[-1]["efficiency"] >= EFFICIENCY_BAR else "MISSED"
+        lines.append(f"  at least {EFFICIENCY_BAR:.0%} at {rows[-1]['chips']} chips: {word}")
     return lines
 
 
@@ -106,14 +110,14 @@ def _changes(plan: Plan) -> str:
 def format_table(plans: Sequence[tuple[Plan, str]]) -> str:
     """Markdown rows for plans and what each is called."""
     headings = ("config", "target", "how", "settings", "GiB", "fits", "TFLOP/image", "floor s")
-    headings += ("images/s/chip at most", "predicted")
+    headings += ("images/s/chip at most", "predicted", "efficiency at 256 chips")
     rows = [headings, ("---",) * len(headings), *(_row(plan, name) for plan, name in plans)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _row(plan: Plan, name: str) -> tuple[str, ...]:
     seconds, rate = plan.floor_seconds(), plan.images_per_second_per_chip()
-    limit = _gib(plan.target.chip.memory_bytes)
+    limit, scaling = _gib(plan.target.chip.memory_bytes), plan.weak_scaling()
     return (
         plan.name,
         name,
@@ -125,6 +129,7 @@ def _row(plan: Plan, name: str) -> tuple[str, ...]:
         f"{seconds['floor']:.2f}" if seconds else "-",
         f"{rate['at most']:.2f}" if rate else "-",
         f"{rate['predicted']:.2f}" if rate else "-",
+        f"{scaling[-1]['efficiency']:.0%}" if scaling else "-",
     )
 
 

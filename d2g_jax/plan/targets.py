@@ -70,7 +70,7 @@ CHIPS = {
     )
 }
 
-_NAMES = ", ".join(CHIPS)
+_NODE = 8
 _EXAMPLES = "v5e:4x4, v5p:2x2x4, v6e:4x4, gpu:8xH100, gpu:1xA100-80G, cpu:8"
 
 
@@ -93,6 +93,10 @@ def parse_topology(topology: str) -> Target:
         if chip is None or chip.platform != "gpu":
             known = ", ".join(name for name, chip in CHIPS.items() if chip.platform == "gpu")
             raise UserError(f"--topology={topology}: GPU {match[2]!r} is unknown; known are {known}")
+        if int(match[1]) > _NODE:
+            raise UserError(
+                f"--topology={topology}: at most {_NODE} GPUs, one node: its network is not known"
+            )
         return Target(topology, chip, int(match[1]))
     if kind in CHIPS and CHIPS[kind].platform == "tpu" and re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
         return Target(topology, CHIPS[kind], math.prod(int(side) for side in shape.split("x")))

@@ -36,6 +36,11 @@ def test_an_unknown_gpu_is_answered_with_the_known_ones():
         parse_topology("gpu:8xH101")
 
 
+def test_gpus_of_several_nodes():
+    with pytest.raises(UserError, match="at most 8"):
+        parse_topology("gpu:16xH100")
+
+
 def test_chips_are_in_units_of_one_scale():
     for chip in CHIPS.values():
         assert 10 * GIB < chip.memory_bytes < 200 * GIB
