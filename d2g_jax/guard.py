@@ -92,14 +92,19 @@ class BadUpdate:
 def bad_updates(steps: Sequence[tuple[int, Mapping[str, Mapping[str, Any]]]]) -> list[BadUpdate]:
     """The updates of fetched `steps` (images after the step, metrics by update) that were not applied, in order.
 
-    Ends with the one that stopped the run, if one did.
+    Ends with the one that stopped the run, if one did. Trees that come from a device have their names sorted, so the
+    order of a step's updates is that of `state.UPDATES`, not of the mapping.
+
+    Raises:
+      RuntimeError: the state stood still, and nothing in `steps` says why.
     """
     found = []
     for images, updates in steps:
-        for update, metrics in updates.items():
+        for update in (name for name in UPDATES if name in updates):
+            metrics = updates[update]
             outcome = int(metrics[OUTCOME])
             if outcome == STANDS_STILL:
-                return found
+                raise RuntimeError(f"the state stood still at {images} images, and no update before says why")
             if outcome != APPLIED:
                 terms = tuple(name for name, value in metrics.items() if not np.all(np.isfinite(value)))
                 found.append(BadUpdate(update, images, terms, outcome == STOPPED))

@@ -92,13 +92,21 @@ def test_bad_updates_are_named_and_nothing_after_the_stop_is():
     steps = [
         (8, {"generator": good, "discriminator": {**good, "loss": nan, guard.OUTCOME: 1.0}}),
         (16, {"generator": good, "discriminator": good}),
-        (24, {"generator": {"loss": nan, "gradient": np.inf, "fine": 2.0, guard.OUTCOME: 2.0},
+        (24, {"generator": {"fine": 2.0, "gradient": np.inf, "loss": nan, guard.OUTCOME: 2.0},
               "discriminator": {"loss": nan, guard.OUTCOME: 3.0}}),
         (32, {"generator": {"loss": nan, guard.OUTCOME: 3.0}}),
     ]  # fmt: skip
-    for told in (steps, json.loads(json.dumps(steps))):
+    # What comes from devices has its names sorted: the discriminator that stood still before the generator that did it.
+    fetched = jax.device_get(steps)
+    assert list(fetched[2][1]) == ["discriminator", "generator"]
+    for told in (steps, json.loads(json.dumps(steps)), fetched):
         first, last = guard.bad_updates(told)
         assert first == guard.BadUpdate("discriminator", 8, ("loss",), stops=False)
-        assert last == guard.BadUpdate("generator", 24, ("loss", "gradient"), stops=True)
+        assert last == guard.BadUpdate("generator", 24, ("gradient", "loss"), stops=True)
     assert first.describe(8) == "the discriminator's update of step 1 (images 0 to 8): loss is not finite"
-    assert last.describe(8) == "the generator's update of step 3 (images 16 to 24): loss, gradient are not finite"
+    assert last.describe(8) == "the generator's update of step 3 (images 16 to 24): gradient, loss are not finite"
+
+
+def test_a_state_that_stands_still_for_no_reason_is_never_silent():
+    with pytest.raises(RuntimeError, match="stood still at 8 images"):
+        guard.bad_updates([(8, {"generator": {"loss": 1.0, guard.OUTCOME: 3.0}})])

@@ -38,6 +38,32 @@ def made(tmp_path_factory):
     return small_config(), pairs.make_pairs(small_config(), workdir)
 
 
+NOT_COMPILED = ("images", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_best", "skip_corrupt")
+"""Fields of `train` that its programs do not depend on, but for whether there is an adversary."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once():
+    """A config's programs are traced and compiled by its first run in this file; what is tested is the runs."""
+    compile_programs, known = loop.compile_programs, {}
+
+    def remembered(config, d, frozen, state, batch, mesh):
+        settings = json.loads(config.to_json_best_effort())
+        longest = settings["train"]["images"] > config.adversarial.start_images + config.adversarial.warmup_images
+        settings["train"] = {name: value for name, value in settings["train"].items() if name not in NOT_COMPILED}
+        key = json.dumps([settings, longest])
+        if key not in known:
+            programs = compile_programs(config, d, frozen, state, batch, mesh)
+            if int(state.images) or not longest:  # not all of the steps
+                return programs
+            known[key] = programs
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "compile_programs", remembered)
+        yield
+
+
 def pixels(file):
     with Image.open(file) as image:
         return np.asarray(image)

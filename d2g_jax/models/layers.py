@@ -63,7 +63,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = by_sample(x.astype(self.dtype) @ self.kernel[...].astype(self.dtype))
+        y = by_sample(by_sample(x.astype(self.dtype)) @ self.kernel[...].astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -124,7 +124,7 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(self.dtype)
         function = convolve_by_matmul if prefers_matmul(x.shape, kernel.shape) else convolve
-        y = by_sample(function(x.astype(self.dtype), kernel, self.stride, self.padding))
+        y = by_sample(function(by_sample(x.astype(self.dtype)), kernel, self.stride, self.padding))
         return y + self.bias[...].astype(self.dtype)
 
 

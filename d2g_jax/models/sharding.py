@@ -1,8 +1,9 @@
 """All that a layer knows of a mesh: the samples of a batch lie apart, and stay so.
 
 Where kernels are sharded too, XLA's partitioner may as well gather the activations and split the channels: every device
-would then work on every sample. One constraint behind each product and convolution leaves it only the kernels to
-gather. The mesh is the one that a program is traced for (`jax.sharding.use_abstract_mesh`); without one, as on a single
+would then work on every sample. A constraint before and one behind each product and convolution leave it only the
+kernels to gather: the one behind says so for the result, the one before for the gradient that the backward pass sends
+on. The mesh is the one that a program is traced for (`jax.sharding.use_abstract_mesh`); without one, as on a single
 device, nothing here has any effect.
 """
 
