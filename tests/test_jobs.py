@@ -225,7 +225,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(trained, tmp_path):
     assert_same_run(workdir, tmp_path)
 
 
-# Trains as the test says, and is killed when the step that ends at image 40 is done. Nothing runs after SIGKILL.
+# Trains as the test says, and is killed when the step that ends at a certain image is done. Nothing runs after SIGKILL.
 KILLED = """
 import os, pickle, signal, sys
 from pathlib import Path
@@ -235,7 +235,7 @@ from d2g_jax.train import journal, loop, train
 class Killed(journal.Journal):
     def add(self, images, metrics):
         super().add(images, metrics)
-        if images == 40:
+        if images == int(sys.argv[4]):
             self._checkpoints.wait()
             os.kill(os.getpid(), signal.SIGKILL)
 loop.Journal = Killed
@@ -243,22 +243,25 @@ train(pickle.load(open(sys.argv[1], "rb")), Path(sys.argv[2]), Path(sys.argv[3])
 """
 
 
-def test_killed_equals_uninterrupted_to_the_bit(trained, tmp_path):
+@pytest.mark.parametrize(("steps", "saved", "killed"), [(6, 3, 5), pytest.param(40, 20, 37, marks=pytest.mark.slow)])
+def test_killed_equals_uninterrupted_to_the_bit(steps, saved, killed, trained, tmp_path):
     """`kill -9` in the middle of a line's steps, then the same command: parameters, optimisers, EMA, data, metrics."""
     _, config, folder = trained
     config = copy.deepcopy(config)
-    config.train.log_every = 16  # so that the checkpoint at 24 falls between two lines
+    config.train.log_every = 16  # so that a checkpoint after an odd number of steps falls between two lines
+    config.train.update(images=8 * steps, checkpoint_every=8 * saved)
     train(config, tmp_path / "whole", folder)
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
-    command = [sys.executable, "-c", KILLED, tmp_path / "config.pickle", tmp_path / "killed", folder]
+    command = [sys.executable, "-c", KILLED, tmp_path / "config.pickle", tmp_path / "killed", folder, str(8 * killed)]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [row["images"] for row in metrics_of(tmp_path / "killed")] == [16, 32]
+    assert [row["images"] for row in metrics_of(tmp_path / "killed")] == list(range(16, 8 * killed, 16))
     with Checkpoints(tmp_path / "killed" / "checkpoints") as checkpoints:
-        assert checkpoints.all() == [24]
+        assert checkpoints.all() == [8 * saved]
         metadata = checkpoints.metadata()
-    assert (metadata["images"], metadata["step"], metadata["config_hash"]) == (24, 3, runs.config_hash(config))
-    assert [images for images, _ in metadata["since_last_line"]] == [24]
+    found = (metadata["images"], metadata["step"], metadata["config_hash"])
+    assert found == (8 * saved, saved, runs.config_hash(config))
+    assert [images for images, _ in metadata["since_last_line"]] == ([8 * saved] if saved % 2 else [])
     train(config, tmp_path / "killed", folder)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
