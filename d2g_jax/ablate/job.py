@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from d2g_jax import atomic, pairs, records, runs
 from d2g_jax.ablate.judge import DigitsJudge, check_digits
 from d2g_jax.ablate.rows import Ablation, Row
 from d2g_jax.ablate.students import check_config, images_per_second, last_phase, student_config
-from d2g_jax.ablate.table import progress_line, seeds_done, summarize, table
+from d2g_jax.ablate.table import progress_line, summarize, table
 from d2g_jax.errors import UserError
 from d2g_jax.interrupt import terminating
 from d2g_jax.lock import locked
@@ -55,12 +56,13 @@ def ablate(
         runs.claim(workdir, _identity(config, ablation, given))
         folder = pairs.make_pairs(config, workdir) if pairs_folder is None else pairs_folder
         judge = DigitsJudge(config, workdir, folder) if judged else None
-        done: dict[str, dict[int, dict[str, Any]]] = {row.name: {} for row in ablation.rows}
-        for seed in seeds:
-            for row in ablation.rows:
-                done[row.name][seed] = _student(config, workdir, row, seed, folder, judge)
-                result = _result(config, ablation, seeds, folder, done, judge)
-                atomic.write_text(workdir / "ablation.json", json.dumps(result, indent=2) + "\n")
+        done = _finished(config, workdir, ablation, seeds)
+        for seed, row in itertools.product(seeds, ablation.rows):
+            if seed not in done[row.name]:
+                done[row.name][seed] = _make(config, workdir, row, seed, folder, judge)
+                _write_result(workdir, _result(config, ablation, seeds, folder, done, judge))
+        result = _result(config, ablation, seeds, folder, done, judge)
+        _write_result(workdir, result)
         return table(result) if judged else f"{table(result)}\n\n{_how_to_judge(workdir, ablation, seeds)}"
 
 
@@ -91,7 +93,22 @@ def _check_pairs(config: ml_collections.ConfigDict, folder: Path) -> records.Man
     return manifest
 
 
-def _student(
+def _finished(
+    config: ml_collections.ConfigDict, workdir: Path, ablation: Ablation, seeds: Sequence[int]
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """By row and seed what the files of figures hold that are there; raises `UserError` for those of another student."""
+    done: dict[str, dict[int, dict[str, Any]]] = {row.name: {} for row in ablation.rows}
+    for seed, row in itertools.product(seeds, ablation.rows):
+        if (file := _figures_file(workdir, row, seed)).exists():
+            done[row.name][seed] = _read_figures(file, student_config(config, row, seed))
+    return done
+
+
+def _figures_file(workdir: Path, row: Row, seed: int) -> Path:
+    return workdir / "figures" / f"{row.name}-seed{seed}.json"
+
+
+def _make(
     config: ml_collections.ConfigDict,
     workdir: Path,
     row: Row,
@@ -99,11 +116,8 @@ def _student(
     pairs_folder: Path,
     judge: DigitsJudge | None,
 ) -> dict[str, Any]:
-    """What figures/ROW-seedN.json holds, made first if need be."""
-    file, folder = workdir / "figures" / f"{row.name}-seed{seed}.json", student_folder(workdir, row, seed)
-    student = student_config(config, row, seed)
-    if file.exists():
-        return _read_figures(file, student)
+    """Trains a student, measures it, and writes figures/ROW-seedN.json, whose content is returned."""
+    folder, student = student_folder(workdir, row, seed), student_config(config, row, seed)
     print(f"d2g ablate: {row.title}, seed {seed}", file=sys.stderr, flush=True)
     train(student, folder, pairs_folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -115,7 +129,7 @@ def _student(
         "last_line": lines[-1],
         "environment": {**runs.environment(), "date": datetime.date.today().isoformat()},
     }
-    atomic.write_text(file, json.dumps(made, indent=2) + "\n")
+    atomic.write_text(_figures_file(workdir, row, seed), json.dumps(made, indent=2) + "\n")
     print(f"d2g ablate: {row.title}, seed {seed}: {progress_line(figures)}", file=sys.stderr, flush=True)
     jax.clear_caches()  # else the programs of all students would stay in memory
     gc.collect()
@@ -133,6 +147,10 @@ def _read_figures(file: Path, student: ml_collections.ConfigDict) -> dict[str, A
     return made
 
 
+def _write_result(workdir: Path, result: Mapping[str, Any]) -> None:
+    atomic.write_text(workdir / "ablation.json", json.dumps(result, indent=2) + "\n")
+
+
 def _result(
     config: ml_collections.ConfigDict,
     ablation: Ablation,
@@ -141,9 +159,11 @@ def _result(
     done: Mapping[str, Mapping[int, Mapping[str, Any]]],
     judge: DigitsJudge | None,
 ) -> dict[str, Any]:
-    """What ablation.json holds: all that is there so far."""
+    """What ablation.json holds, of what is done."""
     manifest = records.Manifest.read(pairs_folder)
-    figures = {row: {seed: one["figures"] for seed, one in by_seed.items()} for row, by_seed in done.items()}
+    figures = {
+        row: {seed: by_seed[seed]["figures"] for seed in seeds if seed in by_seed} for row, by_seed in done.items()
+    }
     environments = [one["environment"] for by_seed in done.values() for one in by_seed.values()]
     protocol = {
         "images": config.train.images,
@@ -158,7 +178,7 @@ def _result(
     return {
         "ablation": ablation.name,
         "title": ablation.title,
-        "complete": seeds_done(figures, seeds, ablation),
+        "complete": all(len(by_seed) == len(seeds) for by_seed in figures.values()),
         "seeds": [seed for seed in seeds if any(seed in by_seed for by_seed in figures.values())],
         "protocol": protocol | ({} if judge is None else judge.protocol),
         "rows": summarize(ablation, figures),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from d2g_jax.ablate.rows import Ablation
@@ -101,8 +101,3 @@ def progress_line(figures: Mapping[str, float]) -> str:
     return ", ".join(
         f"{MEASURED[name][0]} {format(figures[name], MEASURED[name][1])}" for name in MEASURED if name in figures
     )
-
-
-def seeds_done(figures: Mapping[str, Mapping[int, Any]], seeds: Sequence[int], ablation: Ablation) -> bool:
-    """Whether every row has every seed."""
-    return all(seed in figures.get(row.name, {}) for row in ablation.rows for seed in seeds)

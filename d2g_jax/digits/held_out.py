@@ -60,7 +60,7 @@ class HeldOut:
 
 
 def latents_of_pairs(folder: Path, count: int) -> np.ndarray:
-    """The teacher's scaled latents on other noise and prompts, those of the pairs: float32 (at most `count`, C, h, w)."""
+    """The teacher's scaled latents on other noise and prompts: the first pairs', float32 (at most `count`, C, h, w)."""
     source = records.PairSource(folder, fields=("latents",))
     return np.stack([source[i]["latents"] for i in range(min(count, len(source)))]).astype(np.float32)
 
