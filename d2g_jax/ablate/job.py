@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import gc
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,30 @@ from d2g_jax.errors import UserError
 from d2g_jax.interrupt import terminating
 from d2g_jax.lock import locked
 from d2g_jax.train import train
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be done, and where.
+
+    Attributes:
+      judge: None for another teacher than the digits', whose students are only timed here.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    ablation: Ablation
+    seeds: Sequence[int]
+    pairs_folder: Path
+    judge: DigitsJudge | None
+
+    def folder(self, row: Row, seed: int) -> Path:
+        """The workdir of a student's `d2g train`."""
+        return self.workdir / "students" / row.name / f"seed{seed}"
+
+
+Students = dict[str, dict[int, dict[str, Any]]]
+"""What figures/ROW-seedN.json hold, by row and seed."""
 
 
 def ablate(
@@ -54,21 +79,16 @@ def ablate(
     with locked(workdir), terminating():
         given = None if pairs_folder is None else _check_pairs(config, pairs_folder)
         runs.claim(workdir, _identity(config, ablation, given))
+        done = _finished(config, workdir, ablation, seeds)
         folder = pairs.make_pairs(config, workdir) if pairs_folder is None else pairs_folder
         judge = DigitsJudge(config, workdir, folder) if judged else None
-        done = _finished(config, workdir, ablation, seeds)
+        job = Job(config, workdir, ablation, seeds, folder, judge)
         for seed, row in itertools.product(seeds, ablation.rows):
             if seed not in done[row.name]:
-                done[row.name][seed] = _make(config, workdir, row, seed, folder, judge)
-                _write_result(workdir, _result(config, ablation, seeds, folder, done, judge))
-        result = _result(config, ablation, seeds, folder, done, judge)
-        _write_result(workdir, result)
-        return table(result) if judged else f"{table(result)}\n\n{_how_to_judge(workdir, ablation, seeds)}"
-
-
-def student_folder(workdir: Path, row: Row, seed: int) -> Path:
-    """The workdir of its `d2g train`."""
-    return workdir / "students" / row.name / f"seed{seed}"
+                done[row.name][seed] = _make(job, row, seed)
+                _write_result(job, done)
+        text = table(_write_result(job, done))
+        return text if judged else f"{text}\n\n{_how_to_judge(job)}"
 
 
 def _identity(
@@ -93,47 +113,17 @@ def _check_pairs(config: ml_collections.ConfigDict, folder: Path) -> records.Man
     return manifest
 
 
-def _finished(
-    config: ml_collections.ConfigDict, workdir: Path, ablation: Ablation, seeds: Sequence[int]
-) -> dict[str, dict[int, dict[str, Any]]]:
-    """By row and seed what the files of figures hold that are there; raises `UserError` for those of another student."""
-    done: dict[str, dict[int, dict[str, Any]]] = {row.name: {} for row in ablation.rows}
-    for seed, row in itertools.product(seeds, ablation.rows):
-        if (file := _figures_file(workdir, row, seed)).exists():
-            done[row.name][seed] = _read_figures(file, student_config(config, row, seed))
-    return done
-
-
 def _figures_file(workdir: Path, row: Row, seed: int) -> Path:
     return workdir / "figures" / f"{row.name}-seed{seed}.json"
 
 
-def _make(
-    config: ml_collections.ConfigDict,
-    workdir: Path,
-    row: Row,
-    seed: int,
-    pairs_folder: Path,
-    judge: DigitsJudge | None,
-) -> dict[str, Any]:
-    """Trains a student, measures it, and writes figures/ROW-seedN.json, whose content is returned."""
-    folder, student = student_folder(workdir, row, seed), student_config(config, row, seed)
-    print(f"d2g ablate: {row.title}, seed {seed}", file=sys.stderr, flush=True)
-    train(student, folder, pairs_folder)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    figures = {} if judge is None else judge.score(folder)
-    figures["images_per_second"] = images_per_second(lines, last_phase(student))
-    made = {
-        "config_hash": runs.config_hash(student),
-        "figures": {name: float(f"{value:.6g}") for name, value in figures.items()},
-        "last_line": lines[-1],
-        "environment": {**runs.environment(), "date": datetime.date.today().isoformat()},
-    }
-    atomic.write_text(_figures_file(workdir, row, seed), json.dumps(made, indent=2) + "\n")
-    print(f"d2g ablate: {row.title}, seed {seed}: {progress_line(figures)}", file=sys.stderr, flush=True)
-    jax.clear_caches()  # else the programs of all students would stay in memory
-    gc.collect()
-    return made
+def _finished(config: ml_collections.ConfigDict, workdir: Path, ablation: Ablation, seeds: Sequence[int]) -> Students:
+    """Those whose figures are there; raises `UserError` for a file of something else."""
+    done: Students = {row.name: {} for row in ablation.rows}
+    for seed, row in itertools.product(seeds, ablation.rows):
+        if (file := _figures_file(workdir, row, seed)).exists():
+            done[row.name][seed] = _read_figures(file, student_config(config, row, seed))
+    return done
 
 
 def _read_figures(file: Path, student: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -147,27 +137,35 @@ def _read_figures(file: Path, student: ml_collections.ConfigDict) -> dict[str, A
     return made
 
 
-def _write_result(workdir: Path, result: Mapping[str, Any]) -> None:
-    atomic.write_text(workdir / "ablation.json", json.dumps(result, indent=2) + "\n")
-
-
-def _result(
-    config: ml_collections.ConfigDict,
-    ablation: Ablation,
-    seeds: Sequence[int],
-    pairs_folder: Path,
-    done: Mapping[str, Mapping[int, Mapping[str, Any]]],
-    judge: DigitsJudge | None,
-) -> dict[str, Any]:
-    """What ablation.json holds, of what is done."""
-    manifest = records.Manifest.read(pairs_folder)
-    figures = {
-        row: {seed: by_seed[seed]["figures"] for seed in seeds if seed in by_seed} for row, by_seed in done.items()
+def _make(job: Job, row: Row, seed: int) -> dict[str, Any]:
+    """Trains a student, measures it, and writes its file of figures, whose content is returned."""
+    folder, student = job.folder(row, seed), student_config(job.config, row, seed)
+    print(f"d2g ablate: {row.title}, seed {seed}", file=sys.stderr, flush=True)
+    train(student, folder, job.pairs_folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    figures = {} if job.judge is None else job.judge.score(folder)
+    figures["images_per_second"] = images_per_second(lines, last_phase(student))
+    made = {
+        "config_hash": runs.config_hash(student),
+        "figures": {name: float(f"{value:.6g}") for name, value in figures.items()},
+        "last_line": lines[-1],
+        "environment": {**runs.environment(), "date": datetime.date.today().isoformat()},
     }
-    environments = [one["environment"] for by_seed in done.values() for one in by_seed.values()]
+    atomic.write_text(_figures_file(job.workdir, row, seed), json.dumps(made, indent=2) + "\n")
+    print(f"d2g ablate: {row.title}, seed {seed}: {progress_line(figures)}", file=sys.stderr, flush=True)
+    jax.clear_caches()  # else the programs of all students would stay in memory
+    gc.collect()
+    return made
+
+
+def _write_result(job: Job, done: Students) -> dict[str, Any]:
+    """Writes ablation.json, of what is done, and returns its content."""
+    ablation, seeds, manifest = job.ablation, job.seeds, records.Manifest.read(job.pairs_folder)
+    figures = {row: {seed: of[seed]["figures"] for seed in seeds if seed in of} for row, of in done.items()}
+    environments = [one["environment"] for of in done.values() for one in of.values()]
     protocol = {
-        "images": config.train.images,
-        "batch_size": config.train.batch_size,
+        "images": job.config.train.images,
+        "batch_size": job.config.train.batch_size,
         "pairs": manifest.num_records,
         "pairs_hash": manifest.config_hash,
         "seeds": "of training: order of the data, augmentation, D's new layers, mix-and-match; the pairs and G's first "
@@ -175,27 +173,28 @@ def _result(
         "images_per_second": "median over the lines of metrics.jsonl of the last phase of training; compilation is "
         "before their clock",
     }
-    return {
+    result = {
         "ablation": ablation.name,
         "title": ablation.title,
-        "complete": all(len(by_seed) == len(seeds) for by_seed in figures.values()),
-        "seeds": [seed for seed in seeds if any(seed in by_seed for by_seed in figures.values())],
-        "protocol": protocol | ({} if judge is None else judge.protocol),
+        "complete": all(len(of) == len(seeds) for of in figures.values()),
+        "seeds": [seed for seed in seeds if any(seed in of for of in figures.values())],
+        "protocol": protocol | ({} if job.judge is None else job.judge.protocol),
         "rows": summarize(ablation, figures),
-        **({} if judge is None else {"floor": float(f"{judge.floor:.6g}")}),
+        **({} if job.judge is None else {"floor": float(f"{job.judge.floor:.6g}")}),
         "published": ablation.published,
         "environments": [one for i, one in enumerate(environments) if one not in environments[:i]],
     }
+    atomic.write_text(job.workdir / "ablation.json", json.dumps(result, indent=2) + "\n")
+    return result
 
 
-def _how_to_judge(workdir: Path, ablation: Ablation, seeds: Sequence[int]) -> str:
+def _how_to_judge(job: Job) -> str:
     """The commands for students of another teacher than the digits'."""
     lines = ["Judge the students, with the files of docs/evaluate.md:"]
-    for row in ablation.rows:
-        for seed in seeds:
-            out = workdir / "evaluation" / f"{row.name}-seed{seed}.json"
-            lines.append(
-                f"d2g evaluate --protocol=coco2014-30k --prompts=PROMPTS.txt --reference=REFERENCE.npz "
-                f"--weights-inception=FILE.pt --model={student_folder(workdir, row, seed)} --out={out}"
-            )
+    for row, seed in itertools.product(job.ablation.rows, job.seeds):
+        out = job.workdir / "evaluation" / f"{row.name}-seed{seed}.json"
+        lines.append(
+            f"d2g evaluate --protocol=coco2014-30k --prompts=PROMPTS.txt --reference=REFERENCE.npz "
+            f"--weights-inception=FILE.pt --model={job.folder(row, seed)} --out={out}"
+        )
     return "\n".join(lines)
