@@ -220,9 +220,9 @@ def test_every_student_is_trained_and_judged(ablation, tmp_path, capsys):
     assert all(row["figures"]["images_per_second"]["mean"] > 0 for row in result["rows"])
     for row in ablation.rows:
         lines = (tmp_path / "students" / row.name / "seed0" / "metrics.jsonl").read_text().splitlines()
-        last = json.loads(lines[-1])
-        off = dict(row.changes)
-        assert ("loss_adversarial" in last) == ("adversarial.weight" not in off)
-        assert ("logit_gap_text" in last) == (ablation is DISCRIMINATOR and row.name == "mix_and_match")
+        names, off = {name for line in lines for name in json.loads(line)}, dict(row.changes)
+        assert ("loss_adversarial" in names) == ("adversarial.weight" not in off)
+        assert ("loss_r1" in names) == ("adversarial.weight" not in off and "adversarial.r1_gamma" not in off)
+        assert any(name.startswith("logit_gap") for name in names) == (row.name == "mix_and_match")
     assert main(command) == 0
     assert capsys.readouterr().out == printed
