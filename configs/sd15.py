@@ -32,5 +32,5 @@ def get_config() -> ConfigDict:
     c.pairs.prompts = "prompts/sd15.txt"  # the paper's are probably the captions of LAION-Aesthetics 6.25+
     c.loss.metric = c.overfit.metric = "metric/sd15"
     c.train.update(remat="full", micro_batch=16, r1_micro_batch=2)
-    c.overfit.lpips = "metric/lpips"
+    c.loss.lpips = c.overfit.lpips = "metric/lpips"
     return c.lock()

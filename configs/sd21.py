@@ -27,5 +27,5 @@ def get_config() -> ConfigDict:
     c.pairs.prompts = "prompts/sd21.txt"
     c.loss.metric = c.overfit.metric = "metric/sd21"
     c.train.update(remat="full", micro_batch=16, r1_micro_batch=2)
-    c.overfit.lpips = "metric/lpips"
+    c.loss.lpips = c.overfit.lpips = "metric/lpips"
     return c.lock()

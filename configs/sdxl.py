@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
         prompts="prompts/sdxl.txt", count=1_000_000, records_per_shard=2048, guidance_scale=7.0, batch_size=64
     )
     c.loss.metric = c.overfit.metric = "metric/sdxl"
-    c.overfit.lpips = "metric/lpips"
+    c.loss.lpips = c.overfit.lpips = "metric/lpips"
     # DMD2 found that SDXL in one step does not learn at the first timestep; there an error of epsilon counts 15-fold in
     # x_0, at 399 1.5-fold.
     c.generator.timestep = 399

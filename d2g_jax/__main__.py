@@ -33,10 +33,11 @@ JOBS = {
     "metric": "distances between files of latents or images; `metric convert FILE` reads published PyTorch weights",
     "lpips": "train a LatentLPIPS for the latents of any VAE",
     "overfit": "figure 5 of the paper: latents optimised to match targets under one loss after another",
+    "ablate": "the paper's tables of losses and of the discriminator, over several seeds: `ablate losses`",
     "bench": "speed and memory side by side, in one run: `bench loss`, `bench input`, `bench pairs`",
 }
 
-_CONFIGURED = ("demo", "teacher", "pairs", "train", "plan", "lpips", "overfit")
+_CONFIGURED = ("demo", "teacher", "pairs", "train", "plan", "lpips", "overfit", "ablate")
 _CONFIG_HELP = """
 Settings: --config=FILE.py names a file with get_config(); without it the digits configuration is taken.
 --config.KEY=VALUE overrides one setting, for example --config.train.images=100000.
@@ -115,6 +116,7 @@ def _run(arguments: list[str]) -> int:
         "metric": _metric,
         "lpips": _lpips,
         "overfit": _overfit,
+        "ablate": _ablate,
         "bench": _bench,
     }[job](rest)
 
@@ -440,6 +442,17 @@ def _overfit(arguments: list[str]) -> int:
     from d2g_jax.overfit import overfit
 
     print(overfit(config, own.workdir))
+    return 0
+
+
+def _ablate(arguments: list[str]) -> int:
+    from d2g_jax.ablate import command
+
+    parser = _parser("ablate")
+    command.add_flags(parser)
+    own, config = _parse_with_config(parser, arguments)
+    _start(config)
+    print(command.run(own, config))
     return 0
 
 

@@ -70,11 +70,12 @@ def loss() -> ConfigDict:
     """The regression term."""
     return ConfigDict(
         {
-            "name": "e_latent_lpips",  # mse, pseudo_huber, latent_lpips, e_latent_lpips
+            "name": "e_latent_lpips",  # mse, pseudo_huber, lpips, latent_lpips, e_latent_lpips
             "metric": "",  # a folder made by `d2g metric convert` or `d2g lpips`
+            "lpips": "",  # pixel LPIPS, for the loss `lpips`, which decodes both latents
             # Geometric transforms and cutout, the paper's main text; the release has b, g, c, o, co, bg, bgc, bgco.
             "preset": "bgo",
-            "l1_weight": 0.0,  # not in the paper; the release's code adds it with weight 1
+            "l1_weight": 0.0,  # beside a perceptual loss; not in the paper, the release's code has 1
             "pseudo_huber_c": 0.00054,  # improved consistency training's constant
         }
     )

@@ -22,7 +22,7 @@ import numpy as np
 from d2g_jax import perceptual
 from d2g_jax.atomic import write_text
 from d2g_jax.errors import UserError
-from d2g_jax.models import vgg
+from d2g_jax.models import vae, vgg
 from d2g_jax.models.network import Network, Params
 from d2g_jax.weights import load_state_dict, save_state_dict, to_params, to_state_dict
 
@@ -140,6 +140,31 @@ def decoded_lpips(lpips: LPIPS, decode: Decode, a: jax.Array, b: jax.Array) -> j
     """
     target = jax.lax.stop_gradient(decode(jax.lax.stop_gradient(b)))
     return lpips.distance(decode(a), target)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["lpips", "decoder"], meta_fields=["network"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class DecodedLPIPS:
+    """Pixel LPIPS as a metric of latents, in one frozen pytree; what a student trains with.
+
+    Attributes:
+      lpips: the metric of images.
+      decoder: the VAE's parameters.
+      network: the VAE.
+    """
+
+    lpips: LPIPS
+    decoder: Params
+    network: Network
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Scaled latents (B, h, w, C) -> images (B, H, W, 3), about [-1, 1]; no gradient reaches the parameters."""
+        decoder = jax.lax.stop_gradient(self.decoder)
+        return self.network.apply(decoder, vae.unscale_latents(self.network.config, latents), method="decode")
+
+    def distance(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """`decoded_lpips` of scaled latents (B, h, w, C): (B,); gradients flow to `a` alone."""
+        return decoded_lpips(self.lpips, self.decode, a, b)
 
 
 def save_lpips(folder: str | Path, params: Params, heads: Sequence[Any], config: vgg.VGGConfig = vgg.PIXELS) -> None:

@@ -32,7 +32,7 @@ UNIT_EPS = 1e-8  # inside the root, in float32: it would underflow in half preci
 RegressionLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(key, generated (B, h, w, C), target (B, h, w, C)), both scaled latents -> (B,) float32."""
 
-REGRESSION_LOSSES = ("mse", "pseudo_huber", "latent_lpips", "e_latent_lpips")
+REGRESSION_LOSSES = ("mse", "pseudo_huber", "lpips", "latent_lpips", "e_latent_lpips")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +246,11 @@ def e_latent_lpips(
     transform = augment.draw(key, preset, a.shape[0])
     augmented_a, augmented_b = (augment.apply(transform, x, stream=i) for i, x in enumerate((a, b)))
     distance = metric.distance(augmented_a, augmented_b, scaled=True)
-    return distance + l1_weight * mean_absolute(a, b) if l1_weight else distance
+    return _with_l1(distance, a, b, l1_weight)
+
+
+def _with_l1(distance: jax.Array, a: jax.Array, b: jax.Array, weight: float) -> jax.Array:
+    return distance + weight * mean_absolute(a, jax.lax.stop_gradient(b)) if weight else distance
 
 
 def expected_distance(
@@ -276,7 +280,7 @@ def pseudo_huber(a: jax.Array, b: jax.Array, c: float = 0.00054) -> jax.Array:
 
 def regression_loss(
     name: str,
-    metric: LatentLPIPS | None = None,
+    metric: Any = None,
     preset: str = "bgo",
     *,
     l1_weight: float = 0.0,
@@ -284,8 +288,9 @@ def regression_loss(
 ) -> RegressionLoss:
     """The loss called `name`, one of `REGRESSION_LOSSES`; gradients flow to the generated latents alone.
 
-    `metric`, `preset` and `l1_weight` are for the perceptual losses, `pseudo_huber_c` for its own. Raises `UserError`
-    for an unknown name or preset, a perceptual loss without a metric and a negative weight.
+    `metric` and `l1_weight` are for the perceptual losses, `preset` and `pseudo_huber_c` for their own. "lpips" takes
+    an `lpips.DecodedLPIPS`, the other two a `LatentLPIPS`. Raises `UserError` for an unknown name or preset, a
+    perceptual loss without a metric and a negative weight.
     """
     if name not in REGRESSION_LOSSES:
         raise UserError(f"regression loss {name!r} is unknown; choose one of {', '.join(REGRESSION_LOSSES)}")
@@ -298,6 +303,8 @@ def regression_loss(
     augment.check_preset(preset)
     if metric is None:
         raise UserError(f"regression loss {name!r} needs a metric; give the folder of one")
+    if name == "lpips":
+        return lambda key, generated, target: _with_l1(metric.distance(generated, target), generated, target, l1_weight)
     preset = preset if name == "e_latent_lpips" else "none"
 
     def perceptual(key: jax.Array, generated: jax.Array, target: jax.Array) -> jax.Array:

@@ -9,9 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from d2g_jax import perceptual
+from d2g_jax.digits.config import get_config
 from d2g_jax.errors import UserError
-from d2g_jax.lpips import LPIPS, decoded_lpips, save_lpips
+from d2g_jax.lpips import LPIPS, DecodedLPIPS, decoded_lpips, save_lpips
 from d2g_jax.models import vae, vgg
+from d2g_jax.perceptual import regression_loss
+from d2g_jax.train.setup import load_metric
 
 NARROW = vgg.VGGConfig(3, (4, 6, 6, 8, 8), (1, 1, 1, 1, 1), vgg.PIXELS.pools, batch_norm=False, tap="pre_pool")
 
@@ -201,6 +204,26 @@ def test_decoded_lpips(metric):
     np.testing.assert_allclose(by_a, expected_gradient, atol=1e-4 * np.abs(expected_gradient).max())
     assert (by_b == 0).all()
     assert np.abs(by_a).max() > 0
+
+    # The same as a loss: one frozen pytree, in which nothing learns
+    def loss(frozen, a, b):
+        return regression_loss("lpips", frozen, l1_weight=2.0)(jax.random.key(0), a, b).sum()
+
+    frozen = DecodedLPIPS(metric, params, network)
+    total, (for_frozen, for_a, for_b) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(frozen, a, b)
+    absolute = np.abs(np.asarray(a - b)).mean((1, 2, 3))
+    np.testing.assert_allclose(total, np.sum(values + 2 * absolute), rtol=1e-5)
+    np.testing.assert_allclose(for_a, by_a + 2 * np.sign(a - b) / a[0].size, atol=1e-4 * np.abs(by_a).max())
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves((for_frozen, for_b)))
+
+
+def test_training_needs_the_folder_of_a_pixel_metric():
+    config = get_config().loss
+    config.name = "lpips"
+    for folder, words in (("", "loss.lpips is empty"), (config.metric, "that of a latent metric")):
+        config.lpips = folder
+        with pytest.raises(UserError, match=words):
+            load_metric(config, None)
 
 
 def test_wrong_images(metric):

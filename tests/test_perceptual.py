@@ -244,7 +244,8 @@ def test_regression_losses(metric, distance, ensemble, latents):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"name": "lpips"}, "'lpips' is unknown; choose one of mse, pseudo_huber, latent_lpips, e_latent_lpips"),
+        ({"name": "l7"}, "'l7' is unknown; choose one of mse, pseudo_huber, lpips, latent_lpips, e_latent_lpips"),
+        ({"name": "lpips"}, "needs a metric"),
         ({"name": "e_latent_lpips"}, "needs a metric"),
         ({"name": "e_latent_lpips", "preset": "gb"}, "preset 'gb' is unknown"),
         ({"name": "mse", "l1_weight": -1.0}, "l1_weight is -1.0"),

@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
         dtype="float32",
     )
     # A pilot without L1 let the latents' amplitude run away (not measured again since).
-    c.loss.update(metric=str(WEIGHTS / "metric"), l1_weight=1.0)
+    c.loss.update(metric=str(WEIGHTS / "metric"), lpips=str(WEIGHTS / "lpips"), l1_weight=1.0)
     c.discriminator.head_channels = 32
     c.adversarial.update(start_images=1_536, warmup_images=512)
     c.optimizer = optimizer()

@@ -16,11 +16,11 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from d2g_jax import atomic, pairs, records, runs, sample
+from d2g_jax import atomic, pairs, runs, sample
 from d2g_jax import mesh as meshes
-from d2g_jax.conditioning import tokenize_prompts
-from d2g_jax.digits import captions, evaluation
-from d2g_jax.draw import Programs, decode_all, draw
+from d2g_jax.digits import evaluation
+from d2g_jax.digits.held_out import HeldOut, cached, latents_of_pairs
+from d2g_jax.draw import decode_all
 from d2g_jax.grid import grid, save_png
 from d2g_jax.lock import locked
 from d2g_jax.report import write_report
@@ -105,34 +105,24 @@ def measure(
     """Draws every system on the same held-out noise and prompts and scores it; see `result.json`."""
     e = config.evaluation
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
-    prompts = captions.evaluation_prompts(e.samples, e.seed)
     teacher = sample.Sampler.load(config.pipeline, mesh)
-    drawn = sample.draw_noise(config.seed + 1 + config.pairs.seed, e.samples, sample.latent_shape(teacher.pipeline))
-    ids = tokenize_prompts(teacher.pipeline, [p.prompt for p in prompts])
-    solution = pairs.solution(config.pairs)
-
-    def solve(programs: Programs) -> np.ndarray:
-        batches = draw(programs, mesh, drawn, ids, e.batch_size, images=False)
-        return np.concatenate([batch.latents for batch in batches])
-
+    held_out, solution = HeldOut.make(config, teacher.pipeline, mesh), pairs.solution(config.pairs)
     systems, latents = {TEACHER: teacher.programs(mesh, solution)}, {}
     with clock.stage("teacher samples"):
-        latents[TEACHER] = _cached(workdir / "evaluation" / "teacher.npy", lambda: solve(systems[TEACHER]))
+        latents[TEACHER] = cached(workdir / "evaluation" / "teacher.npy", lambda: held_out.solve(systems[TEACHER]))
     with clock.stage("evaluate"):
         systems[ONE_STEP] = teacher.programs(mesh, dataclasses.replace(solution, steps=1))
         for name in student_configs(config, full=full):
             systems[STUDENTS[name]] = sample.Sampler.load(workdir / "students" / name, mesh).programs(mesh)
-        latents |= {name: solve(programs) for name, programs in systems.items() if name not in latents}
+        latents |= {name: held_out.solve(programs) for name, programs in systems.items() if name not in latents}
         calls = {name: programs.network_calls for name, programs in systems.items()}
         images = {name: decode_all(teacher.pipeline, mesh, x, e.batch_size) for name, x in latents.items()}
-        source = records.PairSource(pairs_folder, fields=("latents",))
-        others = np.stack([source[i]["latents"] for i in range(min(e.samples, len(source)))]).astype(np.float32)
-        other_images = decode_all(teacher.pipeline, mesh, others, e.batch_size)
-        result = evaluation.score(images, other_images, prompts, calls, latents, teacher=TEACHER)
-        _show(workdir, [p.prompt for p in prompts[:SHOWN]], images)
+        other_images = decode_all(teacher.pipeline, mesh, latents_of_pairs(pairs_folder, e.samples), e.batch_size)
+        result = evaluation.score(images, other_images, held_out.prompts, calls, latents, teacher=TEACHER)
+        _show(workdir, [p.prompt for p in held_out.prompts[:SHOWN]], images)
     result["protocol"] |= {
         "prompts": f"{e.samples} drawn with seed {e.seed} from the captions that the pairs were drawn from",
-        "noise": f"held out, seed {config.seed + 1 + config.pairs.seed}",
+        "noise": f"held out, seed {held_out.noise_seed}",
         "guidance_scale": solution.guidance_scale,
     }
     result["environment"] = {
@@ -140,13 +130,6 @@ def measure(
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
     return {**result, "seconds": clock.seconds}
-
-
-def _cached(file: Path, make: Any) -> np.ndarray:
-    """The array in `file`, made and written there first if need be."""
-    if not file.exists():
-        atomic.write_array(file, make())
-    return np.load(file)
 
 
 def _show(workdir: Path, prompts: list[str], images: dict[str, np.ndarray]) -> None:

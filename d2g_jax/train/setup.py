@@ -15,6 +15,7 @@ from d2g_jax import records
 from d2g_jax.conditioning import encode_text, from_text_fields
 from d2g_jax.diffusion import Schedule
 from d2g_jax.errors import UserError
+from d2g_jax.lpips import LPIPS, DecodedLPIPS
 from d2g_jax.models import discriminator as discriminators
 from d2g_jax.models import unet as unets
 from d2g_jax.models.layers import check_remat
@@ -24,6 +25,10 @@ from d2g_jax.state import TrainState, create_state, discriminator_optimizer, gen
 from d2g_jax.step import Distillation, Frozen
 
 PERCEPTUAL = ("latent_lpips", "e_latent_lpips")
+"""Losses that take a `LatentLPIPS`."""
+
+Metric = LatentLPIPS | DecodedLPIPS
+
 _FIELDS = ("id", "input_ids", "latents")
 TOWERS = ("text_encoder", "text_encoder_2")
 
@@ -52,11 +57,11 @@ def build(
     config: ml_collections.ConfigDict,
     pipeline: Pipeline,
     manifest: records.Manifest,
-    metric: LatentLPIPS | None = None,
+    metric: Metric | None = None,
 ) -> tuple[Distillation, Frozen]:
     """Networks, losses and optimisers by config, and the parameters that are never trained.
 
-    `metric` None: the one that `loss.metric` names is read, if the loss needs one.
+    `metric` None: that of `load_metric`.
     """
     dtype = jnp.dtype(config.train.dtype)
     check_remat(config.train.remat)
@@ -78,8 +83,8 @@ def build(
             "discriminator_plain": discriminators.build(d_config, jnp.float32, "plain", remat=config.train.remat),
             "discriminator_optimizer": discriminator_optimizer(config.optimizer.discriminator, config.train.batch_size),
         }
-    if metric is None and config.loss.name in PERCEPTUAL:
-        metric = LatentLPIPS.load(config.loss.metric)
+    if metric is None:
+        metric = load_metric(config.loss, pipeline)
     schedule = Schedule.from_config(pipeline.scheduler)
     timestep = manifest.first_timestep if config.generator.timestep is None else config.generator.timestep
     if not 0 <= timestep < schedule.num_train_timesteps:
@@ -109,10 +114,22 @@ def build(
     return d, Frozen({} if manifest.text_shapes else pipeline.text_params, metric)
 
 
-def make_regression(config: ml_collections.ConfigDict, metric: LatentLPIPS | None) -> Any:
+def load_metric(config: ml_collections.ConfigDict, pipeline: Pipeline) -> Metric | None:
+    """The frozen metric that the loss in `config.loss` takes, read from its folder; None for a loss without one.
+
+    Raises `UserError` for a missing or damaged folder.
+    """
+    if config.name == "lpips":
+        if not config.lpips:
+            raise UserError("loss.lpips is empty; give a folder of pixel LPIPS, as `d2g metric convert` writes it")
+        return DecodedLPIPS(LPIPS.load(config.lpips), pipeline.params["vae"], pipeline.vae)
+    return LatentLPIPS.load(config.metric) if config.name in PERCEPTUAL else None
+
+
+def make_regression(config: ml_collections.ConfigDict, metric: Metric | None) -> Any:
     """(metric, key, generated, target) -> (B,), by `config.loss`; `UserError` for an unknown name or preset."""
 
-    def regression(metric: LatentLPIPS | None, key: jax.Array, generated: jax.Array, target: jax.Array) -> jax.Array:
+    def regression(metric: Metric | None, key: jax.Array, generated: jax.Array, target: jax.Array) -> jax.Array:
         loss = regression_loss(
             config.name,
             metric,

@@ -1,0 +1,72 @@
+"""One student of an ablation: its config, what a config must have for it, and its throughput."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from d2g_jax.ablate.rows import Ablation, Row
+from d2g_jax.errors import UserError
+
+
+def student_config(config: ml_collections.ConfigDict, row: Row, seed: int) -> ml_collections.ConfigDict:
+    """The config of `d2g train` for a row and a seed: as given but for the row's changes.
+
+    Only the last checkpoint is kept: that is what is judged, and there will be many students.
+    """
+    student = copy.deepcopy(config)
+    student.update_from_flattened_dict(dict(row.changes))
+    student.name, student.seed = row.name, seed
+    student.train.update(keep_checkpoints=1, keep_best="")
+    return student
+
+
+def check_config(config: ml_collections.ConfigDict, ablation: Ablation) -> None:
+    """Raises `UserError` for a config under which two rows would be the same run, or one could not be timed."""
+    for key, off in ablation.switches:
+        if _value(config, key) == off:
+            rows = [row.title for row in ablation.rows if (key, off) not in row.changes]
+            raise UserError(
+                f"{key} is {off} in this config, so that the row {rows[0]!r} would be that before it; give "
+                f"--config.{key} another value"
+            )
+    t = config.train
+    for row in ablation.rows:
+        begins = last_phase(student_config(config, row, 0))
+        if t.images <= begins:
+            raise UserError(
+                f"train.images={t.images}: the adversary's part of {row.title!r} begins after {begins}; train for "
+                "longer, or lower adversarial.start_images or adversarial.warmup_images"
+            )
+        if begins and begins + 2 * t.log_every > t.images:
+            raise UserError(
+                f"train.log_every={t.log_every}: no line of metrics.jsonl would be of the last {t.images - begins} "
+                f"images alone, by which {row.title!r} is timed; give at most {(t.images - begins) // 2}"
+            )
+
+
+def last_phase(config: ml_collections.ConfigDict) -> int:
+    """Images after which training is what it is until its end: the generator listens to the discriminator, if any."""
+    a = config.adversarial
+    return a.start_images + a.warmup_images if a.weight else 0
+
+
+def images_per_second(lines: Sequence[Mapping[str, Any]], begins: int) -> float:
+    """Training throughput after `begins` images, from the lines of a metrics.jsonl: the median over them.
+
+    Their clock starts when the steps are compiled. Most lines are of steps alone; the median leaves aside those that
+    also hold a picture or a checkpoint.
+    """
+    marks = [(0, 0.0), *((line["images"], line["seconds"]) for line in lines)]
+    rates = [(b - a) / (until - since) for (a, since), (b, until) in itertools.pairwise(marks) if a >= begins]
+    return statistics.median(rates)
+
+
+def _value(config: ml_collections.ConfigDict, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return config[section][name]

@@ -1,0 +1,72 @@
+"""What systems are judged on: prompts and noise that no pair has, the same for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from d2g_jax import atomic, records, sample
+from d2g_jax.conditioning import tokenize_prompts
+from d2g_jax.digits import captions
+from d2g_jax.draw import Programs, draw
+from d2g_jax.pipeline import Pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """N prompts with their noise, and how they are drawn.
+
+    Attributes:
+      prompts: with the labels that they were built from.
+      noise_seed: of `noise`; the pairs have another.
+      noise: float32 (N, C, h, w).
+      input_ids: int32 (N, L).
+      batch_size: images per call, a multiple of the mesh's devices.
+    """
+
+    prompts: Sequence[captions.Prompt]
+    noise_seed: int
+    noise: np.ndarray
+    input_ids: np.ndarray
+    batch_size: int
+    mesh: jax.sharding.Mesh
+
+    @classmethod
+    def make(cls, config: ml_collections.ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> HeldOut:
+        """By `config.evaluation`; the noise's seed is the one after the sum of the config's and the pairs'."""
+        e, seed = config.evaluation, config.seed + 1 + config.pairs.seed
+        prompts = captions.evaluation_prompts(e.samples, e.seed)
+        noise = sample.draw_noise(seed, e.samples, sample.latent_shape(pipeline))
+        ids = tokenize_prompts(pipeline, [p.prompt for p in prompts])
+        return cls(prompts, seed, noise, ids, e.batch_size, mesh)
+
+    def solve(self, programs: Programs) -> np.ndarray:
+        """The scaled latents (N, C, h, w) of a system."""
+        batches = draw(programs, self.mesh, self.noise, self.input_ids, self.batch_size, images=False)
+        return np.concatenate([batch.latents for batch in batches])
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        """For a result file."""
+        return {
+            "prompts": f"{len(self.prompts)} drawn from the captions that the pairs were drawn from",
+            "noise": f"held out, seed {self.noise_seed}",
+        }
+
+
+def latents_of_pairs(folder: Path, count: int) -> np.ndarray:
+    """The teacher's scaled latents on other noise and prompts: the first pairs', float32 (at most `count`, C, h, w)."""
+    source = records.PairSource(folder, fields=("latents",))
+    return np.stack([source[i]["latents"] for i in range(min(count, len(source)))]).astype(np.float32)
+
+
+def cached(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array in `file`, made and written there first if need be."""
+    if not file.exists():
+        atomic.write_array(file, make())
+    return np.load(file)
