@@ -38,7 +38,10 @@ def made(tmp_path_factory):
     return small_config(), pairs.make_pairs(small_config(), workdir)
 
 
-NOT_COMPILED = ("images", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_best", "skip_corrupt")
+NOT_COMPILED = (
+    "images", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_best", "skip_corrupt",
+    "tensorboard", "wandb",
+)  # fmt: skip
 """Fields of `train` that its programs do not depend on, but for whether there is an adversary."""
 
 
@@ -199,7 +202,10 @@ def test_training_passes_through_its_phases(trained):
     assert ["loss_discriminator" in row for row in rows] == [False, False, True, True, True, True]
     assert ["loss_adversarial" in row for row in rows] == [False, False, False, True, True, True]
     assert all(np.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
-    assert (workdir / "report.html").exists()
+    page, status = (workdir / "report.html").read_text(), json.loads((workdir / "status.json").read_text())
+    assert 'class="state finished"' in page
+    assert [(status[key]) for key in ("state", "done", "total", "unit")] == ["finished", 48, 48, "images"]
+    assert 0.1 < status["memory"]["host"] < 100
     assert [p.name for p in sorted((workdir / "samples").glob("images_*.png"))] == [
         "images_00000024.png",
         "images_00000048.png",

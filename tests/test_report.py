@@ -4,8 +4,6 @@ import html
 import json
 import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,30 +13,11 @@ from d2g_jax.errors import UserError
 from d2g_jax.grid import grid, save_png
 from d2g_jax.report import write_report
 from d2g_jax.report.charts import Axis, Series, format_number, line_chart
+from d2g_jax.report.curves import image_rates
 from d2g_jax.report.inputs import read_inputs, read_metrics
-from d2g_jax.report.sections import image_rates
 
 HOSTILE = """a <script>alert("1")</script> 'three' & </style><img src=x onerror=alert(2)>"""
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "link", "img", "input", "br"}
-
-# Drives the page as a reader would and leaves what it saw in an attribute of the document around it.
-DRIVER = """<script>
-const seen = {width: innerWidth, overflow: document.documentElement.scrollWidth - innerWidth};
-const chart = document.querySelector(".chart"), box = chart.getBoundingClientRect();
-const at = {clientX: box.right - 12, clientY: box.top + 20};
-chart.dispatchEvent(new PointerEvent("pointermove", at));
-seen.tip = document.getElementById("tip").innerText;
-chart.dispatchEvent(new PointerEvent("pointerleave", at));
-seen.tipHidden = document.getElementById("tip").hidden;
-const slider = document.querySelector(".timeline input");
-slider.value = 0;
-slider.dispatchEvent(new Event("input"));
-seen.step = document.querySelector(".timeline output").textContent;
-seen.shown = [...document.querySelectorAll(".timeline img")].filter((image) => image.offsetHeight > 0).length;
-seen.broken = [...document.images].filter((image) => !image.hidden && !image.naturalWidth).length;
-parent.document.documentElement.setAttribute("data-seen", JSON.stringify(seen));
-</script>"""
 
 
 class Outline(HTMLParser):
@@ -161,7 +140,6 @@ def test_the_page_shows_what_the_run_holds(workdir):
         assert expected in words
     assert len([one for one in outline.attributes("svg") if one["class"] == "chart"]) == 3  # two metrics and speed
     assert len(outline.attributes("img")) == 3 + 3
-    assert sum("hidden" in one for one in outline.attributes("img")) == 2
     assert [path.name for path in workdir.glob("*report*")] == ["report.html"]
     assert list(workdir.glob(".report*")) == []
 
@@ -332,25 +310,3 @@ def test_axis_and_numbers():
     numbers = {None: "–", 0: "0", 24576: "24,576", 0.97312: "0.973", -2.5: "−2.5", 0.00012: "1.20e−04", "≥ 1": "≥ 1"}
     assert {value: format_number(value) for value in numbers} == numbers
     assert format_number(math.nan) == "NaN"
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_lays_it_out_and_answers(workdir, tmp_path, width):
-    driven = html.escape(page_of(workdir).replace("</body>", DRIVER + "</body>"))
-    page = tmp_path / "driven.html"  # a headless window is never narrower than 500 pixels, a frame may be
-    frame = f'<iframe width="{width}" height="800" frameborder="0" srcdoc="{driven}"></iframe>'
-    page.write_text(f'<!doctype html><meta charset="utf-8">{frame}', "utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run --disable-sync"
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900"]
-    command += ["--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', done.stdout)[1]))
-    assert seen["width"] == width
-    assert seen["overflow"] <= 0
-    assert "320 images" in seen["tip"] or "352 images" in seen["tip"]
-    assert "mse" in seen["tip"]
-    assert "full" in seen["tip"]
-    assert seen["tipHidden"] is True
-    assert seen["step"] == "after 0 images"
-    assert (seen["shown"], seen["broken"]) == (1, 0)
