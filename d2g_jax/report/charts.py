@@ -112,8 +112,9 @@ def line_chart(
         parts.append(f'<rect class="band" {box}/>')
     parts += [_line(one, x_axis, y_axis) for one, pairs in finite if pairs]
     label = "; ".join(f"{one.name or 'run'} ends at {format_number(pairs[-1][1])}" for one, pairs in finite if pairs)
+    remarks = _remarks(finite, y_axis, band, since)
     return (
-        f'<figure class="panel"><figcaption><h3>{escape(title)}</h3>{_remarks(finite, y_axis, band, since)}</figcaption>'
+        f'<figure class="panel"><figcaption><h3>{escape(title)}</h3>{remarks}</figcaption>'
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}: {label}")}">'
         f'{"".join(parts)}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg></figure>'
     )
