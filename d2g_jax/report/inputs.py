@@ -7,12 +7,13 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from d2g_jax.errors import UserError
 from d2g_jax.report.galleries import Gallery, find_galleries, inside, read_object
 from d2g_jax.report.status import Status, read_status
 
+T = TypeVar("T")
 _NOT_METRICS = ("run", "images", "step", "seconds")
 _LOOKED_FOR = "config.json, metrics.jsonl, result.json, status.json or samples/"
 
@@ -76,14 +77,15 @@ def read_inputs(workdir: Path) -> Inputs:
     """
     if not workdir.is_dir():
         raise UserError(f"{workdir}: no such workdir; give --workdir=DIR of a run")
+    metrics = read_metrics(workdir / "metrics.jsonl")
     inputs = Inputs(
         workdir=workdir,
         config=read_object(workdir / "config.json"),
-        metrics=read_metrics(workdir / "metrics.jsonl"),
+        metrics=metrics,
         result=read_object(workdir / "result.json"),
         comparison=_read_comparison(workdir),
-        timelines=_find_timelines(workdir),
-        galleries=find_galleries(workdir),
+        timelines=_in_order(metrics, _find_timelines(workdir)),
+        galleries=_in_order(metrics, find_galleries(workdir)),
         evaluations=_read_evaluations(workdir / "evaluation"),
         status=read_status(workdir),
     )
@@ -172,6 +174,12 @@ def _read_evaluations(folder: Path) -> list[dict[str, Any]]:
     from d2g_jax.evaluate.table import read_result  # a job of its own, with imports that a page seldom needs
 
     return [read_result(file) for file in files]
+
+
+def _in_order(metrics: Metrics, found: dict[str, T]) -> dict[str, T]:
+    """Runs as in the curves; what has no curve stands first."""
+    order = list(metrics.runs)
+    return dict(sorted(found.items(), key=lambda one: order.index(one[0]) if one[0] in order else -1))
 
 
 def _find_timelines(workdir: Path) -> dict[str, list[tuple[int, Path]]]:

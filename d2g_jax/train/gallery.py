@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ STEPS = 8  # pictures of a walk, its ends included
 QUERIES = 8  # images whose nearest pairs are looked for
 NEIGHBOURS = 3
 SEARCHED = 4096  # pairs that are looked at, evenly spread: 134 MB of latents to read for Stable Diffusion 1.5
-_CHUNK = 256
+_CHUNK, _READERS = 256, 16
 FILE = "gallery.json"
 
 
@@ -48,8 +49,7 @@ def make_gallery(
     drawn = _draw(
         painter, params, [*walks, *queries], [*_walk(0, 1, "text"), *_walk(0, 2, "noise"), *_alone(3, queries)]
     )
-    latents = drawn.latents[2 * STEPS :].transpose(0, 3, 1, 2)
-    found = search(latents, own)
+    found, between_pairs = nearest(drawn.latents[2 * STEPS :].transpose(0, 3, 1, 2), own)
     ids = [int(i) for i in found.ids.ravel()]
     pairs = _draw(painter, params, [own[i] for i in ids], _alone(0, ids)).teacher
     if not is_first():
@@ -74,7 +74,7 @@ def make_gallery(
         "nearest": {
             "searched": min(SEARCHED, len(own)),
             "pairs": len(own),
-            "between_pairs": between_pairs(own),
+            "between_pairs": between_pairs,
             "rows": _rows(own, queries, found, files),
         },
     }
@@ -94,10 +94,23 @@ def distant_prompts(prompts: Sequence[str]) -> tuple[int, int]:
     return 0, min(range(len(prompts)), key=lambda i: (i == 0, share[i]))
 
 
-def search(queries: np.ndarray, source: Sequence[Record], count: int = NEIGHBOURS, skip: Sequence[int] = ()) -> Nearest:
-    """The nearest of `SEARCHED` pairs, evenly spread, to latents (N, C, h, w), by root mean square difference.
+def nearest(queries: np.ndarray, source: Sequence[Record]) -> tuple[Nearest, float]:
+    """The nearest pairs to latents (N, C, h, w), and how far a teacher's own solution is from its nearest other pair.
 
-    `skip`: a pair for each query that it must not find, as itself; empty for none.
+    The second, a mean over a few pairs, is the scale of such distances; all is found in one pass over the pairs.
+    """
+    ids = _spread(len(source), QUERIES)
+    own = np.stack([np.asarray(source[i]["latents"], np.float32) for i in ids])
+    found = search(np.concatenate([queries, own]), source, NEIGHBOURS, skip=[-1] * len(queries) + ids)
+    return Nearest(*(part[: len(queries)] for part in found)), round(
+        float(found.distances[len(queries) :, 0].mean()), 4
+    )
+
+
+def search(queries: np.ndarray, source: Sequence[Record], count: int, skip: Sequence[int] = ()) -> Nearest:
+    """The `count` nearest of `SEARCHED` pairs, evenly spread, by root mean square difference of latents (N, C, h, w).
+
+    `skip`: for each query a pair that it must not find, as itself; empty for none.
     """
     flat = queries.reshape(len(queries), -1).astype(np.float64)
     best = Nearest(np.zeros((len(flat), 0), np.int64), np.zeros((len(flat), 0)))
@@ -114,13 +127,6 @@ def search(queries: np.ndarray, source: Sequence[Record], count: int = NEIGHBOUR
     return best
 
 
-def between_pairs(source: Sequence[Record]) -> float:
-    """How far a teacher's solution is from its nearest other pair, the mean over a few: the scale of such distances."""
-    ids = _spread(len(source), QUERIES)
-    own = np.stack([np.asarray(source[i]["latents"], np.float32) for i in ids])
-    return round(float(search(own, source, 1, skip=ids).distances.mean()), 4)
-
-
 def _spread(total: int, count: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, total - 1, min(count, total))})
 
@@ -128,9 +134,11 @@ def _spread(total: int, count: int) -> list[int]:
 def _bank(source: Sequence[Record]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids, float32 latents (M, C, h, w)) of the pairs that are searched, in chunks."""
     ids = _spread(len(source), SEARCHED)
-    for start in range(0, len(ids), _CHUNK):
-        part = [source[i] for i in ids[start : start + _CHUNK]]
-        yield np.array([int(one["id"]) for one in part]), np.stack([one["latents"] for one in part]).astype(np.float32)
+    with ThreadPoolExecutor(_READERS) as readers:  # a bucket answers many at once, each late
+        for start in range(0, len(ids), _CHUNK):
+            part = list(readers.map(source.__getitem__, ids[start : start + _CHUNK]))
+            latents = np.stack([one["latents"] for one in part])
+            yield np.array([int(one["id"]) for one in part]), latents.astype(np.float32)
 
 
 def _with_prompts(source: records.PairSource | records.SkippingSource) -> records.PairSource | records.SkippingSource:

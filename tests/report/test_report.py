@@ -122,10 +122,10 @@ def test_a_job_of_several_runs_shows_their_pictures(workdir):
     inputs = read_inputs(workdir)
     assert [(run, [seen for seen, _ in steps]) for run, steps in inputs.timelines.items()] == [
         ("", [0, 5, 10]),
-        ("full", [64]),
         ("mse", [64]),
+        ("full", [64]),
     ]
-    assert list(inputs.galleries) == ["full", "mse"]
+    assert list(inputs.galleries) == ["mse", "full"]
     words = " ".join(Outline(page_of(workdir)).text)
     assert "walk of mse" in words
     assert "walk of full" in words
