@@ -3,7 +3,6 @@
 import importlib.util
 import itertools
 import json
-import math
 import sys
 import types
 
@@ -113,6 +112,19 @@ def test_what_is_not_finite_is_left_out_of_wandb(tmp_path, wandb):
     assert wandb.told == [(8, {"images": 8, "share": 0.5})]
 
 
+def test_wandb_itself_writes_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))  # the workdir decides
+    (tracker,) = open_trackers(config(wandb="distil"), tmp_path, 0)
+    tracker.add_line(16, {"loss": 0.5})
+    tracker.add_picture(16, picture(tmp_path))
+    tracker.close()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert [file.name.split("_")[:2] for file in (run / "files" / "media" / "images").iterdir()] == [["samples", "16"]]
+    assert len(list(run.glob("*.wandb"))) == 1
+
+
 def test_event_files_have_lines_and_grids_by_images(tmp_path):
     pytest.importorskip("tensorboardX")
     settings = config(tensorboard=True)
@@ -131,13 +143,13 @@ def test_event_files_have_lines_and_grids_by_images(tmp_path):
 def test_a_resumed_run_purges_what_it_repeats(tmp_path):
     pytest.importorskip("tensorboardX")
     (tracker,) = open_trackers(config(tensorboard=True), tmp_path, 16)
-    tracker.add_line(24, {"loss": None})
+    tracker.add_line(24, {"loss": 0.5, "not finite": None})
     tracker.close()
     events = list(all_events(tmp_path))
     assert [event.step for event in events if event.session_log.status == 1] == [17]  # 1: START
-    ((step, value),) = read_events(tmp_path)["loss"]
-    assert step == 24
-    assert math.isnan(value.simple_value)
+    values = read_events(tmp_path)
+    assert [(step, value.simple_value) for step, value in values["loss"]] == [(24, 0.5)]
+    assert "not finite" not in values
 
 
 def picture(folder):

@@ -104,7 +104,7 @@ def neighbours(inputs: Inputs) -> str:
     for query in gallery.queries:
         cells = "".join(
             f"<td>{image_tag(near.image, near.prompt, _PIXELATED_IMAGE)}"
-            f"<small>{escape(near.prompt)}<b>{format_number(near.distance)}</b></small></td>"
+            f"<small><span>{escape(near.prompt)}</span><b>{format_number(near.distance)}</b></small></td>"
             for near in query.neighbours
         )
         own = image_tag(query.image, f"student: {query.prompt}", _PIXELATED_IMAGE)
@@ -114,7 +114,7 @@ def neighbours(inputs: Inputs) -> str:
         f"Left, the one-step student ({who}after {format_number(gallery.images)} images): captions of training pairs, "
         f"noise that none has. Right, the nearest of {_searched(gallery)} pairs' own pictures, by the root mean square "
         "difference of the latents, which stands below each. For scale: a pair is on average "
-        f"{format_number(gallery.between_pairs)} from its nearest other pair. One that copies is nearer."
+        f"{format_number(gallery.between_pairs)} from its nearest other pair. A copy would be nearer."
     )
     return (
         f'<p class="lead">{lead}</p><div class="card scroll"><table class="compare near"><thead><tr>'

@@ -26,7 +26,7 @@ class Tracker(Protocol):
     """What the journal tells, by images seen."""
 
     def add_line(self, images: int, values: dict[str, float | None]) -> None:
-        """Metrics; None for one that was not finite."""
+        """Metrics; None for one that was not finite, which is left out."""
 
     def add_picture(self, images: int, file: Path) -> None:
         """A sample grid, PNG."""
@@ -66,8 +66,8 @@ class TensorBoard:
             self._writer.add_text("config", f"```json\n{config.to_json(indent=2)}\n```", 0)
 
     def add_line(self, images: int, values: dict[str, float | None]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, np.nan if value is None else value, images)
+        for name, value in _finite(values).items():
+            self._writer.add_scalar(name, value, images)
         self._writer.flush()
 
     def add_picture(self, images: int, file: Path) -> None:
@@ -97,14 +97,18 @@ class Wandb:
             dir=str(workdir),
             config=runs.to_json(config),
             mode=os.environ.get("WANDB_MODE", "offline"),
+            settings={"quiet": True, "console": "off"},
         )
 
     def add_line(self, images: int, values: dict[str, float | None]) -> None:
-        known = {name: value for name, value in values.items() if value is not None}
-        self._run.log({"images": images, **known}, step=images)
+        self._run.log({"images": images, **_finite(values)}, step=images)
 
     def add_picture(self, images: int, file: Path) -> None:
         self._run.log({"samples": self._image(str(file))}, step=images)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _finite(values: dict[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}
