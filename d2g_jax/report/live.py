@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from d2g_jax.errors import UserError
+from d2g_jax.interrupt import Terminated
 from d2g_jax.processes import is_first
 from d2g_jax.report.page import write_report
 from d2g_jax.report.status import FINISHED, RUNNING, STOPPED, Status, read_status, write_status
@@ -30,10 +31,9 @@ class LivePage:
     def __enter__(self) -> LivePage:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, _: object) -> None:
+    def __exit__(self, _: type[BaseException] | None, failure: BaseException | None, __: object) -> None:
         if failure is not None:
-            reason = str(failure) if isinstance(failure, UserError) else kind.__name__
-            self._write(Status(STOPPED, " ".join(reason.split()), self._done, self._total, self._unit))
+            self._write(Status(STOPPED, _reason(failure), self._done, self._total, self._unit))
 
     def update(self, stage: str, done: int, *, at_once: bool = False) -> None:
         """Writes the page unless that would take more than 2% of the time; `at_once` writes it in any case."""
@@ -54,6 +54,13 @@ class LivePage:
             self._failed = True
         end = time.monotonic()
         self._next = end + _REST * (end - start)
+
+
+def _reason(failure: BaseException) -> str:
+    if isinstance(failure, UserError):
+        return " ".join(str(failure).split())
+    named = {KeyboardInterrupt: "interrupted", Terminated: "terminated by SIGTERM or the cloud"}
+    return named.get(type(failure)) or " ".join(f"{type(failure).__name__}: {failure}".split())
 
 
 def finish(workdir: Path, total: int, unit: str) -> Path:

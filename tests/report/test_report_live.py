@@ -6,6 +6,7 @@ import os
 import pytest
 
 from d2g_jax.errors import UserError
+from d2g_jax.interrupt import Terminated
 from d2g_jax.report import LivePage, finish, live, write_report
 from d2g_jax.report.status import Status, peak_memory, read_status, write_status
 
@@ -57,7 +58,9 @@ def test_writing_takes_a_fiftieth_of_the_time_at_most(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [(UserError("the update of step 3: loss is not\nfinite"), "the update of step 3: loss is not finite"),
-     (KeyboardInterrupt(), "KeyboardInterrupt")],
+     (KeyboardInterrupt(), "interrupted"),
+     (Terminated(), "terminated by SIGTERM or the cloud"),
+     (ValueError("shape\n(3,)"), "ValueError: shape (3,)")],
 )  # fmt: skip
 def test_a_job_that_stops_says_why(tmp_path, failure, reason):
     def job():
