@@ -23,7 +23,7 @@ QUERIES = 8  # images whose nearest pairs are looked for
 NEIGHBOURS = 3
 SEARCHED = 4096  # pairs that are looked at, evenly spread: 134 MB of latents to read for Stable Diffusion 1.5
 _CHUNK, _READERS = 256, 16
-FILE = "gallery.json"
+SAMPLES, FILE = "samples", "gallery.json"
 
 
 class Nearest(NamedTuple):
@@ -44,42 +44,37 @@ def make_gallery(
         return None
     own = _with_prompts(source)
     start, end = distant_prompts([str(own[i]["prompt"]) for i in range(min(painter.count, len(own)))])
+    ends = [held_out(own, start, 0), held_out(own, end, 0), held_out(own, start, 1)]
     queries = [held_out(own, i, i) for i in range(min(QUERIES, len(own)))]
-    walks = [held_out(own, start, 0), held_out(own, end, 0), held_out(own, start, 1)]
-    drawn = _draw(
-        painter, params, [*walks, *queries], [*_walk(0, 1, "text"), *_walk(0, 2, "noise"), *_alone(3, queries)]
-    )
+    wanted = [*_walk(0, 1, "text"), *_walk(0, 2, "noise"), *_alone(len(ends), queries)]
+    drawn = _draw(painter, params, [*ends, *queries], wanted)
     found, between_pairs = nearest(drawn.latents[2 * STEPS :].transpose(0, 3, 1, 2), own)
-    ids = [int(i) for i in found.ids.ravel()]
-    pairs = _draw(painter, params, [own[i] for i in ids], _alone(0, ids)).teacher
+    neighbours = [own[int(i)] for i in found.ids.ravel()]
+    pairs = _draw(painter, params, neighbours, _alone(0, neighbours)).teacher
     if not is_first():
         return None
-    folder = Path("samples")
-    sets = {
-        "walk_prompts": drawn.student[:STEPS],
-        "walk_noise": drawn.student[STEPS : 2 * STEPS],
-        "held_out": drawn.student[2 * STEPS :],
-        "nearest": pairs,
+    files = {
+        "walk_prompts": _save(workdir, "walk_prompts", drawn.student[:STEPS]),
+        "walk_noise": _save(workdir, "walk_noise", drawn.student[STEPS : 2 * STEPS]),
+        "held_out": _save(workdir, "held_out", drawn.student[2 * STEPS :]),
+        "nearest": _save(workdir, "nearest", pairs),
     }
-    files = {name: [str(folder / name / f"{i:02d}.png") for i in range(len(shown))] for name, shown in sets.items()}
-    for name, shown in sets.items():
-        for file, image in zip(files[name], shown, strict=True):
-            save_png(workdir / file, image)
+    prompts = [str(record["prompt"]) for record in ends]
     said = {
         "images": images,
         "walks": [
-            {"of": "prompts", "prompts": [str(walk["prompt"]) for walk in walks[:2]], "images": files["walk_prompts"]},
-            {"of": "noise", "prompts": [str(walks[0]["prompt"])], "images": files["walk_noise"]},
+            {"of": "prompts", "prompts": prompts[:2], "images": files["walk_prompts"]},
+            {"of": "noise", "prompts": prompts[:1], "images": files["walk_noise"]},
         ],
         "nearest": {
             "searched": min(SEARCHED, len(own)),
             "pairs": len(own),
-            "between_pairs": between_pairs,
-            "rows": _rows(own, queries, found, files),
+            "between_pairs": round(between_pairs, 4),
+            "rows": _rows(queries, neighbours, found, files),
         },
     }
-    atomic.write_text(workdir / folder / FILE, json.dumps(said, indent=1, ensure_ascii=False) + "\n")
-    return workdir / folder / FILE
+    atomic.write_text(workdir / SAMPLES / FILE, json.dumps(said, indent=1, ensure_ascii=False) + "\n")
+    return workdir / SAMPLES / FILE
 
 
 def held_out(source: Sequence[Record], caption: int, noise: int) -> Record:
@@ -102,9 +97,8 @@ def nearest(queries: np.ndarray, source: Sequence[Record]) -> tuple[Nearest, flo
     ids = _spread(len(source), QUERIES)
     own = np.stack([np.asarray(source[i]["latents"], np.float32) for i in ids])
     found = search(np.concatenate([queries, own]), source, NEIGHBOURS, skip=[-1] * len(queries) + ids)
-    return Nearest(*(part[: len(queries)] for part in found)), round(
-        float(found.distances[len(queries) :, 0].mean()), 4
-    )
+    scale = float(found.distances[len(queries) :, 0].mean())
+    return Nearest(*(part[: len(queries)] for part in found)), scale
 
 
 def search(queries: np.ndarray, source: Sequence[Record], count: int, skip: Sequence[int] = ()) -> Nearest:
@@ -175,19 +169,23 @@ def _draw(painter: Painter, params: Any, batch: Sequence[Record], wanted: Sequen
     return Pictures(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
+def _save(workdir: Path, name: str, images: np.ndarray) -> list[str]:
+    """Writes samples/NAME/00.png ...; returns the files' names as seen from the workdir."""
+    files = [f"{SAMPLES}/{name}/{i:02d}.png" for i in range(len(images))]
+    for file, image in zip(files, images, strict=True):
+        save_png(workdir / file, image)
+    return files
+
+
 def _rows(
-    source: Sequence[Record], queries: Sequence[Record], found: Nearest, files: dict[str, list[str]]
+    queries: Sequence[Record], neighbours: Sequence[Record], found: Nearest, files: dict[str, list[str]]
 ) -> list[dict[str, Any]]:
-    count, rows = found.ids.shape[1], []
-    for row, query in enumerate(queries):
-        neighbours = [
-            {
-                "id": int(found.ids[row, k]),
-                "prompt": str(source[int(found.ids[row, k])]["prompt"]),
-                "distance": round(float(found.distances[row, k]), 4),
-                "image": files["nearest"][row * count + k],
-            }
-            for k in range(count)
-        ]
-        rows.append({"prompt": str(query["prompt"]), "image": files["held_out"][row], "neighbours": neighbours})
-    return rows
+    described = [
+        {"id": int(record["id"]), "prompt": str(record["prompt"]), "distance": round(float(distance), 4), "image": file}
+        for record, distance, file in zip(neighbours, found.distances.ravel(), files["nearest"], strict=True)
+    ]
+    count = found.ids.shape[1]
+    return [
+        {"prompt": str(query["prompt"]), "image": file, "neighbours": described[row * count : (row + 1) * count]}
+        for row, (query, file) in enumerate(zip(queries, files["held_out"], strict=True))
+    ]
