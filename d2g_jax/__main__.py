@@ -28,6 +28,7 @@ JOBS = {
     "train": "distil the teacher into a one-step generator",
     "sample": "draw images from a pipeline folder or a trained student",
     "evaluate": "FID, KID, CLIP score, diversity, fidelity by a protocol; `evaluate table` lays results side by side",
+    "report": "write report.html of a workdir again, as after `d2g evaluate --out=WORKDIR/evaluation/NAME.json`",
     "export": "a trained student as a diffusers folder, a Flax checkpoint or one StableHLO file",
     "plan": "what a config takes on a TPU slice or on GPUs, compiled ahead of time: memory, FLOPs, time, what fits",
     "metric": "distances between files of latents or images; `metric convert FILE` reads published PyTorch weights",
@@ -111,6 +112,7 @@ def _run(arguments: list[str]) -> int:
         "train": _train,
         "sample": _sample,
         "evaluate": _evaluate,
+        "report": _report,
         "export": _export,
         "plan": _plan,
         "metric": _metric,
@@ -264,6 +266,16 @@ def _train(arguments: list[str]) -> int:
 
     train(config, own.workdir, own.pairs or own.workdir / FOLDER)
     _print_once(own.workdir / "report.html")
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    parser = _parser("report")
+    parser.add_argument("--workdir", type=Path, required=True)
+    own = parser.parse_args(arguments)
+    from d2g_jax.report import write_report
+
+    print(write_report(own.workdir))
     return 0
 
 

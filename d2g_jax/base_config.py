@@ -157,6 +157,9 @@ def train() -> ConfigDict:
             "keep_checkpoints": 2,  # the newest
             "keep_best": "loss_regression",  # and the one after the lowest line of this metric; empty for none
             "skip_nonfinite": 0,  # updates that may be left out in a row for a NaN or infinity; 0 stops at the first
+            # The same lines and grids elsewhere too (docs/report.md); neither package is needed without.
+            "tensorboard": False,  # event files in WORKDIR/tensorboard; needs the extra `tensorboard`
+            "wandb": "",  # a project of Weights & Biases, offline unless WANDB_MODE says otherwise; extra `wandb`
             "skip_corrupt": False,  # True: a corrupt record is left out and counted; False: it stops the run
         }
     )

@@ -22,8 +22,8 @@ _PLACE_KEYS = ("environment",)
 
 FREE = (
     "train.images", "train.skip_nonfinite", "train.sample_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.keep_best", "train.compile_workers", "train.remat", "train.micro_batch", "train.r1_micro_batch",
-    "optimization_level", "mesh",
+    "train.keep_best", "train.tensorboard", "train.wandb", "train.compile_workers", "train.remat", "train.micro_batch",
+    "train.r1_micro_batch", "optimization_level", "mesh",
 )  # fmt: skip
 """Settings and groups that may change when a run goes on: how long, where and how often, but not what is computed."""
 _NAMED = 3  # differing settings in a message

@@ -1,6 +1,7 @@
 """The jobs one after another on the embedded teacher, small: pairs, training, resuming, drawing."""
 
 import copy
+import itertools
 import json
 import pickle
 import shutil
@@ -39,7 +40,10 @@ def made(tmp_path_factory):
     return small_config(), pairs.make_pairs(small_config(), workdir)
 
 
-EFFECTS = ("images", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_best", "skip_corrupt")
+EFFECTS = (
+    "images", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_best", "skip_corrupt",
+    "tensorboard", "wandb",
+)  # fmt: skip
 """Fields of `train` that its programs do not depend on, but for whether there is an adversary."""
 
 
@@ -205,11 +209,34 @@ def test_training_passes_through_its_phases(trained):
     assert ["loss_discriminator" in row for row in rows] == [False, False, True, True, True, True]
     assert ["loss_adversarial" in row for row in rows] == [False, False, False, True, True, True]
     assert all(np.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
-    assert (workdir / "report.html").exists()
+    page, status = (workdir / "report.html").read_text(), json.loads((workdir / "status.json").read_text())
+    assert 'class="state finished"' in page
+    assert [(status[key]) for key in ("state", "done", "total", "unit")] == ["finished", 48, 48, "images"]
+    assert 0.1 < status["memory"]["host"] < 100
     assert [p.name for p in sorted((workdir / "samples").glob("images_*.png"))] == [
         "images_00000024.png",
         "images_00000048.png",
     ]
+
+
+def test_a_run_ends_with_walks_and_nearest_pairs(trained):
+    workdir, _, _ = trained
+    data = json.loads((workdir / "samples" / "gallery.json").read_text())
+    prompts, noise = ([pixels(workdir / file) for file in walk["images"]] for walk in data["walks"])
+    rows = data["nearest"]["rows"]
+    # All three begin with the first caption and the first held-out noise, and the walks lead elsewhere.
+    for other in (noise[0], pixels(workdir / rows[0]["image"])):
+        np.testing.assert_array_equal(prompts[0], other)
+    for walk in (prompts, noise):
+        steps = [np.abs(a.astype(int) - b).mean() for a, b in itertools.pairwise(walk)]
+        assert np.abs(walk[-1].astype(int) - walk[0]).mean() > max(steps) > 0  # and do not jump there
+    assert (data["images"], data["nearest"]["pairs"], len(rows)) == (48, 20, 8)
+    for row in rows:
+        distances = [near["distance"] for near in row["neighbours"]]
+        assert 0 < distances[0] <= distances[1] <= distances[2]
+    page = (workdir / "report.html").read_text()
+    assert '<section id="walks">' in page
+    assert '<section id="nearest">' in page
 
 
 @pytest.mark.slow

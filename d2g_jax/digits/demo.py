@@ -23,7 +23,7 @@ from d2g_jax.digits.held_out import HeldOut, cached, latents_of_pairs
 from d2g_jax.draw import decode_all
 from d2g_jax.grid import grid, save_png
 from d2g_jax.lock import locked
-from d2g_jax.report import write_report
+from d2g_jax.report import LivePage, finish
 from d2g_jax.train import train
 
 TEACHER, ONE_STEP = "teacher, 50 steps", "teacher, 1 step"
@@ -62,29 +62,34 @@ def demo(config: ml_collections.ConfigDict, workdir: Path, *, full: bool = False
     """
     with locked(workdir):
         runs.claim(workdir, config)
-        clock = Clock(workdir)
-        with clock.stage("pairs"):
-            pairs_folder = pairs.make_pairs(config, workdir)
-        for name, student in student_configs(config, full=full).items():
-            with clock.stage(f"train {name}"):
-                train(student, workdir / "students" / name, pairs_folder)
-            _merge_metrics(workdir)
-        result = measure(config, workdir, pairs_folder, clock, full=full)
+        students = student_configs(config, full=full)
+        stages = 3 + len(students)  # pairs, students, teacher samples, evaluate
+        with LivePage(workdir, stages, "stages") as page:
+            clock = Clock(workdir, page)
+            with clock.stage("pairs"):
+                pairs_folder = pairs.make_pairs(config, workdir)
+            for name, student in students.items():
+                with clock.stage(f"train {name}", f", see students/{name}/report.html"):
+                    train(student, workdir / "students" / name, pairs_folder)
+                _merge_metrics(workdir)
+            result = measure(config, workdir, pairs_folder, clock, full=full)
         atomic.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
-        report = write_report(workdir, finished=True)
+        report = finish(workdir, stages, "stages")
         return f"{evaluation.table(result)}\n\n{report}"
 
 
 class Clock:
-    """Seconds per stage, added up over interrupted runs."""
+    """Seconds per stage, added up over interrupted runs; the page says which one it is."""
 
-    def __init__(self, workdir: Path):
-        self._file = workdir / "seconds.json"
+    def __init__(self, workdir: Path, page: LivePage):
+        self._file, self._page, self._begun = workdir / "seconds.json", page, 0
         self.seconds: dict[str, float] = json.loads(self._file.read_text()) if self._file.exists() else {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, remark: str = "") -> Iterator[None]:
         print(f"d2g demo: {name}", file=sys.stderr, flush=True)
+        self._page.update(name + remark, self._begun, at_once=True)
+        self._begun += 1
         start = time.monotonic()
         try:
             yield

@@ -65,7 +65,8 @@ def _table(found: list[Spell], named: bool) -> str:
             f"<td>{escape(explain(spell.name))}</td></tr>"
         )
     return (
-        '<div class="card scroll"><table class="alarms"><thead><tr><th scope="col">Alarm</th>'
+        '<p class="lead">An alarm begins with the second line in a row outside of its band, and ends with the first '
+        'inside.</p><div class="card scroll"><table class="alarms"><thead><tr><th scope="col">Alarm</th>'
         '<th scope="col" class="number">Value</th><th scope="col" class="number">Images</th>'
         f'<th scope="col">Cause and remedy</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )

@@ -86,9 +86,12 @@ def short_number(value: float) -> str:
     return text.replace("-", "−")
 
 
-def line_chart(title: str, series: Sequence[Series], band: tuple[float, float] | None = None) -> str:
+def line_chart(
+    title: str, series: Sequence[Series], band: tuple[float, float] | None = None, since: float = 0.0
+) -> str:
     """One panel: a line per run over images seen, with `band` (low, high) shaded where a healthy run stays.
 
+    The band holds from image `since` on; either side may be infinite.
     More values than a panel can show are averaged in bins, with their extremes shaded behind. The axis is logarithmic
     where all values are positive and span more than two decades. Returns "" when no value is finite.
     """
@@ -100,14 +103,18 @@ def line_chart(title: str, series: Sequence[Series], band: tuple[float, float] |
     x_axis = Axis(0.0, max(last_images, 1.0), LEFT, WIDTH - RIGHT)
     y_axis = _y_axis(values, band)
     parts = [_frame(x_axis, y_axis)]
-    if band:
+    if band and since <= last_images:
+        # A run's first line speaks of the images before it too.
+        start = LEFT if since <= min(x for _, pairs in finite for x, _ in pairs) else x_axis(since)
         top, bottom = y_axis(band[1]), y_axis(max(band[0], y_axis.low) if y_axis.log else band[0])
-        box = f'x="{LEFT}" y="{top:.1f}" width="{WIDTH - LEFT - RIGHT}" height="{max(bottom - top, 1):.1f}"'
+        width, height = WIDTH - RIGHT - start, max(bottom - top, 1)
+        box = f'x="{start:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"'
         parts.append(f'<rect class="band" {box}/>')
     parts += [_line(one, x_axis, y_axis) for one, pairs in finite if pairs]
     label = "; ".join(f"{one.name or 'run'} ends at {format_number(pairs[-1][1])}" for one, pairs in finite if pairs)
+    remarks = _remarks(finite, y_axis, band, since)
     return (
-        f'<figure class="panel"><figcaption><h3>{escape(title)}</h3>{_remarks(finite, y_axis, band)}</figcaption>'
+        f'<figure class="panel"><figcaption><h3>{escape(title)}</h3>{remarks}</figcaption>'
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}: {label}")}">'
         f'{"".join(parts)}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg></figure>'
     )
@@ -133,16 +140,27 @@ def dot_chart(title: str, values: dict[str, float], floor: float | None = None) 
     )
 
 
+def format_band(low: float, high: float) -> str:
+    """`0.8 to 1.25`, `above −0.02`, `below 1`."""
+    if math.isinf(low):
+        return f"below {format_number(high)}"
+    return f"above {format_number(low)}" if math.isinf(high) else f"{format_number(low)} to {format_number(high)}"
+
+
 def _remarks(
-    finite: Sequence[tuple[Series, list[tuple[float, float]]]], axis: Axis, band: tuple[float, float] | None
+    finite: Sequence[tuple[Series, list[tuple[float, float]]]],
+    axis: Axis,
+    band: tuple[float, float] | None,
+    since: float,
 ) -> str:
     remarks = []
     gaps = sum(len(one.values) - len(pairs) for one, pairs in finite)
     if gaps:
         remarks.append(f'<span class="bad">{gaps} not finite</span>')
     if band:
-        outside = [one.name for one, pairs in finite if pairs and not band[0] <= pairs[-1][1] <= band[1]]
-        extent = f"{format_number(band[0])} to {format_number(band[1])}"
+        ends = {one.name: pairs[-1] for one, pairs in finite if pairs}
+        outside = [name for name, (x, y) in ends.items() if x >= since and not band[0] <= y <= band[1]]
+        extent = format_band(*band)
         who = "" if len(finite) == 1 else outside[0] if len(outside) == 1 else f"{len(outside)} runs"
         bad = f'<span class="bad">{escape(who)} outside {extent}</span>'
         remarks.append(bad if outside else f"<span>healthy {extent}</span>")

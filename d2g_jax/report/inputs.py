@@ -7,12 +7,15 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from d2g_jax.errors import UserError
+from d2g_jax.report.galleries import Gallery, find_galleries, inside, read_object
+from d2g_jax.report.status import Status, read_status
 
+T = TypeVar("T")
 _NOT_METRICS = ("run", "images", "step", "seconds")
-_LOOKED_FOR = "config.json, metrics.jsonl, result.json or samples/"
+_LOOKED_FOR = "config.json, metrics.jsonl, result.json, status.json or samples/"
 
 
 @dataclass(frozen=True)
@@ -61,24 +64,32 @@ class Inputs:
     result: dict[str, Any] | None
     comparison: Comparison | None
     timelines: dict[str, list[tuple[int, Path]]]  # run -> (images seen, sample grid) in that order
+    galleries: dict[str, Gallery]  # by run
+    evaluations: list[dict[str, Any]]  # results of `d2g evaluate`, by name of their files
+    status: Status | None
 
 
 def read_inputs(workdir: Path) -> Inputs:
-    """Read config.json, metrics.jsonl, result.json, samples/comparison.json and samples/[RUN/]images_XXXXXXXX.png.
+    """Read config.json, metrics.jsonl, result.json, status.json, what is in samples/ and evaluation/*.json.
 
+    A job of several runs has them in students/RUN/, and their samples there.
     Raises UserError when the folder is missing or has none of them, and for a file that is not what it should be.
     """
     if not workdir.is_dir():
         raise UserError(f"{workdir}: no such workdir; give --workdir=DIR of a run")
+    metrics = read_metrics(workdir / "metrics.jsonl")
     inputs = Inputs(
         workdir=workdir,
-        config=_read_object(workdir / "config.json"),
-        metrics=read_metrics(workdir / "metrics.jsonl"),
-        result=_read_object(workdir / "result.json"),
+        config=read_object(workdir / "config.json"),
+        metrics=metrics,
+        result=read_object(workdir / "result.json"),
         comparison=_read_comparison(workdir),
-        timelines=_find_timelines(workdir / "samples"),
+        timelines=_in_order(metrics, _find_timelines(workdir)),
+        galleries=_in_order(metrics, find_galleries(workdir)),
+        evaluations=_read_evaluations(workdir / "evaluation"),
+        status=read_status(workdir),
     )
-    found = (inputs.config, inputs.metrics.runs, inputs.result, inputs.comparison, inputs.timelines)
+    found = (inputs.config, inputs.metrics.runs, inputs.result, inputs.comparison, inputs.timelines, inputs.status)
     if not any(found) and inputs.metrics.broken == 0:
         raise UserError(f"{workdir}: nothing to report on, it has no {_LOOKED_FOR}; give --workdir=DIR of a run")
     return inputs
@@ -137,21 +148,9 @@ def _number_or_nan(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _read_object(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); write it again or remove it") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds a {type(data).__name__}, expected a JSON object; write it again or remove it")
-    return data
-
-
 def _read_comparison(workdir: Path) -> Comparison | None:
     source = workdir / "samples" / "comparison.json"
-    data = _read_object(source)
+    data = read_object(source)
     if data is None:
         return None
     prompts, columns = data.get("prompts"), data.get("columns")
@@ -164,23 +163,32 @@ def _read_comparison(workdir: Path) -> Comparison | None:
             need = f"a 'name' and 'images', one for each of the {len(prompts)} prompts"
             raise UserError(f"{source}: every entry of 'columns' needs {need}; write it again or remove it")
         names.append(str(column["name"]))
-        images.append([_inside(workdir, path) for path in paths])
+        images.append([inside(workdir, path) for path in paths])
     return Comparison([str(prompt) for prompt in prompts], names, images)
 
 
-def _inside(workdir: Path, relative: object) -> Path | None:
-    """The file of that name, None where it is missing or outside of the workdir: a page shows its own run only."""
-    if not isinstance(relative, str):
-        return None
-    path = (workdir / relative).resolve()
-    return path if path.is_file() and path.is_relative_to(workdir.resolve()) else None
+def _read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        return []
+    from d2g_jax.evaluate.table import read_result  # a job of its own, with imports that a page seldom needs
+
+    return [read_result(file) for file in files]
 
 
-def _find_timelines(samples: Path) -> dict[str, list[tuple[int, Path]]]:
+def _in_order(metrics: Metrics, found: dict[str, T]) -> dict[str, T]:
+    """Runs as in the curves; what has no curve stands first."""
+    order = list(metrics.runs)
+    return dict(sorted(found.items(), key=lambda one: order.index(one[0]) if one[0] in order else -1))
+
+
+def _find_timelines(workdir: Path) -> dict[str, list[tuple[int, Path]]]:
     timelines: dict[str, list[tuple[int, Path]]] = {}
-    for path in sorted([*samples.glob("images_*.png"), *samples.glob("*/images_*.png")]):
+    patterns = ("samples/images_*.png", "samples/*/images_*.png", "students/*/samples/images_*.png")
+    for path in sorted(path for pattern in patterns for path in workdir.glob(pattern)):
         match = re.fullmatch(r"images_(\d+)\.png", path.name)
         if match:
-            name = "" if path.parent == samples else path.parent.name
+            parts = path.relative_to(workdir).parts
+            name = "" if len(parts) == 2 else parts[1]  # samples/RUN/ or students/RUN/samples/
             timelines.setdefault(name, []).append((int(match[1]), path))
     return {name: sorted(found) for name, found in timelines.items()}

@@ -2,113 +2,98 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from d2g_jax import health
 from d2g_jax.atomic import write_text
 from d2g_jax.errors import UserError
-from d2g_jax.report import sections
+from d2g_jax.report import curves, measured, overview, pictures
 from d2g_jax.report.alarms import alarms
 from d2g_jax.report.charts import format_number
 from d2g_jax.report.inputs import Inputs, read_inputs
+from d2g_jax.report.status import FINISHED, RUNNING, STOPPED, Status
 
-BANDS: dict[str, tuple[float, float]] = {band.metric: (band.low, band.high) for band in health.BANDS}
-"""Where a healthy run stays: metric -> (low, high), drawn behind the curve of that name."""
+_REFRESH = 30  # seconds after which an open page of a running job loads itself again
 
 
-def write_report(
-    workdir: Path, *, finished: bool | None = None, bands: Mapping[str, tuple[float, float]] = BANDS
-) -> Path:
+def write_report(workdir: Path, *, finished: bool | None = None, bands: Sequence[health.Band] = health.BANDS) -> Path:
     """Write `report.html` from what the workdir holds, and return its path.
 
-    workdir: a folder with any of config.json, metrics.jsonl, result.json, samples/comparison.json and
-    samples/[RUN/]images_XXXXXXXX.png. What is absent leaves its section out. The page is one file: it loads nothing.
-    finished: whether the run is over; None takes it from the files (a result, or all of config train.images seen).
-    bands: metric -> (low, high) of a healthy run, in the metric's own unit.
+    workdir: a folder with any of the files that `inputs.read_inputs` reads. What is absent leaves its section out. The
+    page is one file: it loads nothing.
+    finished: whether the run is over; None takes it from status.json and without one from the other files (a result, or
+    all of config train.images seen).
+    bands: where a healthy run stays, drawn behind the curve of each one's metric.
     Raises UserError when the folder is missing, has none of these, holds a broken one, or cannot be written.
     """
     workdir = Path(workdir)
     path = workdir / "report.html"
     try:
         inputs = read_inputs(workdir)
-        over = _is_over(inputs) if finished is None else finished
-        write_text(path, _page(inputs, over, bands))
+        now = inputs.status or _guessed(inputs)
+        if finished is not None:
+            now = dataclasses.replace(now, state=FINISHED if finished else RUNNING)
+        write_text(path, _page(inputs, now, bands))
     except OSError as error:
         problem = f"{path}: cannot be made ({error.strerror or error})"
         raise UserError(f"{problem}; make the workdir's files readable and the folder writable") from error
     return path
 
 
-def _page(inputs: Inputs, over: bool, bands: Mapping[str, tuple[float, float]]) -> str:
+def _page(inputs: Inputs, now: Status, bands: Sequence[health.Band]) -> str:
     made = [
-        ("samples", "Side by side", sections.comparison(inputs)),
-        ("measured", "Measured", sections.measured(inputs)),
+        ("samples", "Side by side", pictures.comparison(inputs)),
+        ("measured", "Measured", measured.measured(inputs)),
+        ("evaluated", "Evaluated", measured.evaluated(inputs)),
         ("alarms", "Alarms", alarms(inputs)),
-        ("curves", "Curves", sections.curves(inputs, bands)),
-        ("time", "Samples over time", sections.timelines(inputs)),
-        ("speed", "Speed", sections.speed(inputs)),
-        ("settings", "Settings", sections.settings(inputs)),
+        ("curves", "Curves", curves.curves(inputs, bands)),
+        ("time", "Samples over time", pictures.timelines(inputs)),
+        ("walks", "Latent walks", pictures.walks(inputs)),
+        ("nearest", "Nearest training pairs", pictures.neighbours(inputs)),
+        ("speed", "Speed and memory", curves.speed(inputs)),
+        ("settings", "Settings", overview.settings(inputs)),
     ]
     present = [(name, title, body) for name, title, body in made if body]
     body = "\n".join(f'<section id="{name}">\n<h2>{title}</h2>\n{body}\n</section>' for name, title, body in present)
     template = resources.files("d2g_jax.report").joinpath("page.html").read_text("utf-8")
+    again = f'<noscript><meta http-equiv="refresh" content="{_REFRESH}"></noscript>'
     return Template(template).substitute(
         title=escape(inputs.workdir.resolve().name),
-        state=_state(inputs, over),
-        state_class="finished" if over else "running",
-        facts=_facts(inputs),
+        again=again if now.state == RUNNING else "",
+        refresh=_REFRESH if now.state == RUNNING else 0,
+        patience=overview.patience(inputs),
+        state=overview.state(inputs, now),
+        state_class=now.state,
+        now=overview.progress(now),
+        facts=overview.facts(inputs, now),
         navigation="".join(f'<a href="#{name}">{title}</a>' for name, title, _ in present),
-        sections=sections.tiles(inputs) + "\n" + body,
+        sections=overview.tiles(inputs) + "\n" + body,
         notes=_notes(inputs),
     )
 
 
-def _planned_images(inputs: Inputs) -> float:
-    """Images that a run is to see by its config, NaN where the config does not say."""
-    train = (inputs.config or {}).get("train")
-    images = train.get("images") if isinstance(train, dict) else None
-    return float(images) if isinstance(images, int | float) and images > 0 else math.nan
-
-
-def _is_over(inputs: Inputs) -> bool:
+def _guessed(inputs: Inputs) -> Status:
+    """The state of a workdir without status.json, by its other files."""
+    runs, train = inputs.metrics.runs, (inputs.config or {}).get("train")
+    planned = train.get("images") if isinstance(train, dict) else None
+    planned = planned if isinstance(planned, int | float) and planned > 0 else math.inf
     if inputs.result is not None:
-        return True
+        return Status(FINISHED)
+    if not runs:
+        return Status(RUNNING)
+    name, rows = list(runs.items())[-1]
+    if rows[-1].problem:
+        return Status(STOPPED, rows[-1].problem)
     # Named runs are a job's several students: the last one present may be followed by another, only a result says.
-    runs = inputs.metrics.runs
-    return list(runs) == [""] and runs[""][-1].images >= _planned_images(inputs)
-
-
-def _state(inputs: Inputs, over: bool) -> str:
-    if over:
-        return "finished"
-    if not inputs.metrics.runs:
-        return "running"
-    name, rows = list(inputs.metrics.runs.items())[-1]
-    planned = _planned_images(inputs)
-    share = f", {min(rows[-1].images / planned, 1):.0%}" if math.isfinite(planned) else ""
-    return "running" + (f" {escape(name)}" if name else "") + share
-
-
-def _facts(inputs: Inputs) -> str:
-    now = datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
-    facts = [("Written", now)]
-    facts += [(key, sections.scalar(value)) for key, value in _environment(inputs).items()]
-    return "".join(f"<span>{escape(key)} <b>{escape(value)}</b></span>" for key, value in facts)
-
-
-def _environment(inputs: Inputs) -> dict[str, Any]:
-    for data in (inputs.result, inputs.config):
-        environment = (data or {}).get("environment")
-        if isinstance(environment, dict):
-            return dict(sections.flatten(environment, leaves_only=True))
-    return {}
+    over = list(runs) == [""] and rows[-1].images >= planned
+    total = int(planned) if math.isfinite(planned) else 0
+    return Status(FINISHED if over else RUNNING, name, int(rows[-1].images), total)
 
 
 def _notes(inputs: Inputs) -> str:

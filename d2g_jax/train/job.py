@@ -19,11 +19,11 @@ from d2g_jax.interrupt import leaving_at_once
 from d2g_jax.lock import locked
 from d2g_jax.pipeline import Pipeline
 from d2g_jax.processes import first_decides
-from d2g_jax.report import write_report
+from d2g_jax.report import LivePage, finish
 from d2g_jax.state import TrainState
-from d2g_jax.train.journal import NotFinite
 from d2g_jax.train.loop import loop
 from d2g_jax.train.setup import TOWERS, build, check_pairs, initial_state, open_pairs
+from d2g_jax.train.trackers import check_trackers
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) -> None:
@@ -31,7 +31,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
 
     Args:
       config: see `d2g_jax/base_config.py` for every field.
-      workdir: local; gets `checkpoints/`, `metrics.jsonl`, `samples/`, `report.html`, `config.json`.
+      workdir: local; gets `checkpoints/`, `metrics.jsonl`, `samples/`, `report.html`, `status.json`, `config.json`.
       pairs_folder: a finished `pairs/1.0.0`.
 
     Raises:
@@ -42,6 +42,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
     with leaving_at_once(), ExitStack() as opened:
         mesh, t = meshes.make_mesh(config.mesh.data, config.mesh.fsdp), config.train
         meshes.check_batch(mesh, t.batch_size, t.groups, t.micro_batch, t.r1_micro_batch)
+        check_trackers(t)
         source = open_pairs(config, pairs_folder)
         first_decides(lambda: opened.enter_context(locked(workdir)))
         without = TOWERS if source.manifest.text_shapes else ()
@@ -55,13 +56,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
         if checkpoints.latest() is not None:
             state = take_up(config, checkpoints, state)
         first_decides(lambda: runs.truncate_metrics(workdir, int(state.images)))
-        try:
-            if int(state.images) < t.images:
-                loop(config, d, frozen, state, source, mesh, checkpoints, workdir, pipeline)
-        except NotFinite:
-            first_decides(lambda: write_report(workdir, finished=False))
-            raise
-        first_decides(lambda: write_report(workdir, finished=True))
+        if int(state.images) < t.images:
+            with LivePage(workdir, t.images, "images") as page:
+                loop(config, d, frozen, state, source, mesh, checkpoints, workdir, pipeline, page)
+        first_decides(lambda: finish(workdir, t.images, "images"))
 
 
 def take_up(config: ml_collections.ConfigDict, checkpoints: Checkpoints, like: TrainState) -> TrainState:

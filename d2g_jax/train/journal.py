@@ -15,6 +15,7 @@ from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.errors import UserError
 from d2g_jax.processes import is_first
 from d2g_jax.state import TrainState
+from d2g_jax.train.trackers import open_trackers
 
 Steps = list[tuple[int, dict[str, dict[str, Any]]]]
 """Per step the images seen after it, and its metrics by update; on the devices, on the host, or read from JSON."""
@@ -48,12 +49,15 @@ class Journal:
         self._left_out = self._describe(guard.bad_updates(self._steps))
         self._log = runs.MetricsLog(workdir, config.name)
         self._watch = health.Watch(self._log.before)
+        self._trackers = open_trackers(config, workdir, self._log.last.get("images", 0)) if is_first() else []
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *failure: Any) -> None:
         self._log.__exit__(*failure)
+        for tracker in self._trackers:
+            tracker.close()
 
     def add(self, images: int, metrics: dict[str, dict[str, jax.Array]]) -> None:
         """Takes the device metrics of the step that ended at `images`, without waiting for them."""
@@ -67,10 +71,15 @@ class Journal:
         self._fetch(state)
         line = {**health.summary(self._steps), **counts}
         before, alarms = self._log.last.get("alarms", []), self._watch.see(line)
-        self._log.write(images, {**line, "alarms": alarms, "left_out": self._left_out})
+        self._write(images, line, {"alarms": alarms, "left_out": self._left_out})
         self._check_best(line)
         self._steps, self._left_out = [], []
         self._announce(images, alarms, before)
+
+    def add_picture(self, images: int, file: Path) -> None:
+        """Hands a sample grid, a PNG that is there, on to the trackers."""
+        for tracker in self._trackers:
+            tracker.add_picture(images, file)
 
     def save(self, state: TrainState) -> None:
         """Starts a checkpoint. Raises `NotFinite` as `write_line` does."""
@@ -100,6 +109,11 @@ class Journal:
             self._left_out.append(text)
             self._say(f"d2g: left out {text}")
 
+    def _write(self, images: int, values: health.Values, said: dict[str, Any]) -> None:
+        self._log.write(images, {**values, **said})
+        for tracker in self._trackers:
+            tracker.add_line(images, values)
+
     def _describe(self, bad: list[guard.BadUpdate]) -> list[str]:
         return [one.describe(self._config.train.batch_size) for one in bad]
 
@@ -109,7 +123,7 @@ class Journal:
         self._save(state)
         self._checkpoints.wait()
         line = health.summary([step for step in self._steps if step[0] <= bad.images])
-        self._log.write(bad.images, {**line, "alarms": [], "left_out": self._left_out, "problem": problem})
+        self._write(bad.images, line, {"alarms": [], "left_out": self._left_out, "problem": problem})
         raise NotFinite(
             f"{self._workdir}: {problem}; the state before it is checkpoint {int(state.images)}. Lower a learning rate "
             f"in another --workdir, or leave such updates out with --config.train.skip_nonfinite={t.skip_nonfinite + 1}"

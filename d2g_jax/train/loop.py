@@ -18,8 +18,10 @@ from d2g_jax.maintenance import maintenance_notices
 from d2g_jax.pipeline import Pipeline
 from d2g_jax.processes import Vote
 from d2g_jax.progress import Progress
+from d2g_jax.report import LivePage
 from d2g_jax.state import TrainState
 from d2g_jax.step import Distillation, Frozen
+from d2g_jax.train.gallery import make_gallery
 from d2g_jax.train.journal import Journal
 from d2g_jax.train.painter import Painter
 from d2g_jax.train.programs import compile_programs, iteration
@@ -35,8 +37,9 @@ def loop(
     checkpoints: Checkpoints,
     workdir: Path,
     pipeline: Pipeline,
+    page: LivePage,
 ) -> TrainState:
-    """Steps until `train.images`, with every effect: metrics, pictures, checkpoints.
+    """Steps until `train.images`, with every effect: metrics, pictures, checkpoints, a page that is kept fresh.
 
     SIGINT, SIGTERM and a maintenance notice to any process stop all of them after the same step, saved.
     """
@@ -46,6 +49,7 @@ def loop(
     painter, vote = Painter(d, frozen, source, mesh, pipeline, workdir), Vote()
     batches = (meshes.place_batch(batch, mesh) for batch in read_batches(config, source, images))
     batch = next(batches)
+    page.update("compiling", images, at_once=True)
     programs = compile_programs(config, d, frozen, state, batch, mesh)
     with (
         StopRequests() as requests,
@@ -61,14 +65,18 @@ def loop(
             if _crosses(images, t.log_every, t):
                 journal.write_line(images, state, {"corrupt_records": len(skipped)} if skipped else {})
             if _crosses(images, t.sample_every, t):
-                painter.draw(state.ema, images)
+                journal.add_picture(images, painter.draw(state.ema, images))
             stop = vote(requests.signal)
             if _crosses(images, t.checkpoint_every, t) or stop:
                 journal.save(state)
             progress.advance(t.batch_size)
+            if _crosses(images, t.log_every, t):
+                page.update("training", images)
             if stop and images < t.images:
                 checkpoints.wait()
                 requests.leave(stop)
+        page.update("drawing the last pictures", images, at_once=True)
+        make_gallery(painter, state.ema, source, workdir, images)
         checkpoints.wait()
     if skipped:
         logging.getLogger(__name__).warning(

@@ -1,26 +1,89 @@
-"""Sample grids of a run."""
+"""Pictures of a run: sample grids as it goes, and whatever else the averaged student is to draw in its one step."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from d2g_jax import distributed, records
 from d2g_jax import mesh as meshes
+from d2g_jax import records
+from d2g_jax.draw import padded
 from d2g_jax.grid import grid, save_png
 from d2g_jax.pipeline import Pipeline, decode
+from d2g_jax.processes import is_first
 from d2g_jax.step import Distillation, Frozen, condition, generate
 
 SAMPLES_IN_GRID = 32
+COLUMNS = 8
+T = TypeVar("T")
+Record = dict[str, np.ndarray]
+
+
+class Mix(NamedTuple):
+    """What each picture is drawn of: a place between two records of the batch, for noise and text apart.
+
+    Attributes:
+      left, right: int32 (B,), places in the batch.
+      noise, text: float32 (B,), 0 at `left`, 1 at `right`.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    noise: np.ndarray
+    text: np.ndarray
+
+    @classmethod
+    def none(cls, count: int) -> Mix:
+        """Every record for itself."""
+        places = np.arange(count, dtype=np.int32)
+        return cls(places, places, np.zeros(count, np.float32), np.zeros(count, np.float32))
+
+
+class Pictures(NamedTuple):
+    """float32 latents (N, h, w, C) of the student; uint8 images (N, H, W, 3) of it and of the records' own latents."""
+
+    latents: np.ndarray
+    student: np.ndarray
+    teacher: np.ndarray
+
+
+def slerp(a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:
+    """Spherical interpolation of noise (B, ...) by `share` (B,): at 0 exactly `a`, at 1 exactly `b`.
+
+    A straight line between two Gaussian samples passes through noise that is too weak, 0.7 of its norm in the middle;
+    the arc keeps the norm (Shoemake 1985). Where a and b point the same way it is the line.
+    """
+    axes = tuple(range(1, a.ndim))
+    share = share.reshape(-1, *[1] * len(axes))
+    norms = jnp.sqrt(jnp.sum(a * a, axes, keepdims=True) * jnp.sum(b * b, axes, keepdims=True))
+    cosine = jnp.clip(jnp.sum(a * b, axes, keepdims=True) / norms, -1.0, 1.0)
+    angle = jnp.arccos(cosine)
+    straight = angle < 1e-3
+    sine = jnp.where(straight, 1.0, jnp.sin(angle))
+    arc = jnp.sin((1 - share) * angle) / sine * a + jnp.sin(share * angle) / sine * b
+    between = jnp.where(straight, lerp(a, b, share.reshape(-1)), arc)
+    return jnp.where(share <= 0, a, jnp.where(share >= 1, b, between))
+
+
+def lerp(a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:
+    """Linear interpolation of (B, ...) by `share` (B,): at 0 exactly `a`, at 1 exactly `b`."""
+    share = share.reshape(-1, *[1] * (a.ndim - 1)).astype(a.dtype)
+    return jnp.where(share <= 0, a, jnp.where(share >= 1, b, (1 - share) * a + share * b))
 
 
 class Painter:
-    """Draws the same conditions again and again: teacher above, student below, for the same noise and prompt."""
+    """Draws in one step, always through one compiled program; all processes draw, the first one writes.
+
+    Attributes:
+      count: pictures of one grid and of one call, at most `SAMPLES_IN_GRID`.
+    """
 
     def __init__(
         self,
@@ -31,32 +94,49 @@ class Painter:
         pipeline: Pipeline,
         workdir: Path,
     ):
-        count = min(SAMPLES_IN_GRID, len(source)) // meshes.batch_shards(mesh) * meshes.batch_shards(mesh)
-        self._workdir, self._count = workdir, count
-        if not count:
-            return
-        first = [source[i] for i in range(count)]
-        batch = {name: np.stack([record[name] for record in first]) for name in first[0]}
-        self._batch = meshes.place_whole_batch({**batch, "id": batch["id"].astype(np.uint32)}, mesh)
+        self.count = min(SAMPLES_IN_GRID, len(source))
+        self.count -= self.count % COLUMNS if self.count > COLUMNS else 0  # a grid without holes
+        self._padded = -(-self.count // meshes.batch_shards(mesh)) * meshes.batch_shards(mesh)
+        self._mesh, self._workdir = mesh, workdir
+        self._first = [source[i] for i in range(self.count)]
         self._frozen, self._vae = frozen, {"vae": pipeline.params["vae"]}
 
         # Every process gets all pictures: one of them could not fetch those on the others' devices.
         @functools.partial(jax.jit, out_shardings=jax.sharding.NamedSharding(mesh, P()))
-        def images(params: Any, frozen: Frozen, vae: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def pictures(params: Any, frozen: Frozen, vae: Any, batch: dict[str, jax.Array], mix: Mix) -> Pictures:
             c = condition(d, frozen, batch)
-            student = generate(d, params, c.noise, c.text)
-            return decode(pipeline, vae, c.target), decode(pipeline, vae, student)
+            noise = slerp(c.noise[mix.left], c.noise[mix.right], mix.noise)
+            text = jax.tree.map(lambda x: lerp(x[mix.left], x[mix.right], mix.text), c.text)
+            student = generate(d, params, noise, text)
+            return Pictures(student, decode(pipeline, vae, student), decode(pipeline, vae, c.target))
 
-        self._images = images
+        self._pictures = pictures
 
-    def draw(self, params: Any, images: int) -> None:
-        """Writes samples/images_XXXXXXXX.png, named by images seen; all processes draw, the first one writes."""
-        if not self._count:
-            return
-        drawn = self._images(params, self._frozen, self._vae, self._batch)
-        if distributed.process_id():
-            return
-        teacher, student = jax.device_get(drawn)
-        columns = 16
-        rows = [part[i : i + columns] for i in range(0, self._count, columns) for part in (teacher, student)]
-        save_png(self._workdir / "samples" / f"images_{images:08d}.png", grid(np.concatenate(rows), columns))
+    def pictures(self, params: Any, batch: Sequence[Record], mix: Mix) -> Pictures:
+        """What `params` draw for a mix of at most `count` records, a picture for each entry of `mix`, as many at most.
+
+        A record is one of the pairs' (its id decides the noise); `teacher` are decoded in the records' own order.
+        """
+        places = {name: np.stack([record[name] for record in batch]) for name in batch[0]}
+        places["id"] = places["id"].astype(np.uint32)
+        whole = {name: padded(value, self._padded) for name, value in places.items()}
+        whole |= {f"mix {name}": padded(value, self._padded) for name, value in mix._asdict().items()}
+        placed = meshes.place_whole_batch(whole, self._mesh)
+        mixed = Mix(**{name: placed.pop(f"mix {name}") for name in Mix._fields})
+        drawn = jax.device_get(self._pictures(params, self._frozen, self._vae, placed, mixed))
+        shown = len(mix.left)
+        return Pictures(drawn.latents[:shown], drawn.student[:shown], drawn.teacher[: len(batch)])
+
+    def draw(self, params: Any, images: int) -> Path:
+        """Writes samples/images_XXXXXXXX.png, named by images seen: the same conditions again and again, teacher above,
+        student below, for the same noise and prompt."""
+        drawn = self.pictures(params, self._first, Mix.none(self.count))
+        file = self._workdir / "samples" / f"images_{images:08d}.png"
+        if is_first():
+            rows = [part for pair in zip(_rows(drawn.teacher), _rows(drawn.student), strict=True) for part in pair]
+            save_png(file, grid(np.concatenate(rows), COLUMNS))
+        return file
+
+
+def _rows(images: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (images[i : i + COLUMNS] for i in range(0, len(images), COLUMNS))

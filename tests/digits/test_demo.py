@@ -55,6 +55,11 @@ def test_demo_writes_figures_of_every_system(finished):
     assert [row["run"] for row in rows] == ["mse"] * 3 + ["e_latent_lpips"] * 3 + ["full"] * 3
     page = (finished / "report.html").read_text()
     assert all(name in page for name in names)
+    assert page.count('<ol><li><img class="small"') == 2 * 3  # walks of each student
+    assert 'class="card timeline"><h3 class="name">full</h3>' in page
+    assert "the one-step student (full, after 48 images)" in page
+    status = json.loads((finished / "status.json").read_text())
+    assert [status[key] for key in ("state", "done", "total", "unit")] == ["finished", 6, 6, "stages"]
 
 
 def test_the_same_command_again_changes_nothing(finished, capsys):

@@ -1,5 +1,6 @@
 """Real processes that find each other over TCP: they agree, refuse together, and end together."""
 
+import json
 import os
 import signal
 import subprocess
@@ -135,4 +136,5 @@ def test_the_launcher_trains_in_two_processes_of_four_devices(tmp_path):
         assert ended.stderr.count(f"train digits: {images}/{images} img") == 1
         assert ended.stdout.splitlines() == [str(tmp_path / "report.html")]
         assert (tmp_path / "samples" / f"images_{images:08d}.png").exists()
+        assert json.loads((tmp_path / "samples" / "gallery.json").read_text())["images"] == images
         assert (tmp_path / "checkpoints" / str(images)).is_dir()

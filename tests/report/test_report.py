@@ -4,41 +4,20 @@ import html
 import json
 import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from d2g_jax.errors import UserError
-from d2g_jax.grid import grid, save_png
+from d2g_jax.grid import save_png
 from d2g_jax.report import write_report
-from d2g_jax.report.charts import Axis, Series, format_number, line_chart
+from d2g_jax.report.charts import LEFT, RIGHT, WIDTH, Axis, Series, format_number, line_chart
+from d2g_jax.report.curves import image_rates
 from d2g_jax.report.inputs import read_inputs, read_metrics
-from d2g_jax.report.sections import image_rates
 
 HOSTILE = """a <script>alert("1")</script> 'three' & </style><img src=x onerror=alert(2)>"""
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "link", "img", "input", "br"}
-
-# Drives the page as a reader would and leaves what it saw in an attribute of the document around it.
-DRIVER = """<script>
-const seen = {width: innerWidth, overflow: document.documentElement.scrollWidth - innerWidth};
-const chart = document.querySelector(".chart"), box = chart.getBoundingClientRect();
-const at = {clientX: box.right - 12, clientY: box.top + 20};
-chart.dispatchEvent(new PointerEvent("pointermove", at));
-seen.tip = document.getElementById("tip").innerText;
-chart.dispatchEvent(new PointerEvent("pointerleave", at));
-seen.tipHidden = document.getElementById("tip").hidden;
-const slider = document.querySelector(".timeline input");
-slider.value = 0;
-slider.dispatchEvent(new Event("input"));
-seen.step = document.querySelector(".timeline output").textContent;
-seen.shown = [...document.querySelectorAll(".timeline img")].filter((image) => image.offsetHeight > 0).length;
-seen.broken = [...document.images].filter((image) => !image.hidden && !image.naturalWidth).length;
-parent.document.documentElement.setAttribute("data-seen", JSON.stringify(seen));
-</script>"""
 
 
 class Outline(HTMLParser):
@@ -69,62 +48,6 @@ class Outline(HTMLParser):
 
     def attributes(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
-
-
-@pytest.fixture
-def workdir(tmp_path):
-    """A finished demo with everything that a page can show."""
-    folder = tmp_path / "digits-demo"
-    folder.mkdir()
-    environment = {"device": "2 cores", "versions": {"jax": "0.10.2"}}
-    loss = {"regression": "e_latent_lpips", "l1_weight": 1.0}
-    train = {"images": 320, "learning_rate": 1e-5, "mix_and_match": True, "loss": loss}
-    write(folder / "config.json", {"seed": 7, "train": train, "environment": environment})
-    lines = [
-        {
-            "run": run,
-            "images": 32 * k,
-            "step": k,
-            "seconds": 0.5 * k,
-            "regression": 10.0 ** (-k / 3),
-            "latent_std_ratio": level,
-        }
-        for run, level in (("mse", 0.5), ("full", 1.0))
-        for k in range(1, 11)
-    ]
-    lines += [
-        {"run": "full", "images": 352, "step": 11, "seconds": 6.0, "regression": math.nan, "latent_std_ratio": 1.0}
-    ]
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    scores = {"digit": 0.9, "weight": 0.95, "slant": 0.99, "all": 0.85}
-    result = {
-        "protocol": {"name": "digits", "samples": 2000},
-        "systems": {
-            "real test images": {"frechet_to_teacher": None, "frechet_to_real": 0.31, "accuracy": scores},
-            "MSE-only student": {"frechet_to_teacher": 14.125, "frechet_to_real": 15.0, "network_calls": 1},
-            "full student": {"frechet_to_teacher": 2.5, "seconds_per_image": 0.0012, "accuracy": scores},
-        },
-        "floors": {"teacher_vs_teacher": 0.087},
-        "checks": [
-            {"name": "near the teacher", "value": 0.951, "bar": "≥ 0.95", "met": True},
-            {"name": "full no worse", "value": 2.91, "bar": "≤ 2.71", "met": False},
-            {"name": "memory", "value": None, "bar": 4, "met": None},
-        ],
-        "seconds": {"pairs": 115.2, "train_full": 84.0},
-        "environment": environment,
-    }
-    write(folder / "result.json", result)
-    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
-    for name in ("teacher", "full"):
-        save_png(folder / "samples" / name / "00000.png", image)
-    for step in (0, 5, 10):
-        save_png(folder / "samples" / f"images_{step:08d}.png", grid(image[None].repeat(8, 0), 4))
-    columns = [
-        {"name": "teacher, 50 steps", "images": ["samples/teacher/00000.png", "samples/teacher/00000.png"]},
-        {"name": "student, 1 step", "images": ["samples/full/00000.png", "samples/full/missing.png"]},
-    ]
-    write(folder / "samples" / "comparison.json", {"prompts": ["a bold seven", HOSTILE], "columns": columns})
-    return folder
 
 
 def write(path, data):
@@ -161,9 +84,99 @@ def test_the_page_shows_what_the_run_holds(workdir):
         assert expected in words
     assert len([one for one in outline.attributes("svg") if one["class"] == "chart"]) == 3  # two metrics and speed
     assert len(outline.attributes("img")) == 3 + 3
-    assert sum("hidden" in one for one in outline.attributes("img")) == 2
     assert [path.name for path in workdir.glob("*report*")] == ["report.html"]
     assert list(workdir.glob(".report*")) == []
+
+
+def test_walks_and_nearest_pairs_say_how_they_were_made(gallery):
+    text = page_of(gallery)
+    assert sections_of(text)[4:7] == ["walks", "nearest", "speed"]
+    outline = Outline(text)
+    words = " ".join(outline.text)
+    for expected in (
+        "one network call for each picture",
+        "“a bold seven” → “a thin one”",
+        "noise on an arc",
+        "nearest of 4,096 of the 10,000 pairs",
+        "0.432 from its nearest other pair",
+        "pair 41",
+    ):
+        assert expected in words
+    assert len(outline.attributes("img")) == 3 + 3 + 8 + 8 + 3
+    data = json.loads((gallery / "samples" / "gallery.json").read_text())
+    data["walks"][0]["images"][0] = "../../outside.png"
+    save_png(gallery.parent / "outside.png", np.zeros((4, 4, 3), np.uint8))
+    write(gallery / "samples" / "gallery.json", data)
+    assert len(Outline(page_of(gallery)).attributes("img")) == 3 + 3 + 8 + 8 + 3 - 1
+
+
+def test_a_job_of_several_runs_shows_their_pictures(workdir):
+    image = np.zeros((8, 8, 3), np.uint8)
+    for run in ("mse", "full"):
+        save_png(workdir / "students" / run / "samples" / "images_00000064.png", image)
+        save_png(workdir / "students" / run / "samples" / "walk" / "0.png", image)
+        walk = {"of": "noise", "prompts": [f"walk of {run}"], "images": ["samples/walk/0.png"]}
+        nearest = {"searched": 1, "pairs": 1, "between_pairs": 0.0, "rows": []}
+        data = {"images": 64, "walks": [walk], "nearest": nearest}
+        write(workdir / "students" / run / "samples" / "gallery.json", data)
+    inputs = read_inputs(workdir)
+    assert [(run, [seen for seen, _ in steps]) for run, steps in inputs.timelines.items()] == [
+        ("", [0, 5, 10]),
+        ("mse", [64]),
+        ("full", [64]),
+    ]
+    assert list(inputs.galleries) == ["mse", "full"]
+    words = " ".join(Outline(page_of(workdir)).text)
+    assert "walk of mse" in words
+    assert "walk of full" in words
+
+
+def test_results_of_evaluate_share_a_column_only_if_measured_alike(workdir):
+    def result(system, fid, protocol):
+        return {
+            "format": 1,
+            "system": system,
+            "complete": system == "a",
+            "samples": 2000,
+            "protocol": {"name": protocol, "sha256": "5" * 64, "features": "digits"},
+            "prompts": {"sha256": "7" * 64},
+            "images": {"formats": {"PNG": 2000}},
+            "weights": {"digits": {"sha256": "8" * 64}},
+            "reference": {"images_sha256": "9" * 64},
+            "metrics": {"fid": fid, "accuracy": {"all": 0.5}},
+        }
+
+    (workdir / "evaluation").mkdir()
+    for system, fid, protocol in (("a", 17.5, "digits"), ("b", 18.25, "digits"), ("c", 3.0, "other")):
+        write(workdir / "evaluation" / f"{system}.json", result(system, fid, protocol))
+    text = page_of(workdir)
+    section = re.search(r'<section id="evaluated">.*?</section>', text, re.S)[0]
+    rows = [re.findall(r"<td[^>]*>([^<]*)", row) for row in re.findall(r"<tr>(.*?)</tr>", section)[1:]]
+    assert rows == [["17.5", "–", "0.5", "–"], ["18.2", "–", "0.5", "–"], ["–", "3", "–", "0.5"]]
+    assert "b (incomplete)" in section
+    assert "protocol other 555555555555, samples 2000, format PNG" in section
+    write(workdir / "evaluation" / "a.json", {"metrics": {}})
+    with pytest.raises(UserError, match=r"a\.json: no result of `d2g evaluate`"):
+        write_report(workdir)
+
+
+def test_curves_stand_by_kind_with_the_band_from_where_it_holds(tmp_path):
+    lines = [
+        {"images": 10 * k, "loss_regression": 1.0, "discriminator_wins": 0.2, "gradient_ratio": 0.5}
+        for k in (1, 2, 3, 4)
+    ]
+    lines[2]["loss_adversarial"] = lines[3]["loss_adversarial"] = 0.7
+    lines[3]["discriminator_wins"] = 0.5
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    text = page_of(tmp_path)
+    assert re.findall(r'<h3 class="sub">(\w+)', text) == ["Health", "Losses"]
+    assert re.findall(r"<figcaption><h3>(\w+)", text) == [
+        "discriminator_wins", "gradient_ratio", "loss_regression", "loss_adversarial",
+    ]  # fmt: skip
+    bands = [float(x) for x in re.findall(r'class="band" x="([\d.]+)"', text)]
+    assert bands == [pytest.approx(LEFT + 30 / 40 * (WIDTH - LEFT - RIGHT), abs=0.1), LEFT]
+    assert "healthy 0.4 to 0.97" in text
+    assert "healthy below 1" in text
 
 
 def test_alarms_are_listed_with_their_span_and_cause(tmp_path):
@@ -287,6 +300,8 @@ def test_large_images_are_made_smaller(workdir):
         ("result.json", '{"systems": []}', r"result\.json: key 'systems'"),
         ("samples/comparison.json", '{"prompts": ["a"], "columns": [{"name": "x", "images": []}]}', "every entry"),
         ("samples/comparison.json", '{"prompts": 1}', "must be lists"),
+        ("samples/gallery.json", '{"images": 1}', r"gallery\.json: not a gallery \(KeyError"),
+        ("status.json", '{"state": "asleep"}', r"status\.json: not a status"),
         ("samples/images_00000005.png", "no image", r"images_00000005\.png: not a readable image"),
     ],
 )
@@ -332,25 +347,3 @@ def test_axis_and_numbers():
     numbers = {None: "–", 0: "0", 24576: "24,576", 0.97312: "0.973", -2.5: "−2.5", 0.00012: "1.20e−04", "≥ 1": "≥ 1"}
     assert {value: format_number(value) for value in numbers} == numbers
     assert format_number(math.nan) == "NaN"
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_lays_it_out_and_answers(workdir, tmp_path, width):
-    driven = html.escape(page_of(workdir).replace("</body>", DRIVER + "</body>"))
-    page = tmp_path / "driven.html"  # a headless window is never narrower than 500 pixels, a frame may be
-    frame = f'<iframe width="{width}" height="800" frameborder="0" srcdoc="{driven}"></iframe>'
-    page.write_text(f'<!doctype html><meta charset="utf-8">{frame}', "utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run --disable-sync"
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900"]
-    command += ["--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', done.stdout)[1]))
-    assert seen["width"] == width
-    assert seen["overflow"] <= 0
-    assert "320 images" in seen["tip"] or "352 images" in seen["tip"]
-    assert "mse" in seen["tip"]
-    assert "full" in seen["tip"]
-    assert seen["tipHidden"] is True
-    assert seen["step"] == "after 0 images"
-    assert (seen["shown"], seen["broken"]) == (1, 0)

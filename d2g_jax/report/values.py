@@ -1,0 +1,78 @@
+"""How values are written: names, numbers, settings, durations."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from html import escape
+from typing import Any
+
+from d2g_jax.errors import UserError
+from d2g_jax.report.charts import MISSING, format_number
+from d2g_jax.report.inputs import Inputs
+
+_TITLES = {
+    "frechet_to_teacher": "Fréchet to teacher",
+    "frechet_to_real": "Fréchet to real",
+    "accuracy.digit": "Digit right",
+    "accuracy.weight": "Weight right",
+    "accuracy.slant": "Slant right",
+    "accuracy.all": "All three right",
+    "network_calls": "Network calls",
+    "seconds_per_image": "Seconds per image",
+}
+
+
+def label(key: str) -> str:
+    """`learning_rate` -> `Learning rate`; the names that the field writes otherwise are looked up."""
+    text = key.replace("_", " ").replace(".", " ").strip()
+    return _TITLES.get(key) or text[:1].upper() + text[1:]
+
+
+def scalar(value: object) -> str:
+    """One setting as plain text, exactly: 1e-05 stays 1e-05."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def flatten(data: Mapping[str, Any], leaves_only: bool = False, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested keys joined by dots; with `leaves_only` the last key alone."""
+    for key, value in data.items():
+        name = str(key) if leaves_only else f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield from flatten(value, leaves_only, f"{name}.")
+        else:
+            yield name, value
+
+
+def part(inputs: Inputs, key: str, kind: type) -> Any:
+    """result[key], empty where it is absent; UserError where it is of another kind."""
+    value = (inputs.result or {}).get(key)
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise UserError(f"{inputs.workdir / 'result.json'}: key {key!r} must be a JSON {kind.__name__}; write it again")
+    return value
+
+
+def definitions(title: str, data: Mapping[str, Any], write: Callable[[Any], str] = scalar) -> str:
+    items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(write(value))}</dd>" for key, value in flatten(data))
+    return f'<div class="card"><h3>{escape(title)}</h3><dl>{items}</dl></div>' if items else ""
+
+
+def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return format_number(seconds)
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

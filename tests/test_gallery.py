@@ -1,0 +1,149 @@
+"""What is drawn at the end of a run: walks that begin and end where they should, and the nearest of the pairs."""
+
+import json
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d2g_jax.train import gallery
+from d2g_jax.train.painter import Mix, Pictures, lerp, slerp
+
+SHAPE = (4, 8, 8)
+
+
+class Pairs:
+    """Pairs in memory, as `PairSource` gives them; record i's latent is `latents[i]`."""
+
+    def __init__(self, latents, prompts):
+        self.latents, self.prompts = latents, prompts
+        self.manifest, self.folder = types.SimpleNamespace(text_shapes={}), "pairs"
+
+    def __len__(self):
+        return len(self.latents)
+
+    def __getitem__(self, i):
+        return {
+            "id": np.int64(i),
+            "prompt": np.array(self.prompts[i]),
+            "input_ids": np.full(3, i, np.int32),
+            "latents": self.latents[i],
+        }
+
+
+class Painter:
+    """Stands for the compiled program: the student's latent is the mix of its records' own; notes what it drew."""
+
+    def __init__(self, count):
+        self.count, self.calls = count, []
+
+    def pictures(self, params, batch, mix):
+        assert len(batch) <= self.count
+        assert len(mix.left) <= self.count
+        assert all(set(record) == {"id", "input_ids", "latents"} for record in batch)
+        own = np.stack([record["latents"] for record in batch]).transpose(0, 2, 3, 1)
+        share = mix.text[:, None, None, None]
+        latents = (1 - share) * own[mix.left] + share * own[mix.right]
+        self.calls.append((batch, mix))
+        return Pictures(latents, self._image(latents), self._image(own))
+
+    def _image(self, latents):
+        return np.broadcast_to(np.clip(latents[..., :1], 0, 255).astype(np.uint8), (*latents.shape[:3], 3))
+
+
+@pytest.fixture
+def noise():
+    return np.random.default_rng(0).standard_normal((2, 5, 8, 8, 4)).astype(np.float32)
+
+
+def test_slerp_keeps_the_norm_and_ends_exactly(noise):
+    a, b = jnp.asarray(noise)
+    np.testing.assert_array_equal(slerp(a, b, jnp.zeros(5)), a)
+    np.testing.assert_array_equal(slerp(a, b, jnp.ones(5)), b)
+    a, b = a / jnp.linalg.norm(a), b / jnp.linalg.norm(b)
+    a, b = (x / jnp.sqrt(jnp.sum(x * x, (1, 2, 3), keepdims=True)) for x in (a, b))
+    middle = slerp(a, b, jnp.full(5, 0.3))
+    np.testing.assert_allclose(jnp.sqrt(jnp.sum(middle * middle, (1, 2, 3))), 1.0, rtol=1e-5)
+    angle = lambda x, y: np.arccos(np.sum(np.asarray(x) * np.asarray(y), (1, 2, 3)))  # noqa: E731
+    np.testing.assert_allclose(angle(a, middle), 0.3 * angle(a, b), rtol=1e-4)
+    assert float(jnp.sqrt(jnp.sum(lerp(a, b, jnp.full(5, 0.5)) ** 2)) / np.sqrt(5)) < 0.8  # what the arc is for
+
+
+def test_slerp_of_equal_noise_is_that_noise(noise):
+    a = jnp.asarray(noise[0])
+    np.testing.assert_allclose(slerp(a, a, jnp.full(5, 0.4)), a, rtol=1e-6)
+
+
+def test_each_picture_has_its_own_share():
+    a, b = jnp.zeros((3, 2)), jnp.ones((3, 2))
+    np.testing.assert_allclose(lerp(a, b, jnp.array([0.0, 0.25, 1.0]))[:, 0], [0.0, 0.25, 1.0])
+
+
+def test_no_mix_is_every_record_for_itself():
+    mix = Mix.none(3)
+    assert (mix.left.tolist(), mix.right.tolist(), mix.noise.tolist()) == ([0, 1, 2], [0, 1, 2], [0.0, 0.0, 0.0])
+
+
+def test_the_nearest_pairs_are_those_of_brute_force(monkeypatch):
+    rng = np.random.default_rng(0)
+    bank, queries = rng.standard_normal((50, *SHAPE)).astype(np.float16), rng.standard_normal((4, *SHAPE))
+    queries[1] = bank[17].astype(np.float64) + 0.01
+    monkeypatch.setattr(gallery, "_CHUNK", 7)
+    found = gallery.search(queries, Pairs(bank, [""] * 50), 3)
+    distances = np.sqrt(((queries[:, None] - bank[None].astype(np.float64)) ** 2).mean((2, 3, 4)))
+    np.testing.assert_array_equal(found.ids, np.argsort(distances, 1)[:, :3])
+    np.testing.assert_allclose(found.distances, np.sort(distances, 1)[:, :3], rtol=1e-6)
+    assert found.ids[1, 0] == 17
+    assert found.distances[1, 0] == pytest.approx(0.01, rel=1e-2)
+    others = gallery.search(bank[:2].astype(np.float64), Pairs(bank, [""] * 50), 1, skip=[0, -1])
+    assert others.ids[0, 0] != 0
+    assert others.distances[0, 0] > 0.5
+    assert (others.ids[1, 0], others.distances[1, 0]) == (1, 0.0)
+
+
+def test_a_large_set_is_searched_in_part(monkeypatch):
+    monkeypatch.setattr(gallery, "SEARCHED", 5)
+    bank = np.arange(101, dtype=np.float32)[:, None, None, None] * np.ones((1, 1, 2, 2), np.float32)
+    found = gallery.search(np.full((1, 1, 2, 2), 40.0), Pairs(bank, [""] * 101), 5)
+    assert sorted(found.ids[0].tolist()) == [0, 25, 50, 75, 100]
+    assert found.ids[0, 0] == 50
+
+
+def test_the_walk_goes_to_the_prompt_with_the_fewest_words_in_common():
+    prompts = ["a bold three", "a bold seven", "the thin 4", "upright zero", "a bold three"]
+    assert gallery.distant_prompts(prompts) == (0, 2)
+
+
+@pytest.mark.parametrize(("count", "pairs"), [(32, 40), (2, 2), (3, 3)])
+def test_a_gallery_says_what_it_shows(tmp_path, monkeypatch, count, pairs):
+    latents = np.stack([np.full(SHAPE, 5.0 * i, np.float16) for i in range(pairs)])
+    source = Pairs(latents, [f"prompt {i}" for i in range(pairs)])
+    monkeypatch.setattr(gallery, "_with_prompts", lambda source: source)
+    painter = Painter(count)
+    file = gallery.make_gallery(painter, None, source, tmp_path, 320)
+    data = json.loads(file.read_text())
+    drawn = {int(record["id"]) for batch, _ in painter.calls[:-1] for record in batch}
+    assert {i for i in drawn if i >= pairs} >= {pairs, pairs + 1}  # held-out noise
+    prompts, noise = data["walks"]
+    assert (prompts["of"], prompts["prompts"]) == ("prompts", ["prompt 0", "prompt 1"])
+    assert (noise["of"], noise["prompts"]) == ("noise", ["prompt 0"])
+    assert [len(walk["images"]) for walk in data["walks"]] == [8, 8]
+    shares = np.concatenate([mix.text for _, mix in painter.calls])[:8]
+    np.testing.assert_allclose(shares, np.arange(8) / 7)
+    arcs = np.concatenate([mix.noise for _, mix in painter.calls])[8:16]
+    np.testing.assert_allclose(arcs, np.arange(8) / 7)
+    rows = data["nearest"]["rows"]
+    assert len(rows) == min(8, pairs)
+    assert (data["nearest"]["pairs"], data["nearest"]["searched"]) == (pairs, pairs)
+    assert data["nearest"]["between_pairs"] == pytest.approx(5.0)
+    for i, row in enumerate(rows):  # this student draws its record's own latent
+        assert (row["neighbours"][0]["id"], row["neighbours"][0]["distance"]) == (i, 0.0)
+        assert row["neighbours"][0]["prompt"] == row["prompt"] == f"prompt {i}"
+    named = [row["image"] for row in rows] + [near["image"] for row in rows for near in row["neighbours"]]
+    assert all((tmp_path / name).is_file() for name in named + prompts["images"] + noise["images"])
+
+
+def test_one_pair_makes_no_gallery(tmp_path):
+    assert gallery.make_gallery(Painter(1), None, Pairs(np.zeros((1, *SHAPE)), ["a"]), tmp_path, 8) is None
+    assert list(tmp_path.iterdir()) == []
