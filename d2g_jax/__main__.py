@@ -33,6 +33,7 @@ JOBS = {
     "metric": "distances between files of latents or images; `metric convert FILE` reads published PyTorch weights",
     "lpips": "train a LatentLPIPS for the latents of any VAE",
     "overfit": "figure 5 of the paper: latents optimised to match targets under one loss after another",
+    "play": "a local page: type a prompt, drag the noise, see the one-step image and its milliseconds",
     "bench": "speed and memory side by side, in one run: `bench loss`, `bench input`, `bench pairs`",
 }
 
@@ -115,6 +116,7 @@ def _run(arguments: list[str]) -> int:
         "metric": _metric,
         "lpips": _lpips,
         "overfit": _overfit,
+        "play": _play,
         "bench": _bench,
     }[job](rest)
 
@@ -440,6 +442,17 @@ def _overfit(arguments: list[str]) -> int:
     from d2g_jax.overfit import overfit
 
     print(overfit(config, own.workdir))
+    return 0
+
+
+def _play(arguments: list[str]) -> int:
+    from d2g_jax.play import command
+
+    own = command.read(arguments, _parser)
+    from ml_collections import ConfigDict
+
+    _start(ConfigDict({"mesh": {}}))
+    command.play(own)
     return 0
 
 
