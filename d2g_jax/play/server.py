@@ -5,7 +5,7 @@
     POST /draw/teacher        the same; 404 where there is none
 
 Drawings wait for each other. More than `Limits.queue` at once are refused with 503, bodies above 16 KiB with 413, bad
-requests with 400, 404 and 415; each answers {"error": one line}. Only JSON is taken, which no foreign page may send here
+requests with 400, 404 and 415; each answers {"error": one line}. Only JSON is taken, which no foreign page may send
 without asking first, and on a loopback address only requests to a loopback name, so that no foreign name may stand for
 this machine (DNS rebinding).
 """
