@@ -14,6 +14,9 @@ from pathlib import Path
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 """None where there is no such browser."""
 
+PATIENCE = 600.0
+"""Seconds: the machine may have other work."""
+
 
 class Chromium:
     """One page; a context manager. `events` are all that the browser told of it, requests among them."""
@@ -66,7 +69,7 @@ class Chromium:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._receive(120.0)
+            answer = self._receive(PATIENCE)
             if answer.get("id") == self._last:
                 assert "error" not in answer, answer
                 return answer["result"]
@@ -95,7 +98,7 @@ class Chromium:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def until(self, script: str, seconds: float = 120.0) -> object:
+    def until(self, script: str, seconds: float = PATIENCE) -> object:
         """Waits for an expression to be true."""
         end = time.monotonic() + seconds
         while not (value := self.run(script)):

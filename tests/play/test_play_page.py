@@ -73,7 +73,7 @@ class Still(Studio):
 
     def draw(self, name, asked):
         self.asked.append(asked)
-        assert self.go.wait(60)
+        assert self.go.wait(chromium.PATIENCE)
         return Drawing(np.zeros((16, 16, 3), np.uint8), np.zeros((4, 2, 2), np.float32), {"text": 0.0, "unet": 1.5})
 
 
@@ -90,7 +90,7 @@ def served():
     yield server.address(listener), studio
     studio.go.set()
     running.should_exit = True
-    thread.join(60)
+    thread.join(chromium.PATIENCE)
     listener.close()
 
 
@@ -100,7 +100,7 @@ def ask(address, body, system="student", **headers):
     headers = {"Content-Type": "application/json", **headers}
     request = urllib.request.Request(f"{address}/draw/{system}", body, headers)
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=chromium.PATIENCE) as response:
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         text = error.read().decode()
@@ -148,7 +148,7 @@ def test_more_drawings_than_may_wait(served):
     assert (status, error["error"]) == (503, "2 drawings are waiting; try again")
     studio.go.set()
     for thread in threads:
-        thread.join(60)
+        thread.join(chromium.PATIENCE)
     assert answers == [200, 200]
     assert ask(address, GOOD)[0] == 200
     assert studio.asked[0] == Asked("the digit 3", 1, 0.5, -0.5)
@@ -156,7 +156,7 @@ def test_more_drawings_than_may_wait(served):
 
 @needs_extra
 def test_names_and_prompts_stay_text_and_nothing_is_loaded(served):
-    with urllib.request.urlopen(served[0], timeout=60) as response:
+    with urllib.request.urlopen(served[0], timeout=chromium.PATIENCE) as response:
         html = response.read().decode()
     assert "&lt;b&gt;still" in html
     assert html.count("</script>") == 2
@@ -179,10 +179,10 @@ def command():
     started = [sys.executable, "-m", "d2g_jax", "play", f"--model={TEACHER}", "--port=0", *FLAGS]
     process = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     address = process.stdout.readline().strip()
-    assert address.startswith("http://127.0.0.1:"), process.communicate(timeout=60)
+    assert address.startswith("http://127.0.0.1:"), process.communicate(timeout=chromium.PATIENCE)
     yield process, address
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=chromium.PATIENCE)
     assert process.returncode == 0, said
     assert "student: 2 network calls an image, ready after" in said
     assert "teacher: 20 network calls an image, ready after" in said
