@@ -35,6 +35,7 @@ JOBS = {
     "lpips": "train a LatentLPIPS for the latents of any VAE",
     "overfit": "figure 5 of the paper: latents optimised to match targets under one loss after another",
     "ablate": "the paper's tables of losses and of the discriminator, over several seeds: `ablate losses`",
+    "play": "a local page: type a prompt, drag the noise, see the one-step image and its milliseconds",
     "bench": "speed and memory side by side, in one run: `bench loss`, `bench input`, `bench pairs`",
 }
 
@@ -119,6 +120,7 @@ def _run(arguments: list[str]) -> int:
         "lpips": _lpips,
         "overfit": _overfit,
         "ablate": _ablate,
+        "play": _play,
         "bench": _bench,
     }[job](rest)
 
@@ -465,6 +467,17 @@ def _ablate(arguments: list[str]) -> int:
     own, config = _parse_with_config(parser, arguments)
     _start(config)
     print(command.run(own, config))
+    return 0
+
+
+def _play(arguments: list[str]) -> int:
+    from d2g_jax.play import command
+
+    own = command.read(arguments, _parser)
+    from ml_collections import ConfigDict
+
+    _start(ConfigDict({"mesh": {}}))
+    command.play(own)
     return 0
 
 

@@ -1,0 +1,89 @@
+"""Flags of `d2g play`, and the job: check, listen, load, compile, serve."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from d2g_jax.errors import UserError
+
+Parser = Callable[..., argparse.ArgumentParser]
+"""(job, description) -> a parser with one-line errors."""
+
+
+def read(arguments: Sequence[str], make_parser: Parser) -> argparse.Namespace:
+    """The flags. Raises `UserError` for bad ones and without the extra, before anything is loaded."""
+    parser = make_parser("play")
+    parser.add_argument("--model", required=True, help="training workdir, exported student, pipeline folder, or hub id")
+    parser.add_argument("--revision", help="of a hub id")
+    parser.add_argument("--system", help="one-step generator of another method: instaflow, dmd, sdxl-turbo, lcm, ...")
+    parser.add_argument("--unet", type=Path, help="safetensors in place of the model's own UNet")
+    parser.add_argument("--prompt", action="append", default=[], help="offered on the page; may be given several times")
+    parser.add_argument("--height", type=int, help="pixels; default is the model's own")
+    parser.add_argument("--width", type=int, help="pixels; default is the model's own")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    page = parser.add_argument_group("the page")
+    page.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
+    page.add_argument("--port", type=int, default=7860, help="default 7860; 0 for any free one")
+    page.add_argument("--max-prompt", type=int, default=1000, help="characters of a prompt; default 1000")
+    page.add_argument("--queue", type=int, default=8, help="drawings waiting, of all visitors; default 8")
+    teacher = parser.add_argument_group("the teacher beside a student; by default solved as for the student's pairs")
+    teacher.add_argument("--teacher", help="pipeline folder or hub id; a workdir knows its own; `none` for none")
+    teacher.add_argument("--steps", type=int, help="default 50")
+    teacher.add_argument("--guidance", type=float, dest="guidance_scale", help="default 7.5")
+    teacher.add_argument("--guidance-rescale", type=float, help="phi of arXiv 2305.08891; default 0")
+    teacher.add_argument("--negative", dest="negative_prompt", help="negative prompt")
+    teacher.add_argument("--solver", help="ddim (default), euler, dpmpp_2m or heun")
+    teacher.add_argument("--spacing", help="leading, trailing or linspace; default is the pipeline's own")
+    own = parser.parse_args(arguments)
+    for flag, value, least, most in (
+        ("port", own.port, 0, 65535),
+        ("max-prompt", own.max_prompt, 1, 4000),
+        ("queue", own.queue, 1, 1000),
+    ):
+        if not least <= value <= most:
+            raise UserError(f"--{flag}={value}; it must be from {least} to {most}")
+    if long := [prompt for prompt in own.prompt if len(prompt) > own.max_prompt]:
+        raise UserError(f"--prompt={long[0][:20]}...: longer than --max-prompt={own.max_prompt}")
+    from d2g_jax.play import server
+
+    if missing := server.missing():
+        raise UserError(f"d2g play needs {' and '.join(missing)}; pip install 'd2g_jax[play]'")
+    return own
+
+
+def play(own: argparse.Namespace) -> None:
+    """Serves the page until Ctrl-C, which is how it ends; SIGTERM raises `Terminated`."""
+    from d2g_jax.draw import Solution
+    from d2g_jax.interrupt import terminating
+    from d2g_jax.play import server
+    from d2g_jax.play.opening import Choice, open_studio
+
+    given = {field.name: getattr(own, field.name) for field in dataclasses.fields(Solution)}
+    given = {name: value for name, value in given.items() if value is not None}
+    size = (own.height, own.width)
+    choice = Choice(own.model, own.revision, own.system, own.unet, own.teacher, given, size, own.dtype)
+    with server.listen(own.host, own.port) as listener, terminating():
+        start = time.monotonic()
+        studio = open_studio(choice)
+        _say(f"loaded {own.model} in {time.monotonic() - start:.1f} s; compiling, once")
+        for name, seconds in studio.warm_up().items():
+            calls = studio.systems[name].programs.network_calls
+            _say(f"{name}: {calls} network call{'' if calls == 1 else 's'} an image, ready after {seconds:.1f} s")
+        if not server.is_loopback(listener):
+            warnings.warn(f"whoever reaches {server.address(listener)} may draw; nothing asks who it is", stacklevel=2)
+        print(server.address(listener), flush=True)
+        _say("open this address in a browser; Ctrl-C ends it")
+        try:
+            server.serve(studio, listener, server.Limits(own.max_prompt, own.queue), tuple(own.prompt))
+        except KeyboardInterrupt:
+            _say("ended")
+
+
+def _say(line: str) -> None:
+    print(f"d2g: {line}", file=sys.stderr, flush=True)
