@@ -80,13 +80,18 @@ def compile_candidate(
     describe: Callable[[Any], dict[str, Any]] = lambda result: {},
 ) -> Candidate:
     """Compiles `function(*args)` for the arguments at hand; a candidate without `call` when its memory is not there."""
-    start = time.perf_counter()
-    lowered = jax.jit(function).lower(*args)
-    program = lowered.compile()
-    facts = facts_of(lowered, program, time.perf_counter() - start)
+    _, program, facts = compile_program(function, *args)
     if reason := does_not_fit(facts.temp_bytes + facts.output_bytes):
         return Candidate(name, dtype, None, facts, reason)
     return Candidate(name, dtype, lambda: jax.block_until_ready(program(*args)), facts, describe=describe)
+
+
+def compile_program(function: Callable[..., Any], *args: Any) -> tuple[jax.stages.Lowered, jax.stages.Compiled, Facts]:
+    """`function`, compiled for such arguments, or `jax.ShapeDtypeStruct`s for them."""
+    start = time.perf_counter()
+    lowered = jax.jit(function).lower(*args)
+    program = lowered.compile()
+    return lowered, program, facts_of(lowered, program, time.perf_counter() - start)
 
 
 def facts_of(lowered: jax.stages.Lowered, program: jax.stages.Compiled, seconds: float) -> Facts:

@@ -21,7 +21,8 @@ from d2g_jax.bench.measure import (
     Bar,
     Candidate,
     Facts,
-    compile_candidate,
+    compile_program,
+    does_not_fit,
     make_report,
     product_candidate,
     ratio,
@@ -138,31 +139,57 @@ def _name(part: str, batch: int, side: str = "") -> str:
     return f"{part} x{batch}" + (f" ({side})" if side else "")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Compiled:
+    """One of our programs for one batch; `call` takes what its parameters leave open."""
+
+    call: Callable[..., Any]
+    facts: Facts
+    results: Any  # shapes with shardings
+
+    @classmethod
+    def of(cls, program: functools.partial, *args: Any) -> _Compiled:
+        lowered, compiled, facts = compile_program(program.func, *program.args, *args)
+        results = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            lowered.out_info,
+            compiled.output_shardings,
+        )
+        return cls(functools.partial(compiled, *program.args), facts, results)
+
+
 def _ours(
     request: SampleRequest, programs: Programs, mesh: jax.sharding.Mesh, inputs: _Inputs, kept: dict[Any, np.ndarray]
 ) -> dict[str, Candidate]:
     """A candidate for each of `PARTS`; the UNet's latents are kept under (batch, "ours")."""
-    batch, dtype = len(inputs.noise), request.dtype
-    placed = meshes.place_batch({"noise": inputs.noise, "ids": inputs.input_ids}, mesh)
-
-    def compiled(part: str, program: functools.partial, *args: jax.Array) -> Candidate:
-        return compile_candidate(_name(part, batch), dtype, program.func, *program.args, *args)
-
-    text = compiled("text", programs.encode, placed["ids"])
-    condition = programs.encode(placed["ids"])
-    unet = compiled("unet", programs.solve, placed["noise"], condition)
-    vae = compiled("vae", programs.decode, placed["noise"])  # latents of the right shape
-    keep = functools.partial(_keep, kept, (batch, "ours"))
-    parts = {"text": text, "unet": dataclasses.replace(unet, describe=keep), "vae": vae}
-    refused = next((part.not_run for part in parts.values() if part.not_run), None)
+    batch, placed = len(inputs.noise), meshes.place_batch({"noise": inputs.noise, "ids": inputs.input_ids}, mesh)
+    text = _Compiled.of(programs.encode, placed["ids"])
+    unet = _Compiled.of(programs.solve, placed["noise"], text.results)
+    vae = _Compiled.of(programs.decode, unet.results)
+    parts = {"text": text, "unet": unet, "vae": vae}
+    refused = does_not_fit(max(part.facts.temp_bytes + part.facts.output_bytes for part in parts.values()))
+    condition = None if refused else jax.block_until_ready(text.call(placed["ids"]))
+    latents = jax.device_put(inputs.noise, unet.results.sharding)  # of the right shape
 
     def everything() -> np.ndarray:
         ids = meshes.place_batch(inputs.input_ids, mesh)
-        return np.asarray(programs.decode(programs.solve(placed["noise"], programs.encode(ids))))
+        return np.asarray(vae.call(unet.call(placed["noise"], text.call(ids))))
 
-    facts = _together([part.facts for part in parts.values()])
-    parts["all"] = Candidate(_name("all", batch), dtype, None if refused else everything, facts, refused)
-    return parts
+    calls: dict[str, Callable[[], Any]] = {
+        "text": lambda: jax.block_until_ready(text.call(placed["ids"])),
+        "unet": lambda: jax.block_until_ready(unet.call(placed["noise"], condition)),
+        "vae": lambda: jax.block_until_ready(vae.call(latents)),
+        "all": everything,
+    }
+    facts = {name: part.facts for name, part in parts.items()} | {"all": _together([p.facts for p in parts.values()])}
+    describe = {"unet": functools.partial(_keep, kept, (batch, "ours"))}
+    return {
+        part: Candidate(
+            _name(part, batch), request.dtype, None if refused else call, facts[part], refused,
+            describe.get(part, lambda result: {}),
+        )
+        for part, call in calls.items()
+    }  # fmt: skip
 
 
 def _together(facts: list[Facts]) -> Facts:

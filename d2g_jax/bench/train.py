@@ -29,6 +29,7 @@ from d2g_jax.bench.measure import (
 from d2g_jax.bench.training import Run, Training, compile_run, state_bytes, with_loss_and_batch
 from d2g_jax.errors import UserError
 from d2g_jax.progress import Progress
+from d2g_jax.step import Frozen
 
 AGREE = 0.02
 """Largest difference of the two sides' first losses, over theirs, in float32: more is not the same work."""
@@ -127,25 +128,31 @@ def _candidates(
     """Every loss' G, PyTorch's behind the one with MSE, D, R1, and the loop."""
     main, dtype = runs[request.losses[-1]], request.config.train.dtype
     data = placed = None
+    frozen: dict[str, Frozen] = {}
     if training is not None:
         data = training.data(main)
         placed = meshes.place_whole_batch(data, main.shapes.mesh)
+        frozen = {loss: training.frozen(run) for loss, run in runs.items()}
 
-    def candidate(name: str, run: Run, program: str, method: str) -> Candidate:
-        call = None if training is None else functools.partial(getattr(training, method), run, frozen[name], placed)
+    def candidate(name: str, loss: str, program: str, method: str) -> Candidate:
+        run, call = runs[loss], None
+        if training is not None:
+            call = functools.partial(getattr(training, method), run, frozen[loss], placed)
         return Candidate(name, dtype, call, run.facts[program], refused, lambda m: {"images": batch, **_loss(m)})
 
-    steps = [(f"g, {loss} x{batch}", run, "g_regression", "regress") for loss, run in runs.items()]
-    steps += [(f"g + adversary, {loss} x{batch}", run, "g_adversarial", "fool") for loss, run in runs.items()]
-    steps += [(f"d x{batch}", main, "d", "discriminate"), (f"r1 x{batch}", main, "r1", "regularise")]
-    frozen = {name: None if training is None else training.frozen(run) for name, run, _, _ in steps}
-    for name, run, program, method in steps:
-        if program not in run.facts:
+    steps = [(f"g, {loss} x{batch}", loss, "g_regression", "regress") for loss in runs]
+    steps += [(f"g + adversary, {loss} x{batch}", loss, "g_adversarial", "fool") for loss in runs]
+    last = request.losses[-1]
+    steps += [(f"d x{batch}", last, "d", "discriminate"), (f"r1 x{batch}", last, "r1", "regularise")]
+    for name, loss, program, method in steps:
+        if program not in runs[loss].facts:
             continue
-        yield candidate(name, run, program, method)
+        yield candidate(name, loss, program, method)
         if request.torch and name == f"g, mse x{batch}":
-            yield torch_train.candidate(f"{name} (torch)", run, training, data, refused, compiles=request.compile)
-    call = None if training is None else functools.partial(training.loop, main, training.frozen(main), data)
+            yield torch_train.candidate(
+                f"{name} (torch)", runs[loss], training, data, refused, compiles=request.compile
+            )
+    call = None if training is None else functools.partial(training.loop, main, frozen[last], data)
     describe = lambda m: {"images": main.loop_length * batch}  # noqa: E731
     yield Candidate(f"loop of {main.loop_length} x{batch}", dtype, call, not_run=refused, describe=describe)
 

@@ -81,7 +81,7 @@ def test_pytorch_begins_with_our_loss():
 def test_another_loss_is_refused():
     rows = [{"name": "g, mse x8", "loss": 1.0}, {"name": "g, mse x8 (torch)", "loss": 1.1}]
     request = TrainRequest(regression_only(), ("mse",)).resolved()
-    with pytest.raises(UserError, match="first losses are 1 and 1.1"):
+    with pytest.raises(UserError, match=r"first losses are 1 and 1\.1"):
         train._check_losses(request, rows)
     train._check_losses(request, [rows[0], {**rows[1], "loss": 1.001}])
 
