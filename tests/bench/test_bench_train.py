@@ -91,8 +91,7 @@ def test_what_does_not_fit_is_compiled_and_not_run(monkeypatch):
     monkeypatch.setattr(train, "Training", lambda *_: pytest.fail("no state is to be made"))
     rows = by_name(run_train(TrainRequest(regression_only(), ("mse",), repeats=1, torch=False)))
     row = rows["g, mse x8"]
-    held = sum(4 * np.prod(leaf) for leaf in [(1,)])  # the state alone is larger than a number
-    assert float(row["not_run"].removeprefix("needs ")) > held + row["temp_bytes"]
+    assert float(row["not_run"].removeprefix("needs ")) > row["temp_bytes"] > 0
     assert row["flops"] > 0
     assert row["seconds"] is rows["iteration, mse x8"]["seconds"] is None
 
