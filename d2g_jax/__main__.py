@@ -36,7 +36,7 @@ JOBS = {
     "overfit": "figure 5 of the paper: latents optimised to match targets under one loss after another",
     "ablate": "the paper's tables of losses and of the discriminator, over several seeds: `ablate losses`",
     "play": "a local page: type a prompt, drag the noise, see the one-step image and its milliseconds",
-    "bench": "speed and memory side by side, in one run: `bench loss`, `bench input`, `bench pairs`",
+    "bench": "speed and memory side by side, in one run: `bench sample`, `train`, `loss`, `input`, `pairs`",
 }
 
 _CONFIGURED = ("demo", "teacher", "pairs", "train", "plan", "lpips", "overfit", "ablate")
@@ -487,10 +487,8 @@ def _bench(arguments: list[str]) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         print(command.usage())
         raise SystemExit(0)
-    bench, cpu_devices, out = command.read(arguments, _parser)
-    from ml_collections import ConfigDict
-
-    _start(ConfigDict({"mesh": {"cpu_devices": cpu_devices} if cpu_devices else {}}), cache=False)
+    bench, start, out = command.read(arguments, _parser)
+    _start(start, cache=False)
     from d2g_jax.bench.measure import check_output, format_report, write_report
 
     if out:
