@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from d2g_jax.__main__ import _parser
+from d2g_jax.cli import parser
 from d2g_jax.draw import Solution
 from d2g_jax.errors import UserError
 from d2g_jax.evaluate import command
@@ -29,7 +29,7 @@ def commands(file):
 def parsed(monkeypatch, arguments):
     seen = []
     monkeypatch.setattr(command, "_run", seen.append)
-    command.read(arguments, _parser)()
+    command.read(arguments, parser)()
     return seen[0]
 
 
@@ -65,6 +65,6 @@ def test_flags_override_and_unknown_fields_are_refused(monkeypatch, tmp_path):
     file = tmp_path / "c.py"
     file.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'stepps': 3})\n")
     with pytest.raises(UserError, match="stepps is no flag"):
-        command.read([f"--config={file}", "--out=a.json"], _parser)
+        command.read([f"--config={file}", "--out=a.json"], parser)
     with pytest.raises(UserError, match="--protocol is missing"):
-        command.read(["--images=x", "--out=a.json"], _parser)
+        command.read(["--images=x", "--out=a.json"], parser)

@@ -1,0 +1,99 @@
+"""What the jobs of the `d2g` command have in common: their names, their flags, and how jax is started for them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from d2g_jax.errors import UserError
+
+JOBS = {
+    "demo": "pairs, three students, figures and a report on the embedded digits teacher",
+    "teacher": "train the embedded digits teacher, its metric and its classifier from nothing",
+    "pairs": "solve the teacher's ODE for every prompt and write TFRecord shards; `pairs verify DIR` checks them",
+    "train": "distil the teacher into a one-step generator",
+    "sample": "draw images from a pipeline folder or a trained student",
+    "evaluate": "FID, KID, CLIP score, diversity, fidelity by a protocol; `evaluate table` lays results side by side",
+    "report": "write report.html of a workdir again, as after `d2g evaluate --out=WORKDIR/evaluation/NAME.json`",
+    "export": "a trained student as a diffusers folder, a Flax checkpoint or one StableHLO file",
+    "plan": "what a config takes on a TPU slice or on GPUs, compiled ahead of time: memory, FLOPs, time, what fits",
+    "metric": "distances between files of latents or images; `metric convert FILE` reads published PyTorch weights",
+    "lpips": "train a LatentLPIPS for the latents of any VAE",
+    "overfit": "figure 5 of the paper: latents optimised to match targets under one loss after another",
+    "ablate": "the paper's tables of losses and of the discriminator, over several seeds: `ablate losses`",
+    "play": "a local page: type a prompt, drag the noise, see the one-step image and its milliseconds",
+    "bench": "speed and memory side by side, in one run: `bench sample`, `train`, `loss`, `input`, `pairs`",
+}
+
+CONFIGURED = ("demo", "teacher", "pairs", "train", "plan", "lpips", "overfit", "ablate")
+_CONFIG_HELP = """
+Settings: --config=FILE.py names a file with get_config(); without it the digits configuration is taken.
+--config.KEY=VALUE overrides one setting, for example --config.train.images=100000.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def parser(job: str, text: str | None = None) -> Parser:
+    return Parser(
+        prog=f"d2g {job}",
+        description=text or JOBS[job],
+        epilog=_CONFIG_HELP if job in CONFIGURED else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse_with_config(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, Any]:
+    """A job's own flags and the config that its --config flags name and change."""
+    parser.add_argument("--config", type=Path, metavar="FILE.py")
+    own, rest = parser.parse_known_args(arguments)
+    overrides = [a for a in rest if a.startswith("--config.")]
+    from d2g_jax.configuration import read_config
+
+    config = read_config(own.config, overrides)
+    if unknown := [a for a in rest if a not in overrides]:
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see `{parser.prog} --help`")
+    return own, config
+
+
+def start(config: Any, *, cache: bool = True, same: dict[str, Any] | None = None) -> None:
+    """Device count, XLA's optimisation level and the compilation cache; before the first use of a device.
+
+    `same` is for jobs that several processes do together: what must be the same in all of them, beside the config.
+    """
+    import jax
+
+    from d2g_jax import mesh
+
+    if config.mesh.get("cpu_devices"):
+        mesh.use_cpu_devices(config.mesh.cpu_devices)
+    level = config.get("optimization_level", "UNKNOWN")
+    try:
+        jax.config.update("jax_optimization_level", level)
+    except ValueError as error:
+        raise UserError(f"optimization_level={level!r} is unknown; choose one of O0, O1, O2, O3, UNKNOWN") from error
+    jax.config.update("jax_enable_compilation_cache", cache)
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "d2g_jax"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if same is not None:
+        from d2g_jax import distributed
+        from d2g_jax.runs import flatten
+
+        distributed.start({**same, **flatten(config.to_dict())})
+
+
+def print_once(result: object) -> None:
+    """Where a job's result is, from the first of its processes."""
+    from d2g_jax import distributed
+
+    if distributed.process_id() == 0:
+        print(result)
