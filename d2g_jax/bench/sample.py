@@ -50,7 +50,7 @@ class SampleRequest:
 
     Attributes:
       model: see `networks.random_pipeline`.
-      batches: images in a call; each is measured. None: 1, and 8 on accelerators.
+      batches: images in a call; each is measured. None: one a device, and 8 on accelerators.
       dtype: of the networks and of their kernels; None: float32 on a CPU, bfloat16 elsewhere.
       parts: of `PARTS`, what is timed.
       repeats: rounds of turns.
@@ -71,12 +71,14 @@ class SampleRequest:
     def resolved(self) -> SampleRequest:
         """The request with this device's defaults; raises `UserError` that names the flag."""
         accelerator = jax.default_backend() != "cpu"
-        batches = ((1, 8) if accelerator else (1,)) if self.batches is None else self.batches
+        devices = jax.device_count()
+        default = (devices, 8 * devices) if accelerator else (devices,)
+        batches = default if self.batches is None else self.batches
         dtype, compiles = self.dtype or default_dtype(), self.compile
         check_dtype(dtype)
-        if not batches or min(batches) < 1 or any(batch % jax.device_count() for batch in batches):
+        if not batches or min(batches) < 1 or any(batch % devices for batch in batches):
             listed = ",".join(map(str, batches))
-            raise UserError(f"--batches={listed}: give numbers that are multiples of the {jax.device_count()} devices")
+            raise UserError(f"--batches={listed}: give numbers that are multiples of the {devices} devices")
         if self.repeats < 1:
             raise UserError(f"--repeats={self.repeats}: give 1 or more")
         if not self.parts or not set(self.parts) <= set(PARTS):
