@@ -18,12 +18,12 @@ from d2g_jax.models.layers import (
     GroupNorm,
     ResnetBlock2D,
     TimestepEmbedding,
-    Transformer2DModel,
     Upsample2D,
     remat_call,
     sinusoidal_embedding,
 )
 from d2g_jax.models.network import Keys, Network
+from d2g_jax.models.transformer import Transformer2DModel
 from d2g_jax.models.unet_config import UNetConfig
 
 __all__ = ["UNet2DConditionModel", "UNetBackbone", "UNetConfig", "build"]

@@ -23,9 +23,9 @@ from d2g_jax.models.layers import (
     Linear,
     ResnetBlock2D,
     Upsample2D,
-    dot_product_attention,
 )
 from d2g_jax.models.network import Network
+from d2g_jax.models.transformer import dot_product_attention
 
 _EPS = 1e-6
 _BELOW_RIGHT = ((0, 1), (0, 1))

@@ -77,7 +77,7 @@ class Shapes:
             "discriminator": device_bytes(self.state.discriminator),
             "its own moments": device_bytes(self.state.discriminator_optimizer),
             "text towers and metric": device_bytes(self.frozen),
-            "counters": device_bytes((self.state.step, self.state.images)),
+            "counters": device_bytes((self.state.step, self.state.images, self.state.left_out)),
             "VAE": device_bytes(self.vae),
             "batches": 2 * device_bytes(self.batch),  # the next one is on its way
         }

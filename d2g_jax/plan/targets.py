@@ -94,9 +94,7 @@ def parse_topology(topology: str) -> Target:
             known = ", ".join(name for name, chip in CHIPS.items() if chip.platform == "gpu")
             raise UserError(f"--topology={topology}: GPU {match[2]!r} is unknown; known are {known}")
         if int(match[1]) > _NODE:
-            raise UserError(
-                f"--topology={topology}: at most {_NODE} GPUs, one node: its network is not known"
-            )
+            raise UserError(f"--topology={topology}: at most {_NODE} GPUs, one node: its network is not known")
         return Target(topology, chip, int(match[1]))
     if kind in CHIPS and CHIPS[kind].platform == "tpu" and re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
         return Target(topology, CHIPS[kind], math.prod(int(side) for side in shape.split("x")))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from d2g_jax.errors import UserError
-from d2g_jax.models import initializers, layers
+from d2g_jax.models import initializers, layers, transformer
 from d2g_jax.models.network import Network
 
 SHAPE = (2, 5, 6, 16)
@@ -86,7 +86,7 @@ def test_transformer(linear):
             upcast=linear,
             remat="none" if linear else "full",
         )
-        return layers.Transformer2DModel(16, use_linear_projection=linear, **kw, rngs=rngs)
+        return transformer.Transformer2DModel(16, use_linear_projection=linear, **kw, rngs=rngs)
 
     extra = {"encoder_hidden_states": torch.from_numpy(context), "return_dict": False}
     # The entry norm's epsilon shows only where the variance is small
@@ -167,21 +167,21 @@ def test_plain_attention_equals_xla(upcast):
     @jax.jit
     def attend(query, key, value):
         kw = {"upcast": upcast}
-        return [layers.dot_product_attention(query, key, value, attention=name, **kw) for name in ("plain", "xla")]
+        return [transformer.dot_product_attention(query, key, value, attention=name, **kw) for name in ("plain", "xla")]
 
     plain, xla = attend(query, key, value)
     np.testing.assert_allclose(plain, xla, rtol=1e-5, atol=1e-6)
 
 
 def test_attention_implementations(monkeypatch):
-    assert layers.attention_implementation("auto", 64, jnp.bfloat16) == "xla"  # no GPU
+    assert transformer.attention_implementation("auto", 64, jnp.bfloat16) == "xla"  # no GPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert layers.attention_implementation("auto", 64, jnp.bfloat16) == "cudnn"
-    assert layers.attention_implementation("auto", 160, jnp.bfloat16) == "xla"  # SD 1.x's lowest levels
-    assert layers.attention_implementation("auto", 64, jnp.float32) == "xla"
-    assert layers.attention_implementation("plain", 64, jnp.bfloat16) == "plain"
+    assert transformer.attention_implementation("auto", 64, jnp.bfloat16) == "cudnn"
+    assert transformer.attention_implementation("auto", 160, jnp.bfloat16) == "xla"  # SD 1.x's lowest levels
+    assert transformer.attention_implementation("auto", 64, jnp.float32) == "xla"
+    assert transformer.attention_implementation("plain", 64, jnp.bfloat16) == "plain"
     with pytest.raises(UserError, match="flash"):
-        layers.attention_implementation("flash", 64, jnp.bfloat16)
+        transformer.attention_implementation("flash", 64, jnp.bfloat16)
 
 
 def test_group_norm_keeps_float32_statistics_in_bfloat16():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from d2g_jax.errors import UserError
-from d2g_jax.models.layers import REMATS, Transformer2DModel, check_remat
+from d2g_jax.models.layers import REMATS, check_remat
 from d2g_jax.models.network import Network
+from d2g_jax.models.transformer import Transformer2DModel
 
 X = np.random.default_rng(0).standard_normal((2, 4, 4, 8)).astype(np.float32)
 CONTEXT = np.random.default_rng(1).standard_normal((2, 3, 6)).astype(np.float32)

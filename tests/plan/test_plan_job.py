@@ -107,7 +107,7 @@ def test_a_formula_counts_micro_batches_as_one_batch():
 
 
 def test_a_config_that_does_not_fit_is_changed_until_it_does():
-    config = tiny()
+    config = alone()
     roomy = plan_run(config, small_chip(10**6), "formula")
     needed = roomy.total_bytes() / 2**20
     target = small_chip(needed - 1)
