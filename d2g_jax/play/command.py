@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import time
@@ -79,10 +80,9 @@ def play(own: argparse.Namespace) -> None:
             warnings.warn(f"whoever reaches {server.address(listener)} may draw; nothing asks who it is", stacklevel=2)
         print(server.address(listener), flush=True)
         _say("open this address in a browser; Ctrl-C ends it")
-        try:
+        with contextlib.suppress(KeyboardInterrupt):  # not raised where a shell has told us to ignore it
             server.serve(studio, listener, server.Limits(own.max_prompt, own.queue), tuple(own.prompt))
-        except KeyboardInterrupt:
-            _say("ended")
+        _say("ended")
 
 
 def _say(line: str) -> None:
