@@ -8,6 +8,7 @@ import pytest
 from d2g_jax.__main__ import main
 from d2g_jax.digits import demo, evaluation
 from d2g_jax.digits.config import get_config
+from d2g_jax.report.status import read_status
 
 SMALL = (
     "--config.pairs.count=72",
@@ -74,6 +75,37 @@ def test_another_config_is_refused(finished, capsys):
     assert main(["demo", f"--workdir={finished}", *SMALL, "--config.pairs.guidance_scale=4.0"]) == 2
     assert "pairs.guidance_scale=2.0 (this one has 4.0)" in capsys.readouterr().err
     assert (finished / "result.json").read_bytes() == before
+
+
+def test_the_page_follows_the_stages(tmp_path, monkeypatch):
+    """With stages that do nothing but look at the status."""
+    seen = []
+
+    def look(*_):
+        seen.append(read_status(tmp_path))
+
+    def train(config, workdir, _):
+        look()
+        workdir.mkdir(parents=True)
+        (workdir / "metrics.jsonl").write_text(json.dumps({"run": config.name, "images": 8, "loss": 1.0}) + "\n")
+
+    def measure(config, workdir, pairs_folder, clock, *, full):
+        for name in ("teacher samples", "evaluate"):
+            with clock.stage(name):
+                look()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.pairs, "make_pairs", look)
+    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(demo, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        demo.demo(get_config(), tmp_path)
+    stages = [f"train {name}, see students/{name}/report.html" for name in ("mse", "e_latent_lpips", "full")]
+    assert [status.stage for status in seen] == ["pairs", *stages, "teacher samples", "evaluate"]
+    assert [(status.state, status.done, status.total) for status in seen] == [("running", k, 6) for k in range(6)]
+    page = (tmp_path / "report.html").read_text()
+    assert "Stopped after 5 of 6 stages: interrupted." in page
+    assert "e_latent_lpips" in page
 
 
 @pytest.mark.slow
