@@ -33,7 +33,7 @@ JOBS = {
     "metric": "distances between files of latents or images; `metric convert FILE` reads published PyTorch weights",
     "lpips": "train a LatentLPIPS for the latents of any VAE",
     "overfit": "figure 5 of the paper: latents optimised to match targets under one loss after another",
-    "bench": "speed and memory side by side, in one run: `bench loss`, `bench input`, `bench pairs`",
+    "bench": "speed and memory side by side, in one run: `bench sample`, `train`, `loss`, `input`, `pairs`",
 }
 
 _CONFIGURED = ("demo", "teacher", "pairs", "train", "plan", "lpips", "overfit")
@@ -449,10 +449,8 @@ def _bench(arguments: list[str]) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         print(command.usage())
         raise SystemExit(0)
-    bench, cpu_devices, out = command.read(arguments, _parser)
-    from ml_collections import ConfigDict
-
-    _start(ConfigDict({"mesh": {"cpu_devices": cpu_devices} if cpu_devices else {}}), cache=False)
+    bench, start, out = command.read(arguments, _parser)
+    _start(start, cache=False)
     from d2g_jax.bench.measure import check_output, format_report, write_report
 
     if out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -69,6 +70,9 @@ class Solution:
 class Programs:
     """Compiled on first use, over the mesh; every array has the batch in front.
 
+    But for a tiled `decode` each is a `functools.partial` of a jitted function with its parameters: what has to know of
+    the compiled programs lowers that.
+
     Attributes:
       encode: token ids (B, T L) to `Conditioning`.
       solve: float32 noise (B, C, h, w) and conditioning to float32 scaled latents (B, C, h, w).
@@ -126,7 +130,7 @@ def teacher_programs(
 
     return Programs(
         _encoder(pipeline, mesh, sizes),
-        lambda drawn, condition: solve(towers, unet, drawn, condition),
+        functools.partial(solve, towers, unet),
         _tiled_decoder(pipeline, mesh) if tiled else _decoder(pipeline, mesh),
         solution.network_calls,
     )
@@ -174,7 +178,7 @@ def one_step_programs(
 
     return Programs(
         _encoder(pipeline, mesh, size_ids(pipeline, size)),
-        lambda drawn, condition: solve(unet, drawn, condition),
+        functools.partial(solve, unet),
         _tiled_decoder(pipeline, mesh) if tiled else _decoder(pipeline, mesh),
         1,
     )
@@ -185,13 +189,13 @@ def _encoder(
 ) -> Callable[[jax.Array], Conditioning]:
     towers = meshes.place(pipeline.text_params, mesh)
     encode = jax.jit(lambda towers, input_ids: encode_text(pipeline, towers, input_ids, sizes))
-    return lambda input_ids: encode(towers, input_ids)
+    return functools.partial(encode, towers)
 
 
 def _decoder(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
     program = jax.jit(lambda params, latents: decode(pipeline, params, _to_nhwc(latents)))
     params = meshes.place({"vae": pipeline.params["vae"]}, mesh)
-    return lambda latents: program(params, latents)
+    return functools.partial(program, params)
 
 
 def _tiled_decoder(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:

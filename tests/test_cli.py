@@ -167,3 +167,7 @@ def test_bench_flags_are_checked_before_anything_is_compiled(capsys, tmp_path):
     assert "--size=10" in one_line(capsys, "bench", "loss", "--size=10")
     assert "--out" in one_line(capsys, "bench", "loss", f"--out={tmp_path}")
     assert "--sise" in one_line(capsys, "bench", "loss", "--sise=512")
+    assert "--parts=vea" in one_line(capsys, "bench", "sample", "--parts=vea")
+    assert "--losses=mse,mse" in one_line(capsys, "bench", "train", "--losses=mse,mse")
+    assert "did you mean train.images" in one_line(capsys, "bench", "train", "--config.train.imags=8")
+    assert "train.groups=2" in one_line(capsys, "bench", "train", "--batches=3")

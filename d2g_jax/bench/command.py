@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from d2g_jax.errors import UserError
 
 BENCHES = {
+    "sample": "one-step sampling at full size with random weights, against diffusers' modules",
+    "train": "a whole training iteration by the programs of `d2g train`, on random data; G's step against PyTorch",
     "loss": "regression losses, forward and backward; E-LatentLPIPS against decoding for LPIPS, and PyTorch",
     "input": "reading shuffled batches of pairs, against tf.data through TFDS",
     "pairs": "the teacher's solutions, against diffusers' pipeline on the same folder",
@@ -24,21 +29,79 @@ def usage() -> str:
     return "usage: d2g bench NAME [--flag=value ...]\n\n" + "\n".join(f"  {k:8}{v}" for k, v in BENCHES.items())
 
 
-def read(arguments: list[str], make_parser: MakeParser) -> tuple[Callable[[], dict[str, Any]], int, Path | None]:
-    """(the bench, how many devices the host's CPU is split into (0: as it is), where its JSON goes).
+def read(arguments: list[str], make_parser: MakeParser) -> tuple[Callable[[], dict[str, Any]], Any, Path | None]:
+    """(the bench, a config with what JAX is started with, where the bench's JSON goes).
 
-    Nothing of jax is imported before the bench is called. Raises `UserError` for an unknown name or flag.
+    No device is used before the bench is called. Raises `UserError` for an unknown name, flag or setting.
     """
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name not in BENCHES:
         raise UserError(f"unknown bench {name!r}; known are {', '.join(BENCHES)}")
+    # JAX takes three quarters of a GPU at its start; here it shares it with another framework.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     parser = make_parser(f"bench {name}", BENCHES[name])
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the report there")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; medians are reported")
     parser.add_argument("--cpu-devices", type=int, default=0, help="split the host's CPU into so many devices")
-    bench = {"loss": _loss, "input": _input, "pairs": _pairs}[name](parser, rest)
+    if name == "train":
+        bench, start = _train(parser, rest)
+    else:
+        of_name = {"sample": _sample, "loss": _loss, "input": _input, "pairs": _pairs}
+        bench, start = of_name[name](parser, rest), ConfigDict({"mesh": {}})
     own, _ = parser.parse_known_args(rest)
-    return bench, own.cpu_devices, own.out
+    if own.cpu_devices:
+        start.mesh.cpu_devices = own.cpu_devices
+    return bench, start, own.out
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Of "1,8" (1, 8)."""
+    return tuple(int(number) for number in text.split(","))
+
+
+def _sample(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict[str, Any]]:
+    parser.add_argument("--model", default="sd15", help="digits, sd15, sdxl, a hub id of a known size, or a folder")
+    parser.add_argument("--batches", type=_numbers, help="images in a call, as 1,8: the default on accelerators")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--parts", default="text,unet,vae,all", help="what is timed")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, noise and token ids")
+    parser.add_argument("--no-torch", action="store_true", help="leave out diffusers' modules")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; on GPUs the default")
+    own = parser.parse_args(rest)
+
+    def bench() -> dict[str, Any]:
+        from d2g_jax.bench.sample import SampleRequest, run_sample
+
+        parts, with_torch = tuple(own.parts.split(",")), not own.no_torch
+        request = SampleRequest(
+            own.model, own.batches, own.dtype, parts, own.repeats, with_torch, own.compile, own.seed
+        )
+        return run_sample(request)
+
+    return bench
+
+
+def _train(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[Callable[[], dict[str, Any]], Any]:
+    from d2g_jax.configuration import read_config
+
+    parser.add_argument("--config", type=Path, metavar="FILE.py", help="of the run; --config.KEY=VALUE changes it")
+    parser.add_argument("--losses", default="mse,e_latent_lpips", help="each with programs of its own")
+    parser.add_argument("--batches", type=_numbers, help="images in a step, as 32,64; default: the config's")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
+    parser.add_argument("--no-torch", action="store_true", help="leave out the PyTorch counterpart")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; on GPUs the default")
+    overrides = [flag for flag in rest if flag.startswith("--config.")]
+    own = parser.parse_args([flag for flag in rest if flag not in overrides])
+    config = read_config(own.config, overrides)
+
+    def bench() -> dict[str, Any]:
+        from d2g_jax.bench.train import TrainRequest, run_train
+
+        losses, with_torch = tuple(own.losses.split(",")), not own.no_torch
+        request = TrainRequest(config, losses, own.batches, own.repeats, with_torch, own.compile, own.seed)
+        return run_train(request)
+
+    return bench, config
 
 
 def _loss(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict[str, Any]]:
@@ -52,7 +115,8 @@ def _loss(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict
     own = parser.parse_args(rest)
 
     def bench() -> dict[str, Any]:
-        from d2g_jax.bench.loss import DTYPES, LossRequest, run_loss
+        from d2g_jax.bench.loss import LossRequest, run_loss
+        from d2g_jax.bench.networks import DTYPES
 
         request = LossRequest(
             size=own.size,

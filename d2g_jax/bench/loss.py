@@ -28,12 +28,11 @@ from d2g_jax.bench.measure import (
     ratio,
     time_in_turns,
 )
+from d2g_jax.bench.networks import DTYPES, random_params
 from d2g_jax.errors import UserError
 from d2g_jax.models import vae, vgg
 from d2g_jax.models.network import Params
 from d2g_jax.progress import Progress
-
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,23 +133,6 @@ def run_loss(request: LossRequest, networks: Networks = SD15) -> dict[str, Any]:
     if request.torch:
         report["environment"]["torch"] = torch_metric.version()
     return report
-
-
-def random_params(shapes: Params, seed: int) -> Params:
-    """float32 parameters for a tree of shapes, drawn by numpy: at full size one second in place of one minute.
-
-    Weights keep the variance of what passes through ReLUs; norms and biases are near where training starts.
-    """
-    rng = np.random.default_rng(seed)
-
-    def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
-        normal = rng.standard_normal(shape.shape, np.float32)
-        if path[-1].key == "kernel":
-            return normal * np.float32(np.sqrt(2 / np.prod(shape.shape[:-1])))
-        centre = 1 if path[-1].key in ("scale", "var") else 0
-        return centre + np.float32(0.1) * (np.abs(normal) if path[-1].key == "var" else normal)
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def _random_heads(config: vgg.VGGConfig, seed: int) -> list[np.ndarray]:

@@ -42,12 +42,14 @@ class Facts:
       temp_bytes: memory that the compiled program takes beside its arguments and results; None if it is several.
       output_bytes: of its results.
       flops: of one call, counted before the compiler: a GPU's hides products and convolutions in library calls.
+      peak_bytes: arguments, temporaries and results together; None if it is several.
     """
 
     compile_seconds: float
     temp_bytes: int | None
     output_bytes: int
     flops: float
+    peak_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,17 +80,34 @@ def compile_candidate(
     describe: Callable[[Any], dict[str, Any]] = lambda result: {},
 ) -> Candidate:
     """Compiles `function(*args)` for the arguments at hand; a candidate without `call` when its memory is not there."""
+    _, program, facts = compile_program(function, *args)
+    if reason := does_not_fit(facts.temp_bytes + facts.output_bytes):
+        return Candidate(name, dtype, None, facts, reason)
+    return Candidate(name, dtype, lambda: jax.block_until_ready(program(*args)), facts, describe=describe)
+
+
+def compile_program(function: Callable[..., Any], *args: Any) -> tuple[jax.stages.Lowered, jax.stages.Compiled, Facts]:
+    """`function`, compiled for such arguments, or `jax.ShapeDtypeStruct`s for them."""
     start = time.perf_counter()
     lowered = jax.jit(function).lower(*args)
     program = lowered.compile()
-    seconds = time.perf_counter() - start
+    return lowered, program, facts_of(lowered, program, time.perf_counter() - start)
+
+
+def facts_of(lowered: jax.stages.Lowered, program: jax.stages.Compiled, seconds: float) -> Facts:
+    """What is known of a program that took so long to compile; donated arguments count once."""
     memory = program.memory_analysis()
-    facts = Facts(seconds, memory.temp_size_in_bytes, memory.output_size_in_bytes, flops(lowered))
-    needed, free = facts.temp_bytes + facts.output_bytes, available_bytes()
-    if free is not None and needed > free:
-        reason = f"needs {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free"
-        return Candidate(name, dtype, None, facts, reason)
-    return Candidate(name, dtype, lambda: jax.block_until_ready(program(*args)), facts, describe=describe)
+    temp, output = memory.temp_size_in_bytes, memory.output_size_in_bytes
+    peak = memory.argument_size_in_bytes + temp + output - memory.alias_size_in_bytes
+    return Facts(seconds, temp, output, flops(lowered), peak)
+
+
+def does_not_fit(needed: float) -> str | None:
+    """Why something that needs so many bytes more is not run; None where it may."""
+    free = available_bytes()
+    if free is None or needed <= free:
+        return None
+    return f"needs {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free"
 
 
 def flops(lowered: jax.stages.Lowered) -> float:
@@ -124,8 +143,9 @@ def time_in_turns(candidates: Sequence[Candidate], rounds: int) -> list[dict[str
 
     Returns:
       Dicts for JSON: `name`, `dtype`, `seconds` (median of a call), `best_seconds` (its minimum, which other work on
-      the machine disturbs least), `all_seconds`, `compile_seconds`, `temp_bytes`, `flops`, `share_of_peak` (its rate by
-      that of the `PRODUCT` of its dtype), `not_run`, and what `describe` says. What is unknown or not run is None.
+      the machine disturbs least), `all_seconds`, `compile_seconds`, `temp_bytes`, `peak_bytes`, `flops`,
+      `share_of_peak` (its rate by that of the `PRODUCT` of its dtype), `not_run`, and what `describe` says. What is
+      unknown or not run is None.
     """
     described = []
     with Progress("first calls", len(candidates), "programs") as progress:
@@ -164,6 +184,7 @@ def _row(candidate: Candidate, seconds: list[float], described: dict[str, Any]) 
         "all_seconds": [round(s, 7) for s in seconds],
         "compile_seconds": round(facts.compile_seconds, 3) if facts else None,
         "temp_bytes": facts.temp_bytes if facts else None,
+        "peak_bytes": facts.peak_bytes if facts else None,
         "flops": facts.flops if facts else None,
         "not_run": candidate.not_run,
         **described,
@@ -246,11 +267,11 @@ def write_report(report: dict[str, Any], file: str | Path) -> None:
 def format_report(report: dict[str, Any]) -> str:
     """The report as text: a line of place and settings, the table, the bars."""
     place, settings = report["environment"], report["settings"]
-    versions = ", ".join(f"{name} {place[name]}" for name in ("python", "jax", "torch") if place.get(name))
+    versions = ", ".join(f"{name} {place[name]}" for name in ("python", "jax", "torch", "diffusers") if place.get(name))
     host = f"{place['processor']}, {place['cores']} cores, load average {place['load_average']}"
     where = f"{report['date']}, {place['device']} ({host}), {versions}"
     how = ", ".join(f"{name}={value}" for name, value in settings.items())
-    headings = ("", "dtype", "ms", "best ms", "compile s", "temp MiB", "GFLOP", "of peak", "value")
+    headings = ("", "dtype", "ms", "best ms", "compile s", "temp MiB", "peak MiB", "GFLOP", "of peak", "value")
     table = _table([headings, *(_cells(row) for row in report["rows"])])
     notes = [f"{row['name']} {row['dtype']}: not run: {row['not_run']}" for row in report["rows"] if row["not_run"]]
     return "\n".join([f"bench {report['bench']}: {how}", where, "", table, *notes, "", *_bar_lines(report)])
@@ -263,6 +284,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         show("best_seconds", 1e3, ".2f"),
         show("compile_seconds", 1, ".1f"),
         show("temp_bytes", 2**-20, ".1f"),
+        show("peak_bytes", 2**-20, ".1f"),
         show("flops", 1e-9, ".2f"),
         show("share_of_peak", 100, ".0f") + ("" if row["share_of_peak"] is None else "%"),
         show("value", 1, ".6f"),

@@ -18,13 +18,13 @@ import numpy as np
 from d2g_jax import mesh as meshes
 from d2g_jax import noise
 from d2g_jax.bench.measure import Bar, Candidate, Facts, make_report, product_candidate, ratio, time_in_turns
+from d2g_jax.bench.networks import check_dtype
 from d2g_jax.conditioning import tokenize_prompts
 from d2g_jax.draw import Solution, draw, teacher_programs
 from d2g_jax.errors import UserError
 from d2g_jax.pairs.estimate import unet_flops
 from d2g_jax.pipeline import Pipeline
 
-DTYPES = ("float32", "bfloat16")
 AGREE = 0.02
 """Largest difference of the two sides' latents over the largest latent, in float32: more is not the same work."""
 
@@ -39,7 +39,7 @@ class PairsRequest:
       batch: images in a call.
       steps: of DDIM.
       guidance_scale: both halves run above 1.
-      dtype: of the networks, one of `DTYPES`.
+      dtype: of the networks, one of `networks.DTYPES`.
       repeats: rounds of turns.
       compile: torch.compile of diffusers' UNet; on GPUs max-autotune.
     """
@@ -60,8 +60,7 @@ class PairsRequest:
                 raise UserError(f"--{flag}={getattr(self, flag)}: give 1 or more")
         if self.batch % jax.device_count():
             raise UserError(f"--batch={self.batch} is not a multiple of the {jax.device_count()} devices")
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype={self.dtype}: give {' or '.join(DTYPES)}")
+        check_dtype(self.dtype)
 
 
 def run_pairs(request: PairsRequest) -> dict[str, Any]:
@@ -85,12 +84,13 @@ def run_pairs(request: PairsRequest) -> dict[str, Any]:
     for row in rows[1:]:
         row["value"] = request.batch / row["seconds"] if row["seconds"] else None
     if request.dtype == "float32" and len(drawn_latents) == 2:
-        _check_same(*drawn_latents.values())
+        check_same(*drawn_latents.values())
     bars = [Bar.at_least("ours draws at least as fast as diffusers", ratio(rows[1]["value"], rows[2]["value"]), 1.0)]
     return make_report("pairs", dataclasses.asdict(request), rows, bars)
 
 
-def _check_same(ours: np.ndarray, theirs: np.ndarray) -> None:
+def check_same(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Raises `UserError` for latents of two sides that differ by more than `AGREE`."""
     error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     if not error <= AGREE:
         raise UserError(f"the two sides draw different latents (by {error:.3g} of the largest): nothing to compare")

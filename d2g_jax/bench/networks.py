@@ -1,0 +1,104 @@
+"""Whole pipelines with random weights at the published sizes: no download, and speed needs no trained ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2g_jax import mesh as meshes
+from d2g_jax.digits.config import WEIGHTS
+from d2g_jax.errors import UserError
+from d2g_jax.models import clip, unet, vae
+from d2g_jax.models.network import Params
+from d2g_jax.pipeline import Pipeline
+from d2g_jax.plan.architectures import abstract_pipeline
+
+MODELS = {
+    "digits": str(WEIGHTS / "pipeline"),
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+"""Short names of what is measured mostly."""
+
+DTYPES = ("float32", "bfloat16")
+
+Place = Callable[[tuple[Any, ...], np.ndarray], Any]
+"""(path, float32 leaf) -> what stands in its place."""
+
+
+def default_dtype() -> str:
+    """What one computes in on this device: float32 on a CPU, bfloat16 elsewhere."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises `UserError` unless `dtype` is one of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype}: give {' or '.join(DTYPES)}")
+
+
+def random_pipeline(model: str, dtype: str, storage: str, seed: int, mesh: jax.sharding.Mesh) -> Pipeline:
+    """A pipeline of `MODELS`, of another hub id whose shapes are known, or of a folder; all its weights are random.
+
+    Args:
+      model: see above.
+      dtype: what the networks compute in.
+      storage: dtype of kernels and embeddings; norms and biases are float32.
+      seed: of the weights.
+      mesh: where each leaf goes as soon as it is drawn.
+
+    Raises `UserError` for a model that is none of these.
+    """
+    pipeline, compute = abstract_pipeline(MODELS.get(model, model)), jnp.dtype(dtype)
+    networks = {name: clip.build(tower.config, compute) for name, tower in pipeline.towers.items()}
+    networks["unet"] = unet.build(pipeline.unet.config, compute)
+    networks["vae"] = vae.build(pipeline.vae.config, compute)
+    place = functools.partial(place_leaf, mesh, jnp.dtype(storage))
+    params = {
+        name: random_params(network.abstract(), seed + i, place) for i, (name, network) in enumerate(networks.items())
+    }
+    return dataclasses.replace(pipeline, params=params, **networks)
+
+
+def place_leaf(mesh: jax.sharding.Mesh, storage: Any, path: tuple[Any, ...], leaf: np.ndarray) -> jax.Array:
+    """A drawn leaf on the mesh by the rules of `mesh.leaf_spec`; kernels and embeddings in `storage`."""
+    stored = leaf.astype(storage) if path[-1].key in ("kernel", "embedding") else leaf
+    spec = meshes.leaf_spec("/".join(part.key for part in path), leaf.shape, mesh.shape["fsdp"])
+    return jax.device_put(stored, jax.sharding.NamedSharding(mesh, spec))
+
+
+def random_params(shapes: Params, seed: int, place: Place = lambda path, leaf: leaf) -> Params:
+    """float32 parameters for a tree of shapes, drawn by numpy: at full size one second in place of one minute.
+
+    Weights keep the variance of what passes through ReLUs; norms and biases are near where training starts. `place`
+    gets every leaf as soon as it is drawn, and its result stands in the tree.
+    """
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> Any:
+        normal = rng.standard_normal(shape.shape, np.float32)
+        if path[-1].key == "kernel":
+            normal *= np.float32(np.sqrt(2 / np.prod(shape.shape[:-1])))
+            return place(path, normal)
+        centre = 1 if path[-1].key in ("scale", "var") else 0
+        return place(path, centre + np.float32(0.1) * (np.abs(normal) if path[-1].key == "var" else normal))
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def random_input_ids(pipeline: Pipeline, batch: int, seed: int) -> np.ndarray:
+    """int32 (batch, `pipeline.token_length`): words at random and, as behind a long prompt, the end last."""
+    rng, ids = np.random.default_rng(seed), []
+    for tokenizer, tower in zip(pipeline.tokenizers, pipeline.towers.values(), strict=True):
+        config, length = tower.config, tokenizer.model_max_length
+        end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+        words = rng.integers(3, min(end, config.vocab_size - 2), (batch, length))
+        words[:, -1] = end
+        ids.append(words)
+    return np.concatenate(ids, axis=1).astype(np.int32)

@@ -1,0 +1,259 @@
+"""`d2g bench sample`: one-step sampling, side by side with diffusers' modules that have the same weights.
+
+Token ids to images on the host, and text towers, UNet and VAE each by itself, by the very programs of `d2g sample`. All
+weights are random and of full size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from d2g_jax import mesh as meshes
+from d2g_jax import noise
+from d2g_jax.bench import torch_pipeline
+from d2g_jax.bench.measure import (
+    Bar,
+    Candidate,
+    Facts,
+    compile_program,
+    does_not_fit,
+    make_report,
+    product_candidate,
+    ratio,
+    time_in_turns,
+)
+from d2g_jax.bench.networks import check_dtype, default_dtype, random_input_ids, random_pipeline
+from d2g_jax.bench.pairs import check_same
+from d2g_jax.diffusion import Schedule
+from d2g_jax.draw import Programs, one_step_programs
+from d2g_jax.errors import UserError
+from d2g_jax.pipeline import Pipeline
+from d2g_jax.progress import Progress
+from d2g_jax.systems import OneStep
+
+PARTS = ("text", "unet", "vae", "all")
+"""Token ids to conditioning; that and noise to latents; those to uint8 images; all three, the images on the host."""
+
+OF_DIFFUSERS = {"cpu": 1.0, "gpu": 1.2}
+"""At least so many times as fast as diffusers, by platform."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleRequest:
+    """What `d2g bench sample` is asked for.
+
+    Attributes:
+      model: see `networks.random_pipeline`.
+      batches: images in a call; each is measured. None: 1, and 8 on accelerators.
+      dtype: of the networks and of their kernels; None: float32 on a CPU, bfloat16 elsewhere.
+      parts: of `PARTS`, what is timed.
+      repeats: rounds of turns.
+      torch: whether diffusers' modules run too, where they are installed.
+      compile: torch.compile of those; None: on GPUs alone, with max-autotune.
+      seed: of weights, noise and token ids.
+    """
+
+    model: str = "sd15"
+    batches: tuple[int, ...] | None = None
+    dtype: str | None = None
+    parts: tuple[str, ...] = PARTS
+    repeats: int = 5
+    torch: bool = True
+    compile: bool | None = None
+    seed: int = 0
+
+    def resolved(self) -> SampleRequest:
+        """The request with this device's defaults; raises `UserError` that names the flag."""
+        accelerator = jax.default_backend() != "cpu"
+        batches = ((1, 8) if accelerator else (1,)) if self.batches is None else self.batches
+        dtype, compiles = self.dtype or default_dtype(), self.compile
+        check_dtype(dtype)
+        if not batches or min(batches) < 1 or any(batch % jax.device_count() for batch in batches):
+            listed = ",".join(map(str, batches))
+            raise UserError(f"--batches={listed}: give numbers that are multiples of the {jax.device_count()} devices")
+        if self.repeats < 1:
+            raise UserError(f"--repeats={self.repeats}: give 1 or more")
+        if not self.parts or not set(self.parts) <= set(PARTS):
+            raise UserError(f"--parts={','.join(self.parts)}: give some of {', '.join(PARTS)}")
+        compiles = jax.default_backend() == "gpu" if compiles is None else compiles
+        return dataclasses.replace(self, batches=batches, dtype=dtype, compile=compiles)
+
+
+def run_sample(request: SampleRequest) -> dict[str, Any]:
+    """Measures and returns the report; `value` of a row is images per second.
+
+    Raises `UserError` for a bad request, an unknown model, and, in float32, sides that do not draw the same latents.
+    """
+    request = request.resolved()
+    mesh = meshes.make_mesh()
+    pipeline = random_pipeline(request.model, request.dtype, request.dtype, request.seed, mesh)
+    timestep = Schedule.from_config(pipeline.scheduler).num_train_timesteps - 1
+    programs = one_step_programs(pipeline, pipeline.params["unet"], OneStep(timestep), mesh)
+    theirs, reason = None, "left out by --no-torch"
+    if request.torch:
+        theirs, reason = torch_pipeline.build(pipeline, request.dtype, timestep, compiles=request.compile)
+    rows, latents = [(None, None, product_candidate(request.dtype))], {}
+    for batch in request.batches:
+        inputs = _inputs(request, pipeline, batch)
+        with Progress(f"compile for {batch}", 1, "batches") as progress:
+            ours = _ours(request, programs, mesh, inputs, latents)
+            progress.advance(1)
+        rows += [(batch, part, ours[part]) for part in request.parts]
+        if request.torch:
+            others = _torch(request, theirs, reason, inputs, latents)
+            rows += [(batch, part, others[part]) for part in request.parts]
+    measured = time_in_turns([candidate for _, _, candidate in rows], request.repeats)
+    for (batch, part, _), row in zip(rows, measured, strict=True):
+        row.update(batch=batch, part=part)
+        row["value"] = ratio(batch, row["seconds"]) if batch else None
+    if request.dtype == "float32":
+        _check_all(latents)
+    report = make_report("sample", dataclasses.asdict(request), measured, list(_bars(request, measured)))
+    if request.torch:
+        report["environment"].update(torch_pipeline.versions())
+    return report
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Inputs:
+    """On the host: token ids (B, T L), and noise (B, C, h, w)."""
+
+    input_ids: np.ndarray
+    noise: np.ndarray
+
+
+def _inputs(request: SampleRequest, pipeline: Pipeline, batch: int) -> _Inputs:
+    height, width, channels = pipeline.latent_shape
+    ids = np.arange(batch, dtype=np.uint32)
+    drawn = np.asarray(noise.record_noise(request.seed, ids, (channels, height, width)))
+    return _Inputs(random_input_ids(pipeline, batch, request.seed), drawn)
+
+
+def _name(part: str, batch: int, side: str = "") -> str:
+    return f"{part} x{batch}" + (f" ({side})" if side else "")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Compiled:
+    """One of our programs for one batch; `call` takes what its parameters leave open."""
+
+    call: Callable[..., Any]
+    facts: Facts
+    results: Any  # shapes with shardings
+
+    @classmethod
+    def of(cls, program: functools.partial, *args: Any) -> _Compiled:
+        lowered, compiled, facts = compile_program(program.func, *program.args, *args)
+        results = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            lowered.out_info,
+            compiled.output_shardings,
+        )
+        return cls(functools.partial(compiled, *program.args), facts, results)
+
+
+def _ours(
+    request: SampleRequest, programs: Programs, mesh: jax.sharding.Mesh, inputs: _Inputs, kept: dict[Any, np.ndarray]
+) -> dict[str, Candidate]:
+    """A candidate for each of `PARTS`; the UNet's latents are kept under (batch, "ours")."""
+    batch, placed = len(inputs.noise), meshes.place_batch({"noise": inputs.noise, "ids": inputs.input_ids}, mesh)
+    text = _Compiled.of(programs.encode, placed["ids"])
+    unet = _Compiled.of(programs.solve, placed["noise"], text.results)
+    vae = _Compiled.of(programs.decode, unet.results)
+    parts = {"text": text, "unet": unet, "vae": vae}
+    refused = does_not_fit(max(part.facts.temp_bytes + part.facts.output_bytes for part in parts.values()))
+    condition = None if refused else jax.block_until_ready(text.call(placed["ids"]))
+    latents = jax.device_put(inputs.noise, unet.results.sharding)  # of the right shape
+
+    def everything() -> np.ndarray:
+        ids = meshes.place_batch(inputs.input_ids, mesh)
+        return np.asarray(vae.call(unet.call(placed["noise"], text.call(ids))))
+
+    calls: dict[str, Callable[[], Any]] = {
+        "text": lambda: jax.block_until_ready(text.call(placed["ids"])),
+        "unet": lambda: jax.block_until_ready(unet.call(placed["noise"], condition)),
+        "vae": lambda: jax.block_until_ready(vae.call(latents)),
+        "all": everything,
+    }
+    facts = {name: part.facts for name, part in parts.items()} | {"all": _together([p.facts for p in parts.values()])}
+    describe = {"unet": functools.partial(_keep, kept, (batch, "ours"))}
+    return {
+        part: Candidate(
+            _name(part, batch), request.dtype, None if refused else call, facts[part], refused,
+            describe.get(part, lambda result: {}),
+        )
+        for part, call in calls.items()
+    }  # fmt: skip
+
+
+def _together(facts: list[Facts]) -> Facts:
+    """Of programs one after another."""
+    return Facts(
+        sum(fact.compile_seconds for fact in facts),
+        max(fact.temp_bytes for fact in facts),
+        facts[-1].output_bytes,
+        sum(fact.flops for fact in facts),
+        max(fact.peak_bytes for fact in facts),
+    )
+
+
+def _torch(
+    request: SampleRequest,
+    theirs: torch_pipeline.TorchPipeline | None,
+    reason: str | None,
+    inputs: _Inputs,
+    kept: dict[Any, np.ndarray],
+) -> dict[str, Candidate]:
+    """The same candidates of diffusers' modules; the UNet's latents are kept under (batch, "torch")."""
+    batch = len(inputs.noise)
+    if theirs is None:
+        return {p: Candidate(_name(p, batch, "torch"), request.dtype, None, not_run=reason) for p in PARTS}
+    calls: dict[str, Callable[[], Any]] = theirs.calls(inputs.input_ids, inputs.noise)
+    candidates = {
+        part: Candidate(_name(part, batch, "torch"), request.dtype, call, describe=theirs.describe)
+        for part, call in calls.items()
+    }
+
+    def keep(result: Any) -> dict[str, Any]:
+        return {**_keep(kept, (batch, "torch"), result.float().cpu().numpy()), **theirs.describe(result)}
+
+    return {**candidates, "unet": dataclasses.replace(candidates["unet"], describe=keep)}
+
+
+def _keep(kept: dict[Any, np.ndarray], key: tuple[int, str], latents: Any) -> dict[str, Any]:
+    kept[key] = np.asarray(latents)
+    return {"latent_std": float(kept[key].std())}
+
+
+def _check_all(latents: dict[Any, np.ndarray]) -> None:
+    for (batch, side), drawn in latents.items():
+        if side == "ours" and (batch, "torch") in latents:
+            check_same(drawn, latents[batch, "torch"])
+
+
+def _bars(request: SampleRequest, rows: list[dict[str, Any]]) -> Iterator[Bar]:
+    by_name = {row["name"]: row for row in rows}
+    backend, first, last = jax.default_backend(), min(request.batches), max(request.batches)
+
+    def seconds(part: str, batch: int, side: str = "") -> float | None:
+        return by_name.get(_name(part, batch, side), {}).get("seconds")
+
+    limit = OF_DIFFUSERS.get(backend, 1.0)
+    for batch in request.batches:
+        for part in ("all", "unet"):
+            if request.torch and part in request.parts:
+                faster = ratio(seconds(part, batch, "torch"), seconds(part, batch))
+                yield Bar.at_least(f"{part} x{batch}: at least {limit} times as fast as diffusers", faster, limit)
+    if backend != "cpu" and "unet" in request.parts:
+        share = by_name[_name("unet", last)]["share_of_peak"]
+        yield Bar.at_least(f"unet x{last}: at least half of the peak", share, 0.5)
+    part = request.parts[-1]
+    if last > first:
+        growth = ratio(ratio(seconds(part, last), last), ratio(seconds(part, first), first))
+        yield Bar.at_most(f"{part}: an image of {last} takes at most 1.05 times as long as of {first}", growth, 1.05)

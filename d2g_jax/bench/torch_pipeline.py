@@ -1,0 +1,240 @@
+"""diffusers' modules for one of our pipelines, with its weights: what `d2g bench sample` and `train` compare with.
+
+Nothing here imports torch before it is called, and torch is no dependency.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from d2g_jax.conditioning import size_ids
+from d2g_jax.diffusion import Schedule
+from d2g_jax.models.network import Network, Params
+from d2g_jax.pipeline import Pipeline
+from d2g_jax.weights import to_state_dict
+
+PACKAGES = ("torch", "diffusers", "transformers")
+
+
+def missing() -> str | None:
+    """Why diffusers' modules cannot run here on the device that JAX uses; None where they can."""
+    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if absent:
+        return f"{' and '.join(absent)} not installed"
+    import torch
+
+    backend = jax.default_backend()
+    if backend == "cpu" or (backend == "gpu" and torch.cuda.is_available()):
+        return None
+    return f"this torch has no {backend}"
+
+
+def versions() -> dict[str, str]:
+    """Of what is installed."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
+
+
+def device() -> str:
+    """torch's name of the device that JAX uses; also gives torch every core of a CPU, as XLA has."""
+    import torch
+
+    if jax.default_backend() != "cpu":
+        return "cuda"
+    torch.set_num_threads(os.cpu_count() or 1)  # its own default may leave hyperthreads idle
+    return "cpu"
+
+
+def module(network: Network, params: Params, dtype: str) -> Any:
+    """diffusers' or transformers' module for a network of ours, with these weights, in `dtype`, on the device."""
+    import diffusers
+    import torch
+    import transformers
+
+    values, compute = network.config.to_json(), getattr(torch, dtype)
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # of another project's code
+        if "architectures" in values:
+            (name,) = values.pop("architectures")
+            made = getattr(transformers, name)(transformers.CLIPTextConfig(**values))
+        else:
+            made = getattr(diffusers, values["_class_name"]).from_config(values)
+    state = to_state_dict(params)
+    if not any(key.startswith("text_model.") for key in made.state_dict()):
+        state = {key.removeprefix("text_model."): value for key, value in state.items()}
+    tensors = {}
+    for key in list(state):
+        # A copy where JAX owns the buffer; of the others no second one is held.
+        tensors[key] = torch.from_numpy(np.require(state.pop(key), np.float32, ["C", "W"])).to(device(), compute)
+    made.load_state_dict(tensors, strict=True, assign=True)
+    for name, buffer in list(made.named_buffers()):
+        if buffer.is_meta:  # position_ids, which no state dict holds
+            owner, _, attribute = name.rpartition(".")
+            count = torch.arange(buffer.shape[-1], device=device()).expand(buffer.shape)
+            made.get_submodule(owner).register_buffer(attribute, count, persistent=False)
+    # NHWC is what tensor cores take; on a CPU oneDNN lays tensors out by itself
+    return made.to(memory_format=torch.channels_last) if device() == "cuda" else made
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TorchText:
+    """Text towers in PyTorch.
+
+    Attributes:
+      towers: modules, in evaluation.
+      split: tokens of the first one.
+      time_ids: SDXL's six numbers.
+    """
+
+    towers: list[Any]
+    split: int
+    time_ids: tuple[float, ...]
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, towers: list[Any]) -> TorchText:
+        """For the pipeline whose towers these are."""
+        return cls(towers, pipeline.tokenizer.model_max_length, tuple(map(float, size_ids(pipeline))))
+
+    def encode(self, input_ids: Any) -> tuple[Any, dict[str, Any] | None]:
+        """Token ids (B, T L) to hidden states, and what SDXL adds to its time."""
+        import torch
+
+        if len(self.towers) == 1:
+            return self.towers[0](input_ids=input_ids).last_hidden_state, None
+        parts = input_ids[:, : self.split], input_ids[:, self.split :]
+        outputs = [
+            tower(input_ids=ids, output_hidden_states=True) for tower, ids in zip(self.towers, parts, strict=True)
+        ]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+        ids = torch.tensor([self.time_ids] * len(input_ids), device=hidden.device, dtype=hidden.dtype)
+        return hidden, {"text_embeds": outputs[1].text_embeds, "time_ids": ids}
+
+
+def to_x0(prediction_type: str, output: Any, noise: Any, alpha_bar: float) -> Any:
+    """The rule of `diffusion.one_step` on float32 tensors."""
+    signal, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    if prediction_type == "epsilon":
+        return (noise - sigma * output) / signal
+    return signal * noise - sigma * output if prediction_type == "v_prediction" else output
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TorchPipeline:
+    """One-step sampling in PyTorch.
+
+    Attributes:
+      text, unet, vae: modules, in evaluation.
+      dtype: of weights and arithmetic.
+      timestep: of the one call.
+      prediction_type, alpha_bar: what the UNet answers, and where in the schedule it is asked.
+      scaling_factor: of the latents.
+      compiled: whether torch.compile has them.
+    """
+
+    text: TorchText
+    unet: Any
+    vae: Any
+    dtype: Any
+    timestep: int
+    prediction_type: str
+    alpha_bar: float
+    scaling_factor: float
+    compiled: bool
+
+    def solve(self, noise: Any, condition: tuple[Any, dict[str, Any] | None]) -> Any:
+        """Noise (B, C, h, w) to float32 latents."""
+        hidden, added = condition
+        sample, t = noise.to(self.dtype), noise.new_full((len(noise),), self.timestep).long()
+        output = self.unet(sample, t, encoder_hidden_states=hidden, added_cond_kwargs=added).sample.float()
+        return to_x0(self.prediction_type, output, noise, self.alpha_bar)
+
+    def decode(self, latents: Any) -> Any:
+        """Latents to uint8 images (B, H, W, 3), rounded as diffusers does."""
+        import torch
+
+        images = self.vae.decode((latents / self.scaling_factor).to(self.dtype)).sample.float()
+        return ((images * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+    def calls(self, input_ids: np.ndarray, noise: np.ndarray) -> dict[str, Callable[[], Any]]:
+        """Functions without arguments that end when their result is there: "text", "unet", "vae" and "all"."""
+        import torch
+
+        place = device()
+        ids, drawn = torch.from_numpy(input_ids).long().to(place), torch.from_numpy(noise.copy()).to(place)
+
+        def waited(call: Callable[[], Any]) -> Callable[[], Any]:
+            def run() -> Any:
+                if self.compiled and place == "cuda":
+                    torch.compiler.cudagraph_mark_step_begin()
+                with torch.inference_mode():
+                    result = call()
+                if place == "cuda":
+                    torch.cuda.synchronize()
+                return result
+
+            return run
+
+        def everything() -> Any:
+            ids = torch.from_numpy(input_ids).long().to(place)
+            return self.decode(self.solve(drawn, self.text.encode(ids))).cpu()
+
+        with torch.inference_mode():
+            condition = jax.tree.map(torch.clone, self.text.encode(ids))  # a compiled tower writes over its results
+        return {
+            "text": waited(lambda: self.text.encode(ids)),
+            "unet": waited(lambda: self.solve(drawn, condition)),
+            "vae": waited(lambda: self.decode(drawn)),  # latents of the right shape
+            "all": waited(everything),
+        }
+
+    def describe(self, result: Any) -> dict[str, Any]:
+        """The most memory that torch has held on a GPU since this was last asked, weights included."""
+        import torch
+
+        if device() != "cuda":
+            return {}
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return {"peak_bytes": peak}
+
+
+def build(
+    pipeline: Pipeline, dtype: str, timestep: int, *, compiles: bool
+) -> tuple[TorchPipeline, None] | tuple[None, str]:
+    """The pipeline with the same weights; or None and why it does not run here.
+
+    `compiles`: torch.compile of the towers, the UNet and the decoder, on GPUs with max-autotune.
+    """
+    if reason := missing():
+        return None, reason
+    import torch
+
+    named = {**pipeline.towers, "unet": pipeline.unet, "vae": pipeline.vae}
+    modules = {name: module(network, pipeline.params[name], dtype).eval() for name, network in named.items()}
+    if compiles:
+        compiler = functools.partial(torch.compile, mode="max-autotune" if device() == "cuda" else "default")
+        for name in (*pipeline.towers, "unet"):
+            modules[name] = compiler(modules[name])
+        modules["vae"].decode = compiler(modules["vae"].decode)
+    schedule = Schedule.from_config(pipeline.scheduler)
+    made = TorchPipeline(
+        text=TorchText.of(pipeline, [modules[name] for name in pipeline.towers]),
+        unet=modules["unet"],
+        vae=modules["vae"],
+        dtype=getattr(torch, dtype),
+        timestep=timestep,
+        prediction_type=schedule.prediction_type,
+        alpha_bar=float(schedule.alphas_cumprod[timestep]),
+        scaling_factor=pipeline.scaling_factor,
+        compiled=compiles,
+    )
+    return made, None

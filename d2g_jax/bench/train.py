@@ -1,0 +1,237 @@
+"""`d2g bench train`: a whole training iteration by the very programs of `d2g train`, on random data.
+
+Per loss G's step alone and with the adversary, then D's step and R1's, then a loop of `train.programs.iteration`, which
+is held against the sum of its programs; and G's step with MSE in PyTorch. Weights are random, no pairs are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+
+from d2g_jax import mesh as meshes
+from d2g_jax.bench import torch_pipeline, torch_train
+from d2g_jax.bench.measure import (
+    PRODUCT,
+    Bar,
+    Candidate,
+    does_not_fit,
+    make_report,
+    product_candidate,
+    ratio,
+    time_in_turns,
+)
+from d2g_jax.bench.training import Run, Training, compile_run, state_bytes, with_loss_and_batch
+from d2g_jax.errors import UserError
+from d2g_jax.progress import Progress
+from d2g_jax.step import Frozen
+
+AGREE = 0.02
+"""Largest difference of the two sides' first losses, over theirs, in float32: more is not the same work."""
+
+_G_STEPS = ("g_regression", "g_adversarial")
+
+Runs = dict[str, Run]
+"""By the name of the loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRequest:
+    """What `d2g bench train` is asked for.
+
+    Attributes:
+      config: of a run; its `pipeline` may also be one of `networks.MODELS`.
+      losses: names of `loss.name`; D, R1 and the loop are measured with the last of them.
+      batches: images in a step, each measured; None is the config's `train.batch_size`.
+      repeats: rounds of turns.
+      torch: whether PyTorch's step runs too, where it is installed.
+      compile: torch.compile of its UNet; None: on GPUs alone.
+      seed: of weights and data.
+    """
+
+    config: ml_collections.ConfigDict
+    losses: tuple[str, ...] = ("mse", "e_latent_lpips")
+    batches: tuple[int, ...] | None = None
+    repeats: int = 5
+    torch: bool = True
+    compile: bool | None = None
+    seed: int = 0
+
+    def resolved(self) -> TrainRequest:
+        """The request with the config's batch and this device's default; raises `UserError` that names the flag."""
+        if self.repeats < 1:
+            raise UserError(f"--repeats={self.repeats}: give 1 or more")
+        if len(set(self.losses)) < max(1, len(self.losses)):
+            raise UserError(f"--losses={','.join(self.losses)}: give names of losses, each once")
+        batches = self.batches or (self.config.train.batch_size,)
+        if min(batches) < 1 or len(set(batches)) < len(batches):
+            raise UserError(f"--batches={','.join(map(str, batches))}: give numbers of images, each once")
+        compiles = jax.default_backend() == "gpu" if self.compile is None else self.compile
+        return dataclasses.replace(self, batches=batches, compile=compiles)
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values for the report."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        names = ("groups", "micro_batch", "r1_micro_batch", "remat")
+        return {**own, "config": self.config.name, **{name: self.config.train[name] for name in names}}
+
+
+def run_train(request: TrainRequest) -> dict[str, Any]:
+    """Measures and returns the report; `value` of a row is images per second.
+
+    Where state and activations do not fit into memory, the programs are compiled, not run, and the rows say so.
+
+    Raises `UserError` for a bad request or config, and, in float32, for a PyTorch step with another loss than ours.
+    """
+    request = request.resolved()
+    mesh = meshes.make_mesh(request.config.mesh.data, request.config.mesh.fsdp)
+    by_batch = _compile_all(request, mesh)
+    runs = [run for of_batch in by_batch.values() for run in of_batch.values()]
+    held = max(state_bytes(run.shapes) for run in runs) * jax.local_device_count()
+    refused = does_not_fit(held + max(run.beside_state for run in runs))
+    training = None if refused else Training(runs[-1], request.seed)
+    candidates = [product_candidate(request.config.train.dtype)]
+    for batch, of_batch in by_batch.items():
+        candidates += _candidates(request, batch, of_batch, training, refused)
+    rows = time_in_turns(candidates, request.repeats)
+    for batch, of_batch in by_batch.items():
+        rows += [_iteration(of_batch[loss].config, loss, batch, rows) for loss in request.losses]
+    for row in rows[1:]:
+        row["value"] = ratio(row.get("images"), row["seconds"])
+    _check_losses(request, rows)
+    report = make_report("train", request.settings(), rows, list(_bars(request, rows)))
+    if request.torch:
+        report["environment"].update(torch_pipeline.versions())
+    return report
+
+
+def _compile_all(request: TrainRequest, mesh: jax.sharding.Mesh) -> dict[int, Runs]:
+    """By batch and loss: of all losses G's steps, of the last one also D's."""
+    runs: dict[int, Runs] = {batch: {} for batch in request.batches}
+    with Progress("compile", len(request.batches) * len(request.losses), "runs") as progress:
+        for batch, of_batch in runs.items():
+            for loss in request.losses:
+                config = with_loss_and_batch(request.config, loss, batch)
+                of_batch[loss] = compile_run(config, mesh, None if loss == request.losses[-1] else _G_STEPS)
+                progress.advance(1)
+    return runs
+
+
+def _candidates(
+    request: TrainRequest, batch: int, runs: Runs, training: Training | None, refused: str | None
+) -> Iterator[Candidate]:
+    """Every loss' G, PyTorch's behind the one with MSE, D, R1, and the loop."""
+    main, dtype = runs[request.losses[-1]], request.config.train.dtype
+    data = placed = None
+    frozen: dict[str, Frozen] = {}
+    if training is not None:
+        data = training.data(main)
+        placed = meshes.place_whole_batch(data, main.shapes.mesh)
+        frozen = {loss: training.frozen(run) for loss, run in runs.items()}
+
+    def candidate(name: str, loss: str, program: str, method: str) -> Candidate:
+        run, call = runs[loss], None
+        if training is not None:
+            call = functools.partial(getattr(training, method), run, frozen[loss], placed)
+        return Candidate(name, dtype, call, run.facts[program], refused, lambda m: {"images": batch, **_loss(m)})
+
+    steps = [(f"g, {loss} x{batch}", loss, "g_regression", "regress") for loss in runs]
+    steps += [(f"g + adversary, {loss} x{batch}", loss, "g_adversarial", "fool") for loss in runs]
+    last = request.losses[-1]
+    steps += [(f"d x{batch}", last, "d", "discriminate"), (f"r1 x{batch}", last, "r1", "regularise")]
+    for name, loss, program, method in steps:
+        if program not in runs[loss].facts:
+            continue
+        yield candidate(name, loss, program, method)
+        if request.torch and name == f"g, mse x{batch}":
+            yield torch_train.candidate(
+                f"{name} (torch)", runs[loss], training, data, refused, compiles=request.compile
+            )
+    call = None if training is None else functools.partial(training.loop, main, frozen[last], data)
+    describe = lambda m: {"images": main.loop_length * batch}  # noqa: E731
+    yield Candidate(f"loop of {main.loop_length} x{batch}", dtype, call, not_run=refused, describe=describe)
+
+
+def _loss(metrics: dict[str, jax.Array]) -> dict[str, float]:
+    """Of the first call, for comparison; D's rows have none."""
+    return {"loss": float(metrics["loss_regression"])} if "loss_regression" in metrics else {}
+
+
+def _iteration(config: ml_collections.ConfigDict, loss: str, batch: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row for G, D and R1 in their shares, from the others' medians."""
+    by_name = {row["name"]: row for row in rows}
+    a = config.adversarial
+    shares = {f"g + adversary, {loss} x{batch}": 1.0, f"d x{batch}": 1.0, f"r1 x{batch}": 1.0 / max(a.r1_interval, 1)}
+    parts = [(share, by_name[name]) for name, share in shares.items() if name in by_name]
+    if f"g + adversary, {loss} x{batch}" not in by_name:
+        parts = [(1.0, by_name[f"g, {loss} x{batch}"])]
+
+    def total(key: str) -> float | None:
+        values = [row[key] for _, row in parts]
+        return None if None in values else sum(share * value for (share, _), value in zip(parts, values, strict=True))
+
+    seconds, flops = total("seconds"), total("flops")
+    peak = ratio(by_name[PRODUCT]["flops"], by_name[PRODUCT]["seconds"])
+    return {
+        **dict.fromkeys(by_name[PRODUCT]),
+        "name": f"iteration, {loss} x{batch}",
+        "dtype": config.train.dtype,
+        "seconds": seconds,
+        "best_seconds": total("best_seconds"),
+        "all_seconds": [],
+        "compile_seconds": sum(row["compile_seconds"] for _, row in parts),
+        "temp_bytes": max(row["temp_bytes"] for _, row in parts),
+        "peak_bytes": max(row["peak_bytes"] for _, row in parts),
+        "flops": flops,
+        "share_of_peak": ratio(ratio(flops, seconds), peak),
+        "images": batch,
+    }
+
+
+def _check_losses(request: TrainRequest, rows: list[dict[str, Any]]) -> None:
+    """In float32 the two sides' first steps, from the same weights, must have the same loss."""
+    by_name, batch = {row["name"]: row for row in rows}, request.batches[0]
+    ours, theirs = (by_name.get(f"g, mse x{batch}{side}", {}).get("loss") for side in ("", " (torch)"))
+    if request.config.train.dtype != "float32" or ours is None or theirs is None:
+        return
+    if not abs(ours - theirs) <= AGREE * abs(theirs):
+        raise UserError(f"the two sides' first losses are {ours:.6g} and {theirs:.6g}: nothing to compare")
+
+
+def _bars(request: TrainRequest, rows: list[dict[str, Any]]) -> Iterator[Bar]:
+    by_name = {row["name"]: row for row in rows}
+    first, last, main = min(request.batches), max(request.batches), request.losses[-1]
+    accelerator = jax.default_backend() != "cpu"
+
+    def value(name: str, key: str = "seconds") -> float | None:
+        return by_name.get(name, {}).get(key)
+
+    if {"mse", "e_latent_lpips"} <= set(request.losses):
+        for step in ("g", "iteration"):
+            part = ratio(value(f"{step}, mse x{last}"), value(f"{step}, e_latent_lpips x{last}"))
+            yield Bar.at_least(f"{step} with e_latent_lpips has at least 0.9 of mse's throughput", part, 0.9)
+    if request.torch and f"g, mse x{first} (torch)" in by_name:
+        faster = ratio(value(f"g, mse x{first} (torch)"), value(f"g, mse x{first}"))
+        yield Bar.at_least("g with mse is at least as fast as PyTorch's", faster, 1.0)
+    for batch in request.batches:
+        for name, row in by_name.items():
+            if name.startswith("loop of ") and name.endswith(f" x{batch}"):
+                alone = ratio(row["seconds"], row["images"] / batch) if row["seconds"] else None
+                longer = ratio(alone, value(f"iteration, {main} x{batch}"))
+                yield Bar.at_most(f"x{batch}: the loop takes at most 1.02 of its programs' time", longer, 1.02)
+    if accelerator:
+        share = value(f"iteration, {main} x{last}", "share_of_peak")
+        yield Bar.at_least("an iteration runs at 0.4 of the peak at least", share, 0.4)
+        if request.config.name == "sd15":
+            rate = ratio(value(f"iteration, {main} x{last}", "value"), jax.device_count())
+            yield Bar.at_least("at least 30 images per second and device", rate, 30.0)
+    if last > first:
+        growth = ratio(
+            ratio(value(f"iteration, {main} x{last}"), last), ratio(value(f"iteration, {main} x{first}"), first)
+        )
+        yield Bar.at_most(f"an image of {last} takes at most 1.05 times as long as of {first}", growth, 1.05)

@@ -1,0 +1,162 @@
+"""What `d2g bench train` times: a run's own programs, compiled from shapes, over one random state."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from d2g_jax import mesh as meshes
+from d2g_jax.bench.measure import Facts, facts_of
+from d2g_jax.bench.networks import MODELS, place_leaf, random_input_ids, random_params
+from d2g_jax.perceptual import LatentLPIPS
+from d2g_jax.plan.architectures import abstract_pipeline
+from d2g_jax.plan.shapes import Shapes, run_shapes
+from d2g_jax.plan.trace import program_cost
+from d2g_jax.state import TrainState, create_state
+from d2g_jax.step import Frozen, Metrics
+from d2g_jax.train.programs import Programs, iteration, trace_programs, without_adversary
+
+_PLAIN_LOOP = 8
+"""Iterations of a loop in a run without R1."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A config as shapes, its compiled programs, and what is known of them by their names in `Programs`."""
+
+    shapes: Shapes
+    programs: Programs
+    facts: dict[str, Facts]
+
+    @property
+    def config(self) -> ml_collections.ConfigDict:
+        return self.shapes.config
+
+    @property
+    def with_adversary(self) -> bool:
+        """Whether there is a discriminator that G comes to listen to."""
+        return self.programs.g_adversarial is not None
+
+    @property
+    def loop_length(self) -> int:
+        """Iterations in which every program has its share of calls."""
+        return self.config.adversarial.r1_interval if self.programs.r1 is not None else _PLAIN_LOOP
+
+    @property
+    def beside_state(self) -> float:
+        """Bytes that the hungriest program takes on a device beside what stays there."""
+        return max(fact.temp_bytes for fact in self.facts.values())
+
+
+def with_loss_and_batch(config: ml_collections.ConfigDict, loss: str, batch: int) -> ml_collections.ConfigDict:
+    """A copy of a config; a pipeline of `networks.MODELS` gets its own name."""
+    changed = copy.deepcopy(config)
+    with changed.unlocked():
+        changed.pipeline = MODELS.get(config.pipeline, config.pipeline)
+        changed.loss.name, changed.train.batch_size = loss, batch
+    return changed
+
+
+def compile_run(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, names: tuple[str, ...] | None) -> Run:
+    """Compiles the steps of `names` (None: all) that a run needs from its first image on; no array is made.
+
+    Raises `UserError` as `d2g plan` does for a config that fits no mesh and a pipeline whose shapes are not known.
+    """
+    shapes = run_shapes(config, mesh)
+    arguments = config, shapes.d, shapes.frozen, shapes.state, shapes.batch, mesh
+    programs, facts, start = {}, {}, time.perf_counter()
+    for name, traced in trace_programs(*arguments, images=0, names=names).items():
+        with meshes.traced_for(mesh):
+            lowered = traced.lower()
+        programs[name] = lowered.compile()
+        cost = program_cost(traced.jaxpr)  # XLA's own analysis counts a loop over micro-batches once
+        measured = facts_of(lowered, programs[name], time.perf_counter() - start)
+        facts[name] = dataclasses.replace(measured, flops=cost.bfloat16_flops + cost.float32_flops)
+        start = time.perf_counter()
+    return Run(shapes, Programs(**programs), facts)
+
+
+def state_bytes(shapes: Shapes) -> float:
+    """What stays on a device from step to step; without the VAE, which only the sample grids need."""
+    return sum(held for name, held in shapes.resident_bytes().items() if name != "VAE")
+
+
+class Training:
+    """One random state, which every program takes and gives back (its buffers are donated), and what is frozen."""
+
+    def __init__(self, run: Run, seed: int):
+        shapes, d = run.shapes, run.shapes.d
+        self.seed, self.towers = seed, _random(shapes.frozen.towers, shapes.mesh, seed + 1)
+        adversary = None if d.discriminator is None else _random(d.discriminator.abstract(), shapes.mesh, seed + 2)
+        state = create_state(
+            _random(shapes.state.generator, shapes.mesh, seed), d.generator_optimizer, adversary,
+            d.discriminator_optimizer,
+        )  # fmt: skip
+        self.state = meshes.place(state, shapes.mesh)
+
+    def frozen(self, run: Run) -> Frozen:
+        """Towers, and the metric of the run's loss."""
+        metric, mesh = run.shapes.frozen.metric, run.shapes.mesh
+        return Frozen(self.towers, None if metric is None else meshes.place(_random_metric(metric, self.seed), mesh))
+
+    def data(self, run: Run) -> dict[str, np.ndarray]:
+        """A batch as the loop reads it, on the host."""
+        rng, batch = np.random.default_rng(self.seed), {}
+        for name, shape in run.shapes.batch.items():
+            batch[name] = rng.standard_normal(shape.shape, np.float32).astype(shape.dtype)
+        size = run.config.train.batch_size
+        batch["input_ids"] = random_input_ids(abstract_pipeline(run.config.pipeline), size, self.seed)
+        return {**batch, "id": np.arange(size, dtype=np.uint32)}
+
+    def regress(self, run: Run, frozen: Frozen, batch: dict[str, jax.Array]) -> Metrics:
+        """G's step without the adversary; waits for it, as all of these do."""
+        state = self.state
+        alone, _, metrics = run.programs.g_regression(frozen, without_adversary(state), batch)
+        adversary = {name: getattr(state, name) for name in ("discriminator", "discriminator_optimizer")}
+        return self._keep(dataclasses.replace(alone, **adversary), metrics)
+
+    def fool(self, run: Run, frozen: Frozen, batch: dict[str, jax.Array]) -> Metrics:
+        """G's step with the adversary."""
+        state, _, metrics = run.programs.g_adversarial(frozen, self.state, batch)
+        return self._keep(state, metrics)
+
+    def discriminate(self, run: Run, frozen: Frozen, batch: dict[str, jax.Array]) -> Metrics:
+        """D's step, on the targets as if they had been generated."""
+        generated = jnp.transpose(batch["latents"], (0, 2, 3, 1)).astype(jnp.float32)
+        return self._keep(*run.programs.d(frozen, self.state, batch, generated))
+
+    def regularise(self, run: Run, frozen: Frozen, batch: dict[str, jax.Array]) -> Metrics:
+        """R1's step."""
+        return self._keep(*run.programs.r1(frozen, self.state, batch))
+
+    def loop(self, run: Run, frozen: Frozen, data: dict[str, np.ndarray]) -> Metrics:
+        """`run.loop_length` iterations as the loop does them, each with its batch from the host; one has R1."""
+        config, count, size = run.config, run.loop_length, run.config.train.batch_size
+        fools_from = config.adversarial.start_images + config.adversarial.warmup_images
+        first = -(-fools_from // (size * count)) * count
+        for step in range(first, first + count):
+            batch = meshes.place_whole_batch(data, run.shapes.mesh)
+            images = step * size if run.with_adversary else 0
+            self.state, metrics = iteration(config, run.programs, frozen, self.state, batch, images)
+        return self._keep(self.state, metrics["generator"])
+
+    def _keep(self, state: TrainState, metrics: Metrics) -> Metrics:
+        self.state = jax.block_until_ready(state)
+        return metrics
+
+
+def _random(shapes: Any, mesh: jax.sharding.Mesh, seed: int) -> Any:
+    return random_params(shapes, seed, lambda path, leaf: place_leaf(mesh, np.float32, path, leaf))
+
+
+def _random_metric(metric: LatentLPIPS, seed: int) -> LatentLPIPS:
+    rng = np.random.default_rng(seed)
+    heads = tuple(jnp.asarray(0.1 * rng.random(head.shape, np.float32)) for head in metric.heads)
+    return dataclasses.replace(metric, params=random_params(metric.params, seed + 3), heads=heads)
