@@ -323,6 +323,7 @@ def export_program(folder: Path, dtype: str, name: str, work: Path) -> tuple[dic
     return meta, our_images(like, np.load(work / "noise.npy"), PROMPTS * 2)[1]
 
 
+@pytest.mark.slow
 def test_program_draws_our_images_in_a_fresh_process(tiny_sd: Path, tiny_sdxl: Path, tmp_path: Path):
     """SD in float32 and SDXL in bfloat16, with other batch sizes than any that was traced."""
     np.save(tmp_path / "noise.npy", np.random.default_rng(0).normal(size=(4, 4, 8, 8)).astype(np.float32))

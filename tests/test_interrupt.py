@@ -73,6 +73,7 @@ def folder(tmp_path_factory):
     return workdir / pairs.FOLDER
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_an_interrupt(folder, tmp_path):
     train = ["train", f"--workdir={tmp_path}", f"--pairs={folder}", *SMALL_TRAIN, "--config.adversarial.weight=0"]
     train.append("--config.loss.name=mse")  # compiles in half the time

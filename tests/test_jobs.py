@@ -270,7 +270,8 @@ train(pickle.load(open(sys.argv[1], "rb")), Path(sys.argv[2]), Path(sys.argv[3])
 """
 
 
-@pytest.mark.parametrize(("steps", "saved", "killed"), [(6, 3, 5), pytest.param(40, 20, 37, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "saved", "killed"), [(6, 3, 5), (40, 20, 37)])
 def test_killed_equals_uninterrupted_to_the_bit(steps, saved, killed, trained, tmp_path):
     """`kill -9` in the middle of a line's steps, then the same command: parameters, optimisers, EMA, data, metrics."""
     _, config, folder = trained

@@ -29,7 +29,7 @@ formula)
     plan sd15_gpu_1xA100-80G sd15 gpu:1xA100-80G $(micro 16 4) $one_device
     plan sd15_gpu_1xRTX4090 sd15 gpu:1xRTX4090 $(micro 1 1) $one_device $bf16
     plan sd15_v6e_4x4 sd15 v6e:4x4 --method=formula $(micro 8 2) --config.mesh.fsdp=16
-    plan sd15_v5p_2x2x2_formula sd15 v5p:2x2x2 --method=formula $(micro 16 4)
+    plan sd15_v5p_2x2x2_formula sd15 v5p:2x2x2 --method=formula $(micro 2 1)
     plan sdxl_gpu_8xH100 sdxl gpu:8xH100 $(micro 1 1)
     plan sdxl_gpu_1xH100 sdxl gpu:1xH100 $(micro 1 1) $one_device $bf16
     plan sdxl_gpu_1xRTX4090 sdxl gpu:1xRTX4090 $(micro 1 1) $one_device $bf16

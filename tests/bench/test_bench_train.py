@@ -40,6 +40,7 @@ def whole():
     return run_train(TrainRequest(small_config(), ("e_latent_lpips",), repeats=1))
 
 
+@pytest.mark.slow
 def test_an_iteration_is_the_sum_of_its_programs(whole):
     rows = by_name(whole)
     g, d, r1 = (rows[name] for name in ("g + adversary, e_latent_lpips x8", "d x8", "r1 x8"))
@@ -51,6 +52,7 @@ def test_an_iteration_is_the_sum_of_its_programs(whole):
     assert g["flops"] > rows["g, e_latent_lpips x8"]["flops"]
 
 
+@pytest.mark.slow
 def test_the_loop_is_held_against_its_programs(whole):
     rows = by_name(whole)
     loop = rows["loop of 2 x8"]
@@ -59,6 +61,7 @@ def test_the_loop_is_held_against_its_programs(whole):
     assert bar["measured"] == pytest.approx(loop["seconds"] / 2 / rows["iteration, e_latent_lpips x8"]["seconds"])
 
 
+@pytest.mark.slow
 def test_every_step_trained(whole):
     rows = by_name(whole)
     assert np.isfinite([rows["g, e_latent_lpips x8"]["loss"], rows["g + adversary, e_latent_lpips x8"]["loss"]]).all()
@@ -66,6 +69,7 @@ def test_every_step_trained(whole):
     assert whole["settings"]["config"] == "digits"
 
 
+@pytest.mark.slow
 def test_pytorch_begins_with_our_loss():
     rows = by_name(run_train(TrainRequest(regression_only(), ("mse",), repeats=1)))
     assert not {"d x8", "r1 x8"} & set(rows)

@@ -90,6 +90,7 @@ def test_at_first_text_counts_and_noise_does_not(params, forward):
     assert change(maps, forward(open_latents, latents, noise, text)) > 1e-7
 
 
+@pytest.mark.slow
 def test_zero_convolutions_learn(network, params):
     """Their own gradient is not zero at the start, so one step opens them."""
 

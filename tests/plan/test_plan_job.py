@@ -106,6 +106,7 @@ def test_a_formula_counts_micro_batches_as_one_batch():
     assert parts.received_bytes > 3 * whole.received_bytes  # parameters gathered four times
 
 
+@pytest.mark.slow
 def test_a_config_that_does_not_fit_is_changed_until_it_does():
     config = alone()
     roomy = plan_run(config, small_chip(10**6), "formula")
