@@ -30,17 +30,22 @@ class Chromium:
         theirs, self._write = os.pipe()
         self._read, answers = os.pipe()
 
-        def as_3_and_4() -> None:
-            first, second = os.dup(theirs), os.dup(answers)  # past 4, so that neither is overwritten
-            os.dup2(first, 3)
-            os.dup2(second, 4)
-
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         flags += ["--remote-debugging-pipe", f"--user-data-dir={self._profile}", "--disable-background-networking"]
-        self._process = subprocess.Popen(
-            [PROGRAM, *flags, f"--window-size={self._size[0]},{self._size[1]}", "about:blank"],
-            close_fds=False, preexec_fn=as_3_and_4, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        # The browser reads commands from descriptor 3 and answers on 4. The shell puts them there: a function to run in
+        # the child would make Python fork, of which JAX warns.
+        script = f'exec "$0" "$@" 3<&{theirs} 4>&{answers}'
+        command = [
+            "bash",
+            "-c",
+            script,
+            PROGRAM,
+            *flags,
+            f"--window-size={self._size[0]},{self._size[1]}",
+            "about:blank",
+        ]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, pass_fds=(theirs, answers), **quiet)
         os.close(theirs)
         os.close(answers)
         self._session = None
