@@ -29,21 +29,13 @@ class Chromium:
     def __enter__(self) -> Chromium:
         theirs, self._write = os.pipe()
         self._read, answers = os.pipe()
-
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         flags += ["--remote-debugging-pipe", f"--user-data-dir={self._profile}", "--disable-background-networking"]
         # The browser reads commands from descriptor 3 and answers on 4. The shell puts them there: a function to run in
         # the child would make Python fork, of which JAX warns.
         script = f'exec "$0" "$@" 3<&{theirs} 4>&{answers}'
-        command = [
-            "bash",
-            "-c",
-            script,
-            PROGRAM,
-            *flags,
-            f"--window-size={self._size[0]},{self._size[1]}",
-            "about:blank",
-        ]
+        size = f"--window-size={self._size[0]},{self._size[1]}"
+        command = ["bash", "-c", script, PROGRAM, *flags, size, "about:blank"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, pass_fds=(theirs, answers), **quiet)
         os.close(theirs)
@@ -97,6 +89,17 @@ class Chromium:
     def open(self, address: str) -> None:
         self.call("Page.navigate", url=address)
 
+    def loaded(self, address: str) -> None:
+        """Opens an address with its events alone, and waits until it is loaded."""
+        self.events.clear()
+        self.open(address)
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._receive(PATIENCE))
+
+    def scripts(self, on: bool) -> None:
+        """Whether the pages opened from now on may run scripts of their own."""
+        self.call("Emulation.setScriptExecutionDisabled", value=not on)
+
     def run(self, script: str) -> object:
         """The value of a JavaScript expression; an exception of it raises."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
@@ -120,9 +123,11 @@ class Chromium:
             self.call("Input.dispatchKeyEvent", type="keyDown", text=letter, key=letter)
             self.call("Input.dispatchKeyEvent", type="keyUp", key=letter)
 
-    def press(self, key: str, text: str | None = None) -> None:
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, **({"text": text} if text else {}))
-        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key)
+    def press(self, key: str, text: str | None = None, code: int | None = None) -> None:
+        """A key, as from a keyboard, to whatever has the focus; `code` is Windows', which form controls go by."""
+        known = {"key": key, "code": key, **({} if code is None else {"windowsVirtualKeyCode": code})}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **known, **({"text": text} if text else {}))
+        self.call("Input.dispatchKeyEvent", type="keyUp", **known)
 
     def screenshot(self, file: Path) -> None:
         """The whole page."""
