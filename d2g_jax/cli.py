@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,21 @@ def print_once(result: object) -> None:
 
     if distributed.process_id() == 0:
         print(result)
+
+
+def add_solution_flags(teacher: Any) -> None:
+    """How a teacher is solved, to a group of a parser: the fields of `draw.Solution`, none of them given by default."""
+    teacher.add_argument("--steps", type=int, help="default 50")
+    teacher.add_argument("--guidance", type=float, dest="guidance_scale", help="default 7.5")
+    teacher.add_argument("--guidance-rescale", type=float, help="phi of arXiv 2305.08891; default 0")
+    teacher.add_argument("--negative", dest="negative_prompt", help="negative prompt")
+    teacher.add_argument("--solver", help="ddim (default), euler, dpmpp_2m or heun")
+    teacher.add_argument("--spacing", help="leading, trailing or linspace; default is the pipeline's own")
+
+
+def given_solution(own: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `draw.Solution` that were given by flag."""
+    from d2g_jax.draw import Solution
+
+    given = {field.name: getattr(own, field.name) for field in dataclasses.fields(Solution)}
+    return {name: value for name, value in given.items() if value is not None}

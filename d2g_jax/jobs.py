@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -130,12 +129,7 @@ def _sample(arguments: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=64, help="images per call, all devices together")
     parser.add_argument("--out", type=Path, required=True)
     teacher = parser.add_argument_group("for a teacher; a one-step student has none of these")
-    teacher.add_argument("--steps", type=int, help="default 50")
-    teacher.add_argument("--guidance", type=float, dest="guidance_scale", help="default 7.5")
-    teacher.add_argument("--guidance-rescale", type=float, help="phi of arXiv 2305.08891; default 0")
-    teacher.add_argument("--negative", dest="negative_prompt", help="negative prompt")
-    teacher.add_argument("--solver", help="ddim (default), euler, dpmpp_2m or heun")
-    teacher.add_argument("--spacing", help="leading, trailing or linspace; default is the pipeline's own")
+    cli.add_solution_flags(teacher)
     own = parser.parse_args(arguments)
     from ml_collections import ConfigDict
 
@@ -144,8 +138,7 @@ def _sample(arguments: list[str]) -> int:
     from d2g_jax.pairs import read_prompts
     from d2g_jax.sample import Request, sample
 
-    given = {field.name: getattr(own, field.name) for field in dataclasses.fields(Solution)}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = cli.given_solution(own)
     request = Request(
         prompts=(*own.prompt, *(read_prompts(own.prompts).lines if own.prompts else ())),
         images_per_prompt=own.images,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from d2g_jax import cli
 from d2g_jax.errors import UserError
 from d2g_jax.evaluate import metric_weights
 from d2g_jax.evaluate.protocols import PROTOCOLS
@@ -97,8 +97,7 @@ def _run(own: argparse.Namespace) -> str:
     from d2g_jax.evaluate.job import Request, evaluate
     from d2g_jax.evaluate.metric_weights import MetricWeights
 
-    given = {field.name: getattr(own, field.name) for field in dataclasses.fields(Solution)}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = cli.given_solution(own)
     if own.images is not None and (given or own.system or own.unet or own.drawn):
         raise UserError("--images are drawn already; leave out --system, --unet, --drawn and a teacher's flags")
     if own.model is not None and own.diversity_images is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from d2g_jax import cli
 from d2g_jax.errors import UserError
 
 Parser = Callable[..., argparse.ArgumentParser]
@@ -35,12 +35,7 @@ def read(arguments: Sequence[str], make_parser: Parser) -> argparse.Namespace:
     page.add_argument("--queue", type=int, default=8, help="drawings waiting, of all visitors; default 8")
     teacher = parser.add_argument_group("the teacher beside a student; by default solved as for the student's pairs")
     teacher.add_argument("--teacher", help="pipeline folder or hub id; a workdir knows its own; `none` for none")
-    teacher.add_argument("--steps", type=int, help="default 50")
-    teacher.add_argument("--guidance", type=float, dest="guidance_scale", help="default 7.5")
-    teacher.add_argument("--guidance-rescale", type=float, help="phi of arXiv 2305.08891; default 0")
-    teacher.add_argument("--negative", dest="negative_prompt", help="negative prompt")
-    teacher.add_argument("--solver", help="ddim (default), euler, dpmpp_2m or heun")
-    teacher.add_argument("--spacing", help="leading, trailing or linspace; default is the pipeline's own")
+    cli.add_solution_flags(teacher)
     own = parser.parse_args(arguments)
     for flag, value, least, most in (
         ("port", own.port, 0, 65535),
@@ -60,13 +55,11 @@ def read(arguments: Sequence[str], make_parser: Parser) -> argparse.Namespace:
 
 def play(own: argparse.Namespace) -> None:
     """Serves the page until Ctrl-C, which is how it ends; SIGTERM raises `Terminated`."""
-    from d2g_jax.draw import Solution
     from d2g_jax.interrupt import terminating
     from d2g_jax.play import server
     from d2g_jax.play.opening import Choice, open_studio
 
-    given = {field.name: getattr(own, field.name) for field in dataclasses.fields(Solution)}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = cli.given_solution(own)
     size = (own.height, own.width)
     choice = Choice(own.model, own.revision, own.system, own.unet, own.teacher, given, size, own.dtype)
     with server.listen(own.host, own.port) as listener, terminating():
