@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -19,8 +19,7 @@ class Terminated(Exception):
     """SIGTERM came, as before a pre-emption; what was done has been saved. The `d2g` command exits with 143."""
 
 
-@contextmanager
-def terminating() -> Iterator[None]:
+def terminating() -> AbstractContextManager[None]:
     """A context in which SIGTERM raises `Terminated`, as Ctrl-C raises `KeyboardInterrupt`; for jobs of whole files.
 
     Off the main thread, where Python handles no signals, it does nothing.
@@ -29,18 +28,10 @@ def terminating() -> Iterator[None]:
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        _restore(signal.SIGTERM, before)
+    return _on_sigterm(terminate)
 
 
-@contextmanager
-def leaving_at_once() -> Iterator[None]:
+def leaving_at_once() -> AbstractContextManager[None]:
     """A context in which SIGTERM ends the process at once, with the code and the line of `Terminated`.
 
     For the time before the first step: nothing is lost, and an exception would have to wait until XLA has compiled what
@@ -51,10 +42,15 @@ def leaving_at_once() -> Iterator[None]:
         print("d2g: terminated; the same command goes on from here", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGTERM)
 
+    return _on_sigterm(leave)
+
+
+@contextmanager
+def _on_sigterm(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
