@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import sys
@@ -60,8 +61,6 @@ def solution(config: ml_collections.ConfigDict) -> Solution:
 def make_manifest(config: ml_collections.ConfigDict, pipeline: Pipeline, prompts: Prompts) -> records.Manifest:
     """What the pairs of this config are; raises `UserError` for settings out of range."""
     pairs = config.pairs
-    solved = solution(pairs)
-    schedule = solved.schedule(pipeline)
     if pairs.count < 1 or pairs.records_per_shard < 1:
         raise UserError(
             f"pairs.count={pairs.count}, pairs.records_per_shard={pairs.records_per_shard}: both start at 1"
@@ -70,16 +69,30 @@ def make_manifest(config: ml_collections.ConfigDict, pipeline: Pipeline, prompts
         raise UserError(f"pairs.guidance_scale={pairs.guidance_scale} is out of range; 0 to 100")
     if pairs.latent_dtype not in LATENT_DTYPES:
         raise UserError(f"pairs.latent_dtype={pairs.latent_dtype!r}; choose one of {', '.join(LATENT_DTYPES)}")
-    height, width, channels = pipeline.latent_shape
+    planned = planned_manifest(config, pipeline)  # refuses steps and solvers before gigabytes are hashed
     settings = {
         **{name: pairs[name] for name in _WHAT_MAKES_A_PAIR},
         "prompts": prompts.digest(),
         "teacher": folder_hash(pipeline.folder),
     }
+    return dataclasses.replace(
+        planned,
+        teacher_hash=settings["teacher"],
+        num_prompts=len(prompts.lines),
+        num_distinct_prompts=prompts.distinct,
+        config_hash=records.config_hash(settings),
+    )
+
+
+def planned_manifest(config: ml_collections.ConfigDict, pipeline: Pipeline) -> records.Manifest:
+    """The manifest of pairs that this config would make, but for prompts and hashes: no program depends on those."""
+    pairs = config.pairs
+    schedule = solution(pairs).schedule(pipeline)
+    height, width, channels = pipeline.latent_shape
     text = text_shapes(pipeline) if pairs.store_text else {}
     return records.Manifest(
         teacher=pipeline.folder.name,
-        teacher_hash=settings["teacher"],
+        teacher_hash="",
         solver=pairs.solver,
         num_inference_steps=pairs.steps,
         guidance_scale=pairs.guidance_scale,
@@ -94,11 +107,11 @@ def make_manifest(config: ml_collections.ConfigDict, pipeline: Pipeline, prompts
         latent_dtype=pairs.latent_dtype,
         store_noise=pairs.store_noise,
         text_shapes={name: list(shape) for name, shape in text.items()},
-        num_prompts=len(prompts.lines),
-        num_distinct_prompts=prompts.distinct,
+        num_prompts=pairs.count,
+        num_distinct_prompts=pairs.count,
         num_records=pairs.count,
         num_shards=-(-pairs.count // pairs.records_per_shard),
-        config_hash=records.config_hash(settings),
+        config_hash="",
     )
 
 

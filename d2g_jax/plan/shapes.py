@@ -11,13 +11,10 @@ import ml_collections
 import numpy as np
 
 from d2g_jax import mesh as meshes
-from d2g_jax import noise, records
-from d2g_jax.conditioning import text_shapes
+from d2g_jax import records
 from d2g_jax.models.platform import compiling_for
-from d2g_jax.pairs.job import solution
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pairs.job import planned_manifest
 from d2g_jax.plan.architectures import abstract_metric, abstract_pipeline
-from d2g_jax.solvers import first_timestep
 from d2g_jax.state import TrainState, create_state
 from d2g_jax.step import Distillation, Frozen
 from d2g_jax.train.programs import trace_programs
@@ -127,33 +124,3 @@ def batch_shapes(batch_size: int, manifest: records.Manifest) -> dict[str, jax.S
 def _split(batch: dict[str, jax.ShapeDtypeStruct], mesh: meshes.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     sharding = jax.sharding.NamedSharding(mesh, meshes.BATCH)
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in batch.items()}
-
-
-def planned_manifest(config: ml_collections.ConfigDict, pipeline: Pipeline) -> records.Manifest:
-    """The manifest of pairs that this config would make, without prompts and hashes: no program depends on those."""
-    pairs = config.pairs
-    schedule = solution(pairs).schedule(pipeline)
-    height, width, channels = pipeline.latent_shape
-    return records.Manifest(
-        teacher=pipeline.folder.name,
-        teacher_hash="",
-        solver=pairs.solver,
-        num_inference_steps=pairs.steps,
-        guidance_scale=pairs.guidance_scale,
-        prediction_type=schedule.prediction_type,
-        first_timestep=first_timestep(pairs.solver, schedule, pairs.steps),
-        scheduler=pipeline.scheduler,
-        noise_implementation=noise.IMPLEMENTATION,
-        seed=pairs.seed,
-        scaling_factor=pipeline.scaling_factor,
-        latent_shape=(channels, height, width),
-        token_length=pipeline.token_length,
-        latent_dtype=pairs.latent_dtype,
-        store_noise=pairs.store_noise,
-        text_shapes={name: list(shape) for name, shape in (text_shapes(pipeline) if pairs.store_text else {}).items()},
-        num_prompts=pairs.count,
-        num_distinct_prompts=pairs.count,
-        num_records=pairs.count,
-        num_shards=-(-pairs.count // pairs.records_per_shard),
-        config_hash="",
-    )

@@ -10,6 +10,7 @@ from d2g_jax import mesh as meshes
 from d2g_jax.__main__ import main
 from d2g_jax.digits.config import get_config
 from d2g_jax.models import clip, unet, vae
+from d2g_jax.pairs.job import planned_manifest
 from d2g_jax.pipeline import Pipeline
 from d2g_jax.plan import architectures, planner
 from d2g_jax.plan.architectures import Architecture
@@ -18,7 +19,7 @@ from d2g_jax.plan.plan import from_json, scaled, to_json
 from d2g_jax.plan.planner import find_fit, plan_run
 from d2g_jax.plan.programs import out_of_memory
 from d2g_jax.plan.settings import settings, with_settings
-from d2g_jax.plan.shapes import planned_manifest, run_shapes
+from d2g_jax.plan.shapes import run_shapes
 from d2g_jax.plan.targets import CHIPS, Target, parse_topology
 from d2g_jax.train.setup import build, initial_state
 
