@@ -7,12 +7,19 @@ import gc
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 # Compilation, not computation, takes the tests' time: LLVM's optimiser doubles it, and a resumed or repeated run
 # compiles what an earlier test compiled, maybe in the other worker. All of these are read when jax starts; a maximum
-# size is what makes jax lock the cache.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# size is what makes jax lock the cache. The older emitters of loops, which jaxlib 0.12 no longer has, are a quarter
+# faster still, and a program in one piece is so on two cores that are busy anyway.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1"
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.12" else ""),
+)
 os.environ.setdefault("JAX_OPTIMIZATION_LEVEL", "O0")
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="d2g_jax_tests_")

@@ -411,10 +411,10 @@ def test_layers_are_traced_for_another_platform():
     shapes = (1, 8, 8, 1280), (3, 3, 1280, 1280)
     with contextlib.ExitStack() as stack:
         stack.enter_context(platform.compiling_for("gpu"))
-        assert transformer.attention_implementation("auto", 64, jnp.bfloat16) == "cudnn"
+        assert transformer.attention_implementation("auto", 64, jnp.bfloat16, 64) == "cudnn"
         with platform.compiling_for("cpu"):
             assert layers.prefers_matmul(*shapes)
-            assert transformer.attention_implementation("auto", 64, jnp.bfloat16) == "xla"
+            assert transformer.attention_implementation("auto", 64, jnp.bfloat16, 64) == "xla"
         assert platform.platform() == "gpu"
         assert not layers.prefers_matmul(*shapes)
     assert platform.platform() == jax.default_backend()

@@ -44,22 +44,21 @@ EFFECTS = (
     "images", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_best", "skip_corrupt",
     "tensorboard", "wandb",
 )  # fmt: skip
-"""Fields of `train` that its programs do not depend on, but for whether there is an adversary."""
+"""Fields of `train` that its programs do not depend on; `images` decides which are compiled."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once():
-    """A config's programs are traced and compiled by its first run in this file; what is tested is the runs."""
+    """A config's programs are traced and compiled by its first whole run in this file; what is tested is the runs."""
     compile_programs, known = loop.compile_programs, {}
 
     def remembered(config, d, frozen, state, batch, mesh):
         settings = json.loads(config.to_json_best_effort())
-        longest = settings["train"]["images"] > config.adversarial.start_images + config.adversarial.warmup_images
         settings["train"] = {name: value for name, value in settings["train"].items() if name not in EFFECTS}
-        key = json.dumps([settings, longest])
+        key = json.dumps(settings)
         if key not in known:
             programs = compile_programs(config, d, frozen, state, batch, mesh)
-            if int(state.images) or not longest:  # not all of the steps
+            if config.adversarial.weight and None in vars(programs).values():  # a shorter run, or one that was resumed
                 return programs
             # Every reading of the metric is a new type of tree to a compiled program: the first is passed again.
             known[key] = Programs(**{name: _with_first(frozen, step) for name, step in vars(programs).items()})

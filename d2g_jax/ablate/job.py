@@ -153,9 +153,14 @@ def _make(job: Job, row: Row, seed: int) -> dict[str, Any]:
     }
     atomic.write_text(_figures_file(job.workdir, row, seed), json.dumps(made, indent=2) + "\n")
     print(f"d2g ablate: {row.title}, seed {seed}: {progress_line(figures)}", file=sys.stderr, flush=True)
-    jax.clear_caches()  # else the programs of all students would stay in memory
-    gc.collect()
+    _forget_programs()
     return made
+
+
+def _forget_programs() -> None:
+    """Those of all students would else stay in memory."""
+    jax.clear_caches()
+    gc.collect()
 
 
 def _write_result(job: Job, done: Students) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class Classifier(nnx.Module):
         return x, self.logits(x)
 
 
+@functools.cache
 def build(config: ClassifierConfig = ClassifierConfig()) -> Network:
     """The classifier as a `Network`: apply(params, ink (B, 32, 32)) -> (features, logits)."""
     return Network.build(config, lambda rngs: Classifier(config, rngs))

@@ -7,6 +7,7 @@ Transferable Visual Models From Natural Language Supervision", 2021): pre-norm t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -201,6 +202,7 @@ class ClipText(nnx.Module):
         return ClipOutput(last, penultimate, pooled, text_embeds)
 
 
+@functools.cache
 def build(config: ClipTextConfig, dtype: jnp.dtype = jnp.float32) -> Network:
     """The text tower as a `Network`; `apply(params, input_ids (B, L) int32) -> ClipOutput` in `dtype`."""
     return Network.build(config, lambda rngs: ClipText(config, dtype, rngs=rngs))

@@ -8,6 +8,7 @@ addition, resizing, head shape, timestep) it does not say: those are our choices
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -152,6 +153,7 @@ class Discriminator(nnx.Module):
         return additions
 
 
+@functools.cache
 def build(
     config: DiscriminatorConfig, dtype: Any = jnp.float32, attention: str = "auto", remat: str = "none"
 ) -> Network:

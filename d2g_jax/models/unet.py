@@ -5,6 +5,7 @@ Every block is written once; the discriminator builds on `UNetBackbone`, which i
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -247,6 +248,7 @@ class UNet2DConditionModel(UNetBackbone):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(hidden)))
 
 
+@functools.cache
 def build(config: UNetConfig, dtype: Any = jnp.float32, attention: str = "auto", remat: str = "none") -> Network:
     """The UNet as a `Network`; `remat`, one of `layers.REMATS`, is for its resnets and transformer blocks."""
     kw = {"dtype": dtype, "attention": attention, "remat": remat}

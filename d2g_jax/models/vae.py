@@ -7,6 +7,7 @@ Diffusion Models", 2022): all group norms have eps 1e-6, the mid blocks have one
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -238,6 +239,7 @@ class AutoencoderKL(nnx.Module):
         return self.decoder(latents)
 
 
+@functools.cache
 def build(config: VaeConfig, dtype: jnp.dtype = jnp.float32) -> Network:
     """The autoencoder as a `Network`; use `method="encode"` or `method="decode"`."""
     return Network.build(config, lambda rngs: AutoencoderKL(config, dtype, rngs=rngs))

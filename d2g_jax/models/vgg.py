@@ -8,6 +8,7 @@ with batch norm, and `fold_batch_norm` leads from this to that.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -153,11 +154,13 @@ def max_pool(x: jax.Array) -> jax.Array:
     return jnp.maximum(x[:, :, :, 0], x[:, :, :, 1])
 
 
+@functools.cache
 def build(config: VGGConfig, dtype: Any = jnp.float32) -> Network:
     """The folded trunk: `apply(params, x (B, H, W, C)) -> list of taps`; parameters are kernels and biases."""
     return Network.build(config, lambda rngs: VGG(config, folded=True, dtype=dtype, rngs=rngs))
 
 
+@functools.cache
 def build_training(config: VGGConfig, dtype: Any = jnp.float32) -> Network:
     """The trunk with its batch norms. `apply` as in `build`; `apply(..., method="train_features")` trains.
 
