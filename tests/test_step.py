@@ -180,10 +180,9 @@ def one_device():
     return generated, {"g": (after_g, g_metrics), "d": (after_d, d_metrics), "r1": (after_r1, r1_metrics)}
 
 
-@pytest.mark.parametrize("fsdp", [2, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name", ["g", pytest.param("d", marks=pytest.mark.slow), pytest.param("r1", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [2, 1])
+@pytest.mark.parametrize("name", ["g", "d", "r1"])
 def test_two_devices_give_the_numbers_of_one(name, fsdp, monkeypatch):
     """An update of G, D or R1 on a mesh of two, in parts, against one device at once: every metric, 2e-5.
 

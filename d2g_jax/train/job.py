@@ -45,6 +45,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
         check_trackers(t)
         source = open_pairs(config, pairs_folder)
         first_decides(lambda: opened.enter_context(locked(workdir)))
+        if is_finished(config, workdir):  # another student of the demo, say: nothing is loaded for it
+            first_decides(lambda: finish(workdir, t.images, "images"))
+            return
         without = TOWERS if source.manifest.text_shapes else ()
         pipeline = Pipeline.load(config.pipeline, mesh=mesh, without=without)
         check_pairs(pairs_folder, source.manifest, pipeline)
@@ -62,12 +65,26 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
         first_decides(lambda: finish(workdir, t.images, "images"))
 
 
-def take_up(config: ml_collections.ConfigDict, checkpoints: Checkpoints, like: TrainState) -> TrainState:
-    """The state of the newest checkpoint, placed as `like`; `UserError` unless config and networks are this run's."""
+def is_finished(config: ml_collections.ConfigDict, workdir: Path) -> bool:
+    """Whether the workdir's newest checkpoint is the last one of this config; `UserError` if it is of another's."""
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        if checkpoints.latest() is None or checkpoints.latest() < config.train.images:
+            return False
+        check_config(config, checkpoints)
+        return True
+
+
+def check_config(config: ml_collections.ConfigDict, checkpoints: Checkpoints) -> None:
+    """Raises `UserError` unless the newest checkpoint was saved by a run of this config."""
     saved = checkpoints.metadata()
     if "config" not in saved:
         raise UserError(f"{checkpoints.folder}: of an older d2g_jax, without a config; choose another --workdir")
     runs.check_same(runs.to_json(config), saved["config"], checkpoints.folder)
+
+
+def take_up(config: ml_collections.ConfigDict, checkpoints: Checkpoints, like: TrainState) -> TrainState:
+    """The state of the newest checkpoint, placed as `like`; `UserError` unless config and networks are this run's."""
+    check_config(config, checkpoints)
     state = checkpoints.restore(like)
     stopped = any(int(count) > config.train.skip_nonfinite for count in state.left_out.values())
     return guard.released(state) if stopped else state

@@ -90,6 +90,7 @@ def test_another_loss_is_refused():
     train._check_losses(request, [rows[0], {**rows[1], "loss": 1.001}])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_compiled_and_not_run(monkeypatch):
     monkeypatch.setattr(train, "does_not_fit", lambda needed: f"needs {needed:.0f}")
     monkeypatch.setattr(train, "Training", lambda *_: pytest.fail("no state is to be made"))

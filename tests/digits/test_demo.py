@@ -1,14 +1,17 @@
 """The demo end to end at a size that proves its plumbing, and its arithmetic at known values."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from d2g_jax import runs
 from d2g_jax.__main__ import main
 from d2g_jax.digits import demo, evaluation
 from d2g_jax.digits.config import get_config
 from d2g_jax.report.status import read_status
+from d2g_jax.train import job
 
 SMALL = (
     "--config.pairs.count=72",
@@ -35,15 +38,38 @@ def figures(workdir):
     return {name: result[name] for name in ("protocol", "systems", "floors", "checks")}
 
 
+def stand_still(config, d, frozen, state, source, mesh, checkpoints, workdir, pipeline, page):
+    """Stands for the training loop, which takes minutes to compile: the student is what the teacher was, saved."""
+    images = config.train.images
+    state = dataclasses.replace(state, images=state.images + images)
+    metadata = {"name": config.name, "pipeline": config.pipeline, "timestep": d.timestep}
+    checkpoints.save(state, {**metadata, "config": runs.to_json(config)})
+    checkpoints.wait()
+    line = {"run": config.name, "images": images, "seconds": 1.0, "loss_regression": 0.5}
+    (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    return state
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
+    """The workdir of a demo whose students learn nothing."""
     workdir = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "loop", stand_still)
+        assert main(["demo", f"--workdir={workdir}", *SMALL]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The workdir of a demo as it is."""
+    workdir = tmp_path_factory.mktemp("trained")
     assert main(["demo", f"--workdir={workdir}", *SMALL]) == 0
     return workdir
 
 
-def test_demo_writes_figures_of_every_system(finished):
-    result = json.loads((finished / "result.json").read_text())
+def check_result(workdir):
+    result = json.loads((workdir / "result.json").read_text())
     names = [evaluation.REAL, demo.TEACHER, demo.ONE_STEP]
     names += [demo.STUDENTS[name] for name in ("mse", "e_latent_lpips", "full")]
     assert list(result["systems"]) == names
@@ -52,15 +78,31 @@ def test_demo_writes_figures_of_every_system(finished):
     assert result["systems"][demo.TEACHER]["network_calls"] == 4
     assert result["systems"][demo.STUDENTS["full"]]["network_calls"] == 1
     assert set(result["seconds"]) >= {"pairs", "train mse", "train e_latent_lpips", "train full", "evaluate"}
-    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [row["run"] for row in rows] == ["mse"] * 3 + ["e_latent_lpips"] * 3 + ["full"] * 3
-    page = (finished / "report.html").read_text()
+    page = (workdir / "report.html").read_text()
     assert all(name in page for name in names)
+    status = json.loads((workdir / "status.json").read_text())
+    assert [status[key] for key in ("state", "done", "total", "unit")] == ["finished", 6, 6, "stages"]
+    return result, page
+
+
+def test_demo_writes_figures_of_every_system(finished):
+    result, _ = check_result(finished)
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["run"] for row in rows] == ["mse", "e_latent_lpips", "full"]
+    # Each student was read from its own workdir, and all are the same teacher, asked for one step without guidance.
+    mse, perceptual, full = (result["systems"][demo.STUDENTS[name]] for name in ("mse", "e_latent_lpips", "full"))
+    assert mse == perceptual == full
+    assert 1 < mse["frechet_to_teacher"] != result["systems"][demo.ONE_STEP]["frechet_to_teacher"]
+
+
+@pytest.mark.slow
+def test_a_demo_with_trained_students(trained):
+    _, page = check_result(trained)
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["run"] for row in rows] == ["mse"] * 3 + ["e_latent_lpips"] * 3 + ["full"] * 3
     assert page.count('<ol><li><img class="small"') == 2 * 3  # walks of each student
     assert 'class="card timeline"><h3 class="name">full</h3>' in page
     assert "the one-step student (full, after 48 images)" in page
-    status = json.loads((finished / "status.json").read_text())
-    assert [status[key] for key in ("state", "done", "total", "unit")] == ["finished", 6, 6, "stages"]
 
 
 def test_the_same_command_again_changes_nothing(finished, capsys):
@@ -109,9 +151,9 @@ def test_the_page_follows_the_stages(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_figures(finished, tmp_path):
+def test_the_same_seed_gives_the_same_figures(trained, tmp_path):
     assert main(["demo", f"--workdir={tmp_path}", *SMALL]) == 0
-    assert figures(tmp_path) == figures(finished)
+    assert figures(tmp_path) == figures(trained)
 
 
 def test_students_differ_in_their_loss_alone():

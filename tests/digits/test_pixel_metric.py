@@ -47,6 +47,7 @@ def test_stronger_distortions_are_farther(shipped):
         assert 0 < means[0] < means[1] < means[2], (function.__name__, means)
 
 
+@pytest.mark.slow
 def test_shipped_scores_are_those_of_the_shipped_weights(shipped):
     stored = json.loads((FOLDER / "scores.json").read_text())
     scores = pixel_metric.score(shipped, get_config().teacher.pixel_metric.heads)

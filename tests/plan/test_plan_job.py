@@ -70,6 +70,7 @@ def test_the_planned_state_is_the_one_that_is_trained():
     assert jax.tree.leaves(facts(shapes.frozen)) == jax.tree.leaves(facts(frozen))
 
 
+@pytest.mark.slow
 def test_compiled_for_the_host():
     plan = plan_run(alone(), parse_topology("cpu:2"), "compile")
     (program,) = plan.programs
