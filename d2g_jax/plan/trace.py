@@ -245,7 +245,10 @@ def _set_last_uses(ops: list[_Op], results: list[_Value], carried: int) -> None:
 def _own_cost(op: _Op, given: Assumptions) -> Cost:
     """FLOPs and bytes of one operation, and the memory that the body of a loop takes."""
     if op.name == "scan":
-        return Cost().then(_cost(op.params["jaxpr"].jaxpr, given, op.params["num_carry"]), op.params["length"])
+        body = op.params["jaxpr"].jaxpr
+        # What is stacked over the turns has one axis more than in the body; how params say it differs between versions.
+        carried = [out.shape == var.aval.shape for out, var in zip(op.outputs, body.outvars, strict=True)]
+        return Cost().then(_cost(body, given, sum(carried)), op.params["length"])
     if op.name == "while":
         return _cost(op.params["body_jaxpr"].jaxpr, given, len(op.outputs))  # of one turn: how many is not known
     if op.name == "cond":
