@@ -125,7 +125,8 @@ def teacher_programs(
             solution.guidance_scale,
             solution.guidance_rescale,
         )
-        latents = solver(denoise, schedule, solution.steps, _to_nhwc(drawn))
+        with meshes.traced_for(mesh):
+            latents = solver(denoise, schedule, solution.steps, _to_nhwc(drawn))
         return _to_nchw(latents)
 
     return Programs(
@@ -174,7 +175,9 @@ def one_step_programs(
             embedded = () if weight is None else (guidance_embedding(weight, embedding_size, len(x)),)
             return pipeline.unet.apply(unet, x, jnp.broadcast_to(t, x.shape[:1]), *condition, *embedded)
 
-        return _to_nchw(system.generate(denoise, schedule, _to_nhwc(drawn)))
+        with meshes.traced_for(mesh):
+            latents = system.generate(denoise, schedule, _to_nhwc(drawn))
+        return _to_nchw(latents)
 
     return Programs(
         _encoder(pipeline, mesh, size_ids(pipeline, size)),

@@ -105,9 +105,9 @@ def _place_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def traced_for(mesh: Mesh) -> AbstractContextManager[Any]:
-    """A context for tracing training steps: activations are split over `mesh`, gradients sharded like parameters.
+    """A context for tracing networks: activations are split over `mesh`, in steps gradients sharded like parameters.
 
-    The numbers are the same without it; the memory and the traffic are not.
+    The numbers are the same without it; the memory and the traffic are not, and TPUs' flash attention needs it.
     """
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 

@@ -27,7 +27,7 @@ from d2g_jax.draw import draw, student_programs
 from d2g_jax.errors import UserError
 from d2g_jax.export import export_student, load_flax
 from d2g_jax.export.to_diffusers import one_step_scheduler
-from d2g_jax.models import layers, platform, transformer
+from d2g_jax.models import attention, layers, platform
 from d2g_jax.pipeline import Pipeline
 from d2g_jax.sample import Sampler
 
@@ -411,10 +411,10 @@ def test_layers_are_traced_for_another_platform():
     shapes = (1, 8, 8, 1280), (3, 3, 1280, 1280)
     with contextlib.ExitStack() as stack:
         stack.enter_context(platform.compiling_for("gpu"))
-        assert transformer.attention_implementation("auto", 64, jnp.bfloat16, 64) == "cudnn"
+        assert attention.attention_implementation("auto", 64, jnp.bfloat16, 64, 64) == "cudnn"
         with platform.compiling_for("cpu"):
             assert layers.prefers_matmul(*shapes)
-            assert transformer.attention_implementation("auto", 64, jnp.bfloat16, 64) == "xla"
+            assert attention.attention_implementation("auto", 64, jnp.bfloat16, 64, 64) == "xla"
         assert platform.platform() == "gpu"
         assert not layers.prefers_matmul(*shapes)
     assert platform.platform() == jax.default_backend()

@@ -192,8 +192,8 @@ def _backward_by_half(metric: perceptual.LatentLPIPS, inputs: _Inputs) -> float:
     A gradient by the input alone costs a convolution what its forward pass does.
     """
     arguments = (inputs.generated, inputs.target, inputs.key, metric)
-    forward = flops(jax.jit(_latent_lpips).lower(*arguments))
-    both = flops(jax.jit(jax.value_and_grad(_latent_lpips)).lower(*arguments))
+    forward = flops(jax.jit(_latent_lpips).trace(*arguments))
+    both = flops(jax.jit(jax.value_and_grad(_latent_lpips)).trace(*arguments))
     return 2 * (both - forward) / forward
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from d2g_jax import atomic
 from d2g_jax.errors import UserError
+from d2g_jax.plan.trace import program_cost
 from d2g_jax.progress import Progress
 from d2g_jax.runs import environment
 
@@ -41,7 +42,7 @@ class Facts:
       compile_seconds: tracing, lowering and compiling.
       temp_bytes: memory that the compiled program takes beside its arguments and results; None if it is several.
       output_bytes: of its results.
-      flops: of one call, counted before the compiler: a GPU's hides products and convolutions in library calls.
+      flops: of one call: see `flops`.
       peak_bytes: arguments, temporaries and results together; None if it is several.
     """
 
@@ -86,20 +87,20 @@ def compile_candidate(
     return Candidate(name, dtype, lambda: jax.block_until_ready(program(*args)), facts, describe=describe)
 
 
-def compile_program(function: Callable[..., Any], *args: Any) -> tuple[jax.stages.Lowered, jax.stages.Compiled, Facts]:
+def compile_program(function: Callable[..., Any], *args: Any) -> tuple[jax.stages.Traced, jax.stages.Compiled, Facts]:
     """`function`, compiled for such arguments, or `jax.ShapeDtypeStruct`s for them."""
     start = time.perf_counter()
-    lowered = jax.jit(function).lower(*args)
-    program = lowered.compile()
-    return lowered, program, facts_of(lowered, program, time.perf_counter() - start)
+    traced = jax.jit(function).trace(*args)
+    program = traced.lower().compile()
+    return traced, program, facts_of(traced, program, time.perf_counter() - start)
 
 
-def facts_of(lowered: jax.stages.Lowered, program: jax.stages.Compiled, seconds: float) -> Facts:
+def facts_of(traced: jax.stages.Traced, program: jax.stages.Compiled, seconds: float) -> Facts:
     """What is known of a program that took so long to compile; donated arguments count once."""
     memory = program.memory_analysis()
     temp, output = memory.temp_size_in_bytes, memory.output_size_in_bytes
     peak = memory.argument_size_in_bytes + temp + output - memory.alias_size_in_bytes
-    return Facts(seconds, temp, output, flops(lowered), peak)
+    return Facts(seconds, temp, output, flops(traced), peak)
 
 
 def does_not_fit(needed: float) -> str | None:
@@ -110,9 +111,12 @@ def does_not_fit(needed: float) -> str | None:
     return f"needs {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free"
 
 
-def flops(lowered: jax.stages.Lowered) -> float:
-    """Floating point operations of one call of `jax.jit(f).lower(...)`; what autodiff leaves out is not in it."""
-    return float((lowered.cost_analysis() or {}).get("flops", 0.0))
+def flops(traced: jax.stages.Traced) -> float:
+    """Of the products and convolutions of one call of `jax.jit(f).trace(...)`, on all devices, recomputation included.
+
+    Not XLA's count, which takes a loop for one turn of it and does not look into the kernels of accelerators.
+    """
+    return program_cost(traced.jaxpr).flops
 
 
 def product_candidate(dtype: str) -> Candidate:

@@ -151,10 +151,10 @@ class _Compiled:
 
     @classmethod
     def of(cls, program: functools.partial, *args: Any) -> _Compiled:
-        lowered, compiled, facts = compile_program(program.func, *program.args, *args)
+        traced, compiled, facts = compile_program(program.func, *program.args, *args)
         results = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            lowered.out_info,
+            traced.out_info,
             compiled.output_shardings,
         )
         return cls(functools.partial(compiled, *program.args), facts, results)

@@ -18,7 +18,6 @@ from d2g_jax.bench.networks import MODELS, place_leaf, random_input_ids, random_
 from d2g_jax.perceptual import LatentLPIPS
 from d2g_jax.plan.architectures import abstract_pipeline
 from d2g_jax.plan.shapes import Shapes, run_shapes
-from d2g_jax.plan.trace import program_cost
 from d2g_jax.state import TrainState, create_state
 from d2g_jax.step import Frozen, Metrics
 from d2g_jax.train.programs import Programs, iteration, trace_programs, without_adversary
@@ -74,11 +73,8 @@ def compile_run(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, name
     programs, facts, start = {}, {}, time.perf_counter()
     for name, traced in trace_programs(*arguments, images=0, names=names).items():
         with meshes.traced_for(mesh):
-            lowered = traced.lower()
-        programs[name] = lowered.compile()
-        cost = program_cost(traced.jaxpr)  # XLA's own analysis counts a loop over micro-batches once
-        measured = facts_of(lowered, programs[name], time.perf_counter() - start)
-        facts[name] = dataclasses.replace(measured, flops=cost.bfloat16_flops + cost.float32_flops)
+            programs[name] = traced.lower().compile()
+        facts[name] = facts_of(traced, programs[name], time.perf_counter() - start)
         start = time.perf_counter()
     return Run(shapes, Programs(**programs), facts)
 

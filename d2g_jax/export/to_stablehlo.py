@@ -22,7 +22,7 @@ from d2g_jax.conditioning import encode_text, size_ids
 from d2g_jax.diffusion import Schedule, one_step
 from d2g_jax.export import folders
 from d2g_jax.hub import NETWORKS
-from d2g_jax.models.platform import compiling_for
+from d2g_jax.models.platform import ANY, compiling_for
 from d2g_jax.pipeline import Pipeline, decode
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -89,7 +89,7 @@ def _trace(
     shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}
     tokens = jax.ShapeDtypeStruct((batch, pipeline.token_length), jnp.int32)
     noise = jax.ShapeDtypeStruct((batch, *latent_shape), jnp.float32)
-    with compiling_for("tpu"):  # plain XLA convolutions and attention, which every platform has
+    with compiling_for(ANY):
         return export.export(draw, platforms=PLATFORMS)(shapes, tokens, noise)
 
 

@@ -8,12 +8,15 @@ from contextvars import ContextVar
 
 import jax
 
+ANY = "any"
+"""For `compiling_for`: attention and convolutions as XLA's own operations, which every platform has."""
+
 _PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
 @contextmanager
 def compiling_for(name: str) -> Iterator[None]:
-    """Layers traced inside are formulated for `name` ("cpu", "gpu", "tpu"), whatever this host has.
+    """Layers traced inside are formulated for `name` ("cpu", "gpu", "tpu", `ANY`), whatever this host has.
 
     For export and ahead-of-time compilation. What `jax.jit` traced before stays as it is: make the function inside.
     """

@@ -1,4 +1,4 @@
-"""Attention and the transformer blocks of the UNet, on (B, T, C) tokens: names of diffusers' state dict.
+"""The transformer blocks of the UNet, on (B, T, C) tokens: names of diffusers' state dict.
 
 Two constants are easy to get wrong and are therefore said here: the GroupNorm at the entry of a transformer has eps
 1e-6 (1e-5 in the UNet's resnets), and GEGLU uses the exact erf GELU.
@@ -6,92 +6,15 @@ Two constants are easy to get wrong and are therefore said here: the GroupNorm a
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from d2g_jax.errors import UserError
+from d2g_jax.models.attention import dot_product_attention
 from d2g_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, remat_call
 from d2g_jax.models.network import Keys
-from d2g_jax.models.platform import platform
-
-ATTENTIONS = ("auto", "xla", "cudnn", "blocked", "plain")
-
-_MANY_KEYS = 512  # from here on a CPU's time goes into writing the weights and reading them again
-_BLOCK_BYTES = 16 * 2**20  # of weights at a time: stays in the cache that the cores share
-
-
-def attention_implementation(attention: str, head_dim: int, dtype: Any, keys: int) -> str:
-    """One of "xla", "cudnn", "blocked", "plain" for the switch "auto" or one of these; `keys` is their number S.
-
-    "auto" takes cuDNN's fused kernel where it exists on every GPU that has one: half precision, heads of at most 128
-    channels in multiples of 8. SD 1.x's 160-channel heads fall back to XLA. On a CPU it takes blocks where there are
-    many keys. Raises `UserError` for another name.
-    """
-    if attention not in ATTENTIONS:
-        raise UserError(f"attention is {attention!r}; choose one of {', '.join(ATTENTIONS)}")
-    if attention != "auto":
-        return attention
-    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    if platform() == "cpu":
-        return "blocked" if keys >= _MANY_KEYS else "xla"
-    fused = half and head_dim % 8 == 0 and head_dim <= 128 and platform() == "gpu"
-    return "cudnn" if fused else "xla"
-
-
-def dot_product_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, attention: str = "auto", upcast: bool = False
-) -> jax.Array:
-    """softmax(query key^T / sqrt(d)) value with the softmax in float32: (B, T, N, d), (B, S, N, d) x 2 -> (B, T, N, d).
-
-    `upcast` computes the logits from float32 queries and keys (SD 2.1's `upcast_attention`); cuDNN accumulates them in
-    float32 anyway. "plain" is einsum and softmax: the one to differentiate twice. "blocked" never holds all weights,
-    and computes them again in its backward pass.
-    """
-    dtype, head_dim = query.dtype, query.shape[-1]
-    implementation = attention_implementation(attention, head_dim, dtype, key.shape[1])
-    if upcast and implementation != "cudnn":
-        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    if implementation == "blocked":
-        return _in_blocks(query, key, value).astype(dtype)
-    if implementation != "plain":
-        return jax.nn.dot_product_attention(query, key, value, implementation=implementation).astype(dtype)
-    logits = jnp.einsum("btnd,bsnd->bnts", query, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits / math.sqrt(head_dim), axis=-1).astype(value.dtype)
-    return jnp.einsum("bnts,bsnd->btnd", weights, value).astype(dtype)
-
-
-def _in_blocks(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """`dot_product_attention` in float32, for a few heads and rows of queries at a time, all samples together.
-
-    A batch that is split over devices stays split: the loops are over heads and queries.
-    """
-    batch, rows, heads, head_dim = query.shape
-    keys, group = key.shape[1], 2 if heads % 2 == 0 else 1
-    blocks = -(-rows * batch * group * keys * 4 // _BLOCK_BYTES)
-    size = -(-rows // blocks)
-    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    query = jnp.pad(query / math.sqrt(head_dim), ((0, 0), (0, blocks * size - rows), (0, 0), (0, 0)))
-    query = query.reshape(batch, blocks, size, heads // group, group, head_dim).transpose(3, 1, 0, 4, 2, 5)
-    key = key.reshape(batch, keys, heads // group, group, head_dim).transpose(2, 0, 3, 4, 1)
-    value = value.reshape(batch, keys, heads // group, group, head_dim).transpose(2, 0, 3, 1, 4)
-
-    def of_heads(arguments: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        query, key, value = arguments  # (blocks, B, group, size, d), (B, group, d, S), (B, group, S, d)
-        return jax.lax.map(jax.checkpoint(lambda block: _block(block, key, value)), query)
-
-    out = jax.lax.map(of_heads, (query, key, value))  # (heads / group, blocks, B, group, size, d)
-    return out.transpose(2, 1, 4, 0, 3, 5).reshape(batch, blocks * size, heads, head_dim)[:, :rows]
-
-
-def _block(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Attention of scaled queries (B, n, t, d) to keys (B, n, d, S) and values (B, n, S, d)."""
-    logits = jnp.einsum("bntd,bnds->bnts", query, key)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-    return jnp.einsum("bnts,bnsd->bntd", weights, value) / weights.sum(-1, keepdims=True)
 
 
 class Attention(nnx.Module):

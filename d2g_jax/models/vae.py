@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from d2g_jax.errors import UserError
+from d2g_jax.models.attention import dot_product_attention
 from d2g_jax.models.layers import (
     Conv,
     Downsample2D,
@@ -26,7 +27,6 @@ from d2g_jax.models.layers import (
     Upsample2D,
 )
 from d2g_jax.models.network import Network
-from d2g_jax.models.transformer import dot_product_attention
 
 _EPS = 1e-6
 _BELOW_RIGHT = ((0, 1), (0, 1))

@@ -19,7 +19,7 @@ from d2g_jax import mesh as meshes
 from d2g_jax.conditioning import encode_text
 from d2g_jax.draw import teacher_programs
 from d2g_jax.models.network import Params
-from d2g_jax.models.platform import compiling_for
+from d2g_jax.models.platform import ANY, compiling_for
 from d2g_jax.pairs.batches import Teacher
 from d2g_jax.pairs.job import FOLDER, load_teacher
 from d2g_jax.pipeline import Pipeline
@@ -118,8 +118,8 @@ def _text_arguments(pipeline: Pipeline) -> tuple[dict[str, Params], jax.ShapeDty
 
 
 def _flops(call: Callable[..., Any], *arguments: Any) -> float:
-    # As for CPU: XLA does not look into the kernels that stand for attention elsewhere.
-    with compiling_for("cpu"):
+    # XLA does not look into the kernels that stand for attention on accelerators, and counts a CPU's loops once.
+    with compiling_for(ANY):
         return float(jax.jit(call).lower(*arguments).cost_analysis()["flops"])
 
 

@@ -16,6 +16,8 @@ import jax
 import ml_collections
 
 from d2g_jax import mesh as meshes
+from d2g_jax.models.attention import MANY_KEYS
+from d2g_jax.models.platform import ANY
 from d2g_jax.plan import store
 from d2g_jax.plan.collectives import Collective
 from d2g_jax.plan.programs import Program
@@ -26,6 +28,9 @@ from d2g_jax.plan.trace import Assumptions, Cost, program_cost
 
 CODE_BYTES = 200 * 2**20
 """Assumed of one compiled step."""
+
+FUSED_FROM = {"gpu": 1, "tpu": MANY_KEYS, "cpu": MANY_KEYS}
+"""Keys from which on half-precision attention never writes its weights, by platform: see models/attention.py."""
 
 
 def formula_programs(shapes: Shapes, target: Target) -> dict[str, Program]:
@@ -45,11 +50,11 @@ def micro_batch_costs(shapes: Shapes, target: Target, micro: int, r1_micro: int)
     changes = {"train.batch_size": whole, "train.groups": r1_micro, "train.micro_batch": micro}
     changes |= {"train.r1_micro_batch": r1_micro, "mesh.data": 1, "mesh.fsdp": 1}
     one = with_settings(shapes.config, changes).to_json()
-    given = Assumptions(parameter_shares(shapes), fused_attention=target.chip.platform == "gpu")
+    given = Assumptions(parameter_shares(shapes), FUSED_FROM.get(target.chip.platform))
     key = {
         "costs of": json.loads(one),
         "shares": sorted([list(shape), share] for shape, share in given.shares.items()),
-        "fused_attention": given.fused_attention,
+        "fused_from": given.fused_from,
         "source": store.source_hash(),
         **store.versions(),
     }
@@ -66,8 +71,8 @@ def micro_batch_costs(shapes: Shapes, target: Target, micro: int, r1_micro: int)
 def _jaxprs(config: str) -> dict[str, Any]:
     """The planned steps of a config, given as JSON, traced on one device."""
     local = run_shapes(ml_collections.ConfigDict(json.loads(config)), meshes.make_mesh(1, 1, jax.devices("cpu")[:1]))
-    # As for CPU: kernels that stand for attention elsewhere cannot be looked into.
-    return {name: traced.jaxpr for name, traced in local.trace("cpu").items()}
+    # As for no platform: kernels that stand for attention are opaque; `Assumptions` says what they save.
+    return {name: traced.jaxpr for name, traced in local.trace(ANY).items()}
 
 
 def parameter_shares(shapes: Shapes) -> dict[tuple[int, ...], float]:

@@ -60,7 +60,7 @@ class Shapes:
         return t.r1_micro_batch if step == "r1" else t.micro_batch
 
     def trace(self, platform: str) -> dict[str, jax.stages.Traced]:
-        """The run's planned steps, formulated for "cpu", "gpu" or "tpu"."""
+        """The run's planned steps, formulated for "cpu", "gpu", "tpu" or `ANY`."""
         arguments = self.config, self.d, self.frozen, self.state, self.batch, self.mesh
         with compiling_for(platform):
             return trace_programs(*arguments, images=0, names=planned_steps(self.config))

@@ -20,7 +20,10 @@ Shares = Mapping[tuple[int, ...], float]
 """The part that one device holds of arrays of the parameters' shapes: of parameters and their gradients."""
 
 _INLINED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-_LOOPS = ("scan", "while", "cond")
+_BODIES = ("scan", "while", "cond", "shard_map", "pallas_call")
+_CUDNN = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+"""cuDNN's attention: how many products of T, d and S a kernel has; the second computes the weights again."""
+
 _MATERIALISED = [
     "dot_general",
     "conv_general_dilated",
@@ -40,6 +43,7 @@ _MATERIALISED = [
     "threefry2x32",
     "select_and_scatter_add",
     "reduce_window",
+    *_CUDNN,
 ]
 _PRODUCTS = ("dot_general", "conv_general_dilated")
 _GATHERS = {1: 1, 2: 2, 3: 2}
@@ -113,11 +117,12 @@ class Assumptions:
 
     Attributes:
       shares: of the parameters' shapes; an array of another shape is whole on every device.
-      fused_attention: half-precision attention runs in one kernel, which never writes its weights (cuDNN's).
+      fused_from: half-precision attention on so many keys or more runs in one kernel, which never writes its weights;
+        None if there is no such kernel.
     """
 
     shares: Shares
-    fused_attention: bool = False
+    fused_from: int | None = None
 
 
 def program_cost(jaxpr: core.ClosedJaxpr, assumptions: Assumptions = Assumptions({})) -> Cost:
@@ -167,14 +172,14 @@ def _gathered_bytes(ops: Iterable[_Op]) -> float:
 
 
 def _flatten(jaxpr: core.Jaxpr, environment: dict[core.Var, _Value], shares: Shares) -> Iterator[_Op]:
-    """The operations of a jaxpr in order, with calls inlined (jit, checkpoint, custom derivatives), loops kept."""
+    """The operations of a jaxpr in order, with calls inlined (jit, checkpoint, custom derivatives), bodies kept."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "optimization_barrier":
             environment.update({out: environment[v] for out, v in zip(eqn.outvars, eqn.invars, strict=True)})
             continue
         inputs = tuple(environment[v] for v in eqn.invars if not isinstance(v, core.Literal))
         inner = next((eqn.params[key] for key in _INLINED if key in eqn.params), None)
-        if inner is None or eqn.primitive.name in _LOOPS or eqn.primitive.name.startswith("reduce"):
+        if inner is None or eqn.primitive.name in _BODIES or eqn.primitive.name.startswith("reduce"):
             outputs = tuple(_value(var.aval, shares) for var in eqn.outvars)
             environment.update(zip(eqn.outvars, outputs, strict=True))
             yield _Op(eqn.primitive.name, eqn.params, inputs, outputs)
@@ -208,26 +213,26 @@ def _fuse(ops: Iterable[_Op], given: Assumptions) -> None:
     """Sets `roots`: of an elementwise result of one array in memory that array, else the result itself."""
     for op in ops:
         for out in op.outputs:
-            if given.fused_attention and _is_attention_weights(op, out):
+            if given.fused_from is not None and _is_attention_weights(op, out, given.fused_from):
                 out.size = 0.0
             roots = dict.fromkeys(root for value in op.inputs for root in value.roots)
             large = [root for root in roots if root.whole * _SMALL > out.whole]
             kept = [root for root in large if root.counted]
             narrows = op.name == "convert_element_type" and bool(kept) and out.whole < kept[0].whole and kept[0].size
-            fused = len(kept) <= 1 and not narrows and op.name not in (*_MATERIALISED, *_LOOPS)
+            fused = len(kept) <= 1 and not narrows and op.name not in (*_MATERIALISED, *_BODIES)
             fused = fused and not op.name.startswith("reduce_")
             out.roots = tuple(large) if fused else (out,)
             if not fused and kept and op.name not in _MATERIALISED and not any(root.size for root in kept):
                 out.size = 0.0  # computed from attention weights inside the kernel
 
 
-def _is_attention_weights(op: _Op, out: _Value) -> bool:
-    """A half-precision batched product that is larger than either operand: queries with keys."""
+def _is_attention_weights(op: _Op, out: _Value, keys: int) -> bool:
+    """A half-precision batched product that is larger than either operand: queries with so many keys or more."""
     if op.name != "dot_general" or not op.params["dimension_numbers"][1][0]:
         return False
     elements = lambda value: math.prod(value.shape)  # noqa: E731
     half = all(np.dtype(value.dtype).itemsize == 2 for value in op.inputs)
-    return half and elements(out) > max(elements(value) for value in op.inputs)
+    return half and sorted(out.shape)[-2] >= keys and elements(out) > max(elements(value) for value in op.inputs)
 
 
 def _set_last_uses(ops: list[_Op], results: list[_Value], carried: int) -> None:
@@ -254,6 +259,8 @@ def _own_cost(op: _Op, given: Assumptions) -> Cost:
     if op.name == "cond":
         branches = [_cost(branch.jaxpr, given, 0) for branch in op.params["branches"]]
         return max(branches, key=lambda cost: cost.flops)
+    if op.name == "shard_map":
+        return Cost().then(_cost(op.params["jaxpr"], given, 0), op.params["mesh"].size)
     made = [value for value in op.outputs if value.roots == (value,)]
     if not made:
         return Cost()
@@ -289,4 +296,9 @@ def _flops(op: _Op) -> float:
         # Zeros that dilation puts between the rows of an input are not multiplied.
         useful = math.prod(op.inputs[0].shape) and 1.0 / math.prod(op.params["lhs_dilation"])
         return 2.0 * math.prod(op.outputs[0].shape) * math.prod(kernel) / features * useful
+    if op.name in _CUDNN:  # queries (B, T, N, d), keys (B, S, N, d)
+        return 2.0 * _CUDNN[op.name] * math.prod(op.inputs[0].shape) * op.inputs[1].shape[1]
+    if op.name == "pallas_call":
+        tile = _cost(op.params["jaxpr"], Assumptions({}), 0)
+        return math.prod(op.params["grid_mapping"].grid) * tile.flops
     return 0.0

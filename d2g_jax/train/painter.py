@@ -107,7 +107,8 @@ class Painter:
             c = condition(d, frozen, batch)
             noise = slerp(c.noise[mix.left], c.noise[mix.right], mix.noise)
             text = jax.tree.map(lambda x: lerp(x[mix.left], x[mix.right], mix.text), c.text)
-            student = generate(d, params, noise, text)
+            with meshes.traced_for(mesh):
+                student = generate(d, params, noise, text)
             return Pictures(student, decode(pipeline, vae, student), decode(pipeline, vae, c.target))
 
         self._pictures = pictures

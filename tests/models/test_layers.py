@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import mesh as meshes
 from d2g_jax.errors import UserError
 from d2g_jax.models import initializers, layers, transformer
 from d2g_jax.models.network import Network
@@ -158,57 +157,6 @@ def test_matmul_is_chosen_for_small_wide_maps_on_a_cpu():
     assert not layers.prefers_matmul((1, 64, 64, 1280), (3, 3, 1280, 1280))
     assert not layers.prefers_matmul((1, 8, 8, 64), (3, 3, 64, 64))
     assert layers.prefers_matmul((1, 64, 64, 64), (1, 1, 64, 64))
-
-
-@pytest.mark.parametrize("upcast", [False, True])
-def test_plain_attention_equals_xla(upcast):
-    rng = np.random.default_rng(0)
-    query, key, value = (jnp.asarray(rng.normal(size=(2, 6, 3, 8)), jnp.float32) for _ in range(3))
-
-    @jax.jit
-    def attend(query, key, value):
-        kw = {"upcast": upcast}
-        return [transformer.dot_product_attention(query, key, value, attention=name, **kw) for name in ("plain", "xla")]
-
-    plain, xla = attend(query, key, value)
-    np.testing.assert_allclose(plain, xla, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("heads", "rows"), [(2, 64), (3, 61)])
-def test_attention_in_blocks_equals_plain(heads, rows, monkeypatch):
-    """With its gradients, for a batch that is split over two devices and stays so: nothing is gathered."""
-    monkeypatch.setattr(transformer, "_BLOCK_BYTES", 2**14)
-    rng = np.random.default_rng(0)
-    shapes = [(2, rows, heads, 8), (2, 70, heads, 8), (2, 70, heads, 8)]
-    split = jax.sharding.NamedSharding(meshes.make_mesh(), meshes.BATCH)
-    inputs = [jax.device_put(rng.normal(size=shape).astype(np.float32), split) for shape in shapes]
-    seen = rng.normal(size=shapes[0]).astype(np.float32)
-
-    def attend(name):
-        def total(*inputs):
-            out = transformer.dot_product_attention(*inputs, attention=name)
-            return (out * seen).sum(), out
-
-        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)).lower(*inputs).compile()
-
-    blocked = attend("blocked")
-    assert "all-gather" not in blocked.as_text()
-    for ours, expected in zip(
-        jax.tree.leaves(blocked(*inputs)), jax.tree.leaves(attend("plain")(*inputs)), strict=True
-    ):
-        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_attention_implementations(monkeypatch):
-    assert transformer.attention_implementation("auto", 64, jnp.bfloat16, 511) == "xla"  # no GPU
-    assert transformer.attention_implementation("auto", 64, jnp.bfloat16, 512) == "blocked"
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert transformer.attention_implementation("auto", 64, jnp.bfloat16, 4096) == "cudnn"
-    assert transformer.attention_implementation("auto", 160, jnp.bfloat16, 4096) == "xla"  # SD 1.x's lowest levels
-    assert transformer.attention_implementation("auto", 64, jnp.float32, 4096) == "xla"
-    assert transformer.attention_implementation("plain", 64, jnp.bfloat16, 4096) == "plain"
-    with pytest.raises(UserError, match="flash"):
-        transformer.attention_implementation("flash", 64, jnp.bfloat16, 4096)
 
 
 def test_group_norm_keeps_float32_statistics_in_bfloat16():

@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from d2g_jax import mesh as meshes
+from d2g_jax.models.attention import dot_product_attention
+from d2g_jax.models.platform import ANY, compiling_for
 from d2g_jax.plan.trace import Assumptions, program_cost
 
 
@@ -91,10 +94,24 @@ def attention(query, key, value):
 
 def test_a_fused_kernel_never_writes_attention_weights():
     shapes = [((1, 512, 4, 32), BF16)] * 3
-    plain, fused = (cost(jax.grad(attention), *shapes, fused_attention=flag) for flag in (False, True))
+    plain, fused, short = (cost(jax.grad(attention), *shapes, fused_from=keys) for keys in (None, 512, 513))
     weights = 4 * 512 * 512 * 2
     assert plain.flops == fused.flops
     assert plain.temp_bytes - fused.temp_bytes >= 2 * weights
+    assert plain.memory_bytes - fused.memory_bytes >= 8 * weights  # each of two directions writes and reads several
+    assert short == plain
+
+
+@pytest.mark.parametrize(("platform", "products"), [("gpu", 2 + 5), ("tpu", 2 + 7), (ANY, 2 + 4)])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_products_inside_of_kernels_count(platform, products, devices, monkeypatch):
+    """Forward and backward; kernels compute the weights again, that of TPUs twice."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    shapes = [((2, 1024, 4, 40), BF16)] * 3
+    loss = lambda *inputs: dot_product_attention(*inputs).astype(F32).sum()  # noqa: E731
+    with compiling_for(platform), meshes.traced_for(meshes.make_mesh(devices, 1, jax.devices()[:devices])):
+        counted = cost(jax.grad(loss, argnums=(0, 1, 2)), *shapes)
+    assert counted.flops == products * 2 * (2 * 4 * 1024 * 1024 * 40)
 
 
 def test_sharded_parameters_are_gathered_and_their_gradients_reduced():
