@@ -51,6 +51,14 @@ def _forget_programs():
     gc.collect()
 
 
+@pytest.fixture
+def libtpu(monkeypatch: pytest.MonkeyPatch):
+    """The TPU compiler, where it is installed; it dies of flags in XLA_FLAGS that it does not know."""
+    pytest.importorskip("libtpu")
+    jax.devices()  # reads the flags
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 MERGES = ["c a", "ca t</w>", "d o", "do g</w>", "t h", "th e</w>"]
 

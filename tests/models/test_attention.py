@@ -14,6 +14,9 @@ from d2g_jax.errors import UserError
 from d2g_jax.models import attention
 from d2g_jax.models.platform import ANY, compiling_for
 from d2g_jax.pipeline import Pipeline
+from d2g_jax.plan.collectives import parse_collectives
+from d2g_jax.plan.programs import COMPILER_OPTIONS
+from d2g_jax.plan.targets import described_tpu, devices, parse_topology
 
 
 @pytest.mark.parametrize("upcast", [False, True])
@@ -112,6 +115,32 @@ def test_samplers_split_the_kernel_of_tpus(tiny_sd):
         calls = [x for x in traced.lower(lowering_platforms=("tpu",)).as_text().splitlines() if "tpu_custom_call" in x]
         assert calls
         assert all(f": (tensor<{samples}x" in line for line in calls)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("heads", "head_dim", "tokens"), [(8, 40, 4096), (8, 80, 1024), (10, 64, 4096)])
+def test_the_kernel_of_tpus_compiled_writes_no_weights(heads, head_dim, tokens, libtpu):
+    """One layer of SD 1.5 or SDXL, forward and backward, two samples on each of four v5e."""
+    target = parse_topology("v5e:2x2")
+    with described_tpu():
+        mesh = meshes.make_mesh(1, 4, devices(target))
+        split = jax.sharding.NamedSharding(mesh, meshes.BATCH)
+        x = jax.ShapeDtypeStruct((8, tokens, heads, head_dim), jnp.bfloat16, sharding=split)
+
+        def compiled(name):
+            total = lambda *inputs: attention.dot_product_attention(*inputs, attention=name).astype(jnp.float32).sum()  # noqa: E731
+            with compiling_for("tpu"), meshes.traced_for(mesh):
+                lowered = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(x, x, x).lower()
+            program = lowered.compile(compiler_options=COMPILER_OPTIONS["tpu"])
+            assert not parse_collectives(program.as_text(), target.count)
+            moved, kept = program.cost_analysis()["bytes accessed"], program.memory_analysis().temp_size_in_bytes
+            shape = f"{tokens} tokens, {heads} heads of {head_dim}"
+            print(f"{name}, {shape}: MB moved {moved / 1e6:.0f}, kept {kept / 1e6:.0f}")
+            return moved, kept
+
+        (moved, kept), (plain_moved, plain_kept) = compiled("flash"), compiled("xla")
+    assert moved < plain_moved / 2
+    assert kept < 2 * heads * tokens**2 * 2 <= plain_kept or tokens < 4096  # smaller weights stay on the chip
 
 
 @pytest.mark.parametrize(

@@ -161,8 +161,7 @@ def test_the_command_prints_and_writes(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_for_a_tpu_that_is_not_there():
-    pytest.importorskip("libtpu")
+def test_compiled_for_a_tpu_that_is_not_there(libtpu):
     plan = plan_run(alone(**{"mesh.fsdp": 4}), parse_topology("v5e:2x2"), "compile")
     (program,) = plan.programs
     assert program.method == "compiled"
