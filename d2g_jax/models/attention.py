@@ -27,22 +27,22 @@ def attention_implementation(attention: str, head_dim: int, dtype: Any, rows: in
     """One of "xla", "cudnn", "flash", "blocked", "plain" for the switch "auto" or one of these.
 
     "auto" takes a fused kernel, which never writes its weights, in half precision: on GPUs cuDNN's, which every GPU has
-    for heads of at most 128 channels in multiples of 8 (SD 1.x's 160-channel heads fall back to XLA); on TPUs JAX's
-    flash attention, where there are many keys and its tiles divide `rows` and `keys`, the numbers T and S of queries
-    and keys. On a CPU it takes blocks where there are many keys. Raises `UserError` for another name.
+    for heads of at most 128 channels in multiples of 8 (SD 1.x's 160-channel heads fall back to XLA); on TPUs, whose
+    half precision is bfloat16, JAX's flash attention, where there are many keys and its tiles divide `rows` and `keys`,
+    the numbers T and S of queries and keys. On a CPU it takes blocks where there are many keys. Raises `UserError` for
+    another name.
     """
     if attention not in ATTENTIONS:
         raise UserError(f"attention is {attention!r}; choose one of {', '.join(ATTENTIONS)}")
     if attention != "auto":
         return attention
-    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    many = keys >= MANY_KEYS
+    dtype, many = jnp.dtype(dtype), keys >= MANY_KEYS
     if platform() == "cpu" and many:
         return "blocked"
-    if platform() == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128:
+    if platform() == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    if platform() == "tpu" and half and many and head_dim <= 256 and rows % _TILES[-1] == keys % _TILES[-1] == 0:
-        return "flash"
+    if platform() == "tpu" and dtype == jnp.bfloat16 and many and head_dim <= 256:
+        return "xla" if rows % _TILES[-1] or keys % _TILES[-1] else "flash"
     return "xla"
 
 

@@ -159,6 +159,7 @@ def test_the_kernel_of_tpus_compiled_writes_no_weights(heads, head_dim, tokens, 
         ("tpu", 512, "bfloat16", 4096, 4096, "xla"),  # the VAE
         ("tpu", 64, "bfloat16", 60 * 60, 60 * 60, "xla"),  # no multiple of the tiles
         ("tpu", 64, "float32", 4096, 4096, "xla"),
+        ("tpu", 64, "float16", 4096, 4096, "xla"),
         (ANY, 64, "bfloat16", 4096, 4096, "xla"),
     ],
 )
