@@ -48,8 +48,8 @@ class Progress:
             self._bar.update(units)
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._line()
+        elif self._done < self._total and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._line()  # the last line is that of the end
 
     def say(self, text: str) -> None:
         """A line of its own, which the bar makes room for."""

@@ -36,6 +36,8 @@ formula)
     plan sdxl_v6e_4x4 sdxl v6e:4x4 --method=formula $(micro 2 1) --config.mesh.fsdp=16
     plan sdxl_v5p_2x2x2_formula sdxl v5p:2x2x2 --method=formula $(micro 4 1)
     plan sdxl_v5p_2x2x4 sdxl v5p:2x2x4 --method=formula $(micro 4 1) --config.mesh.fsdp=16
+    plan sd15_v5p_2x2x1 sd15 v5p:2x2x1 --method=formula $(micro 16 4) --config.mesh.fsdp=4
+    plan sdxl_v5p_2x2x1 sdxl v5p:2x2x1 --method=formula $(micro 2 1) --config.mesh.fsdp=4
     plan sd15_v5e_4x4_formula sd15 v5e:4x4 --method=formula $(micro 4 1) --config.mesh.fsdp=16
     plan sd15_v5p_2x2x4 sd15 v5p:2x2x4 --method=formula $(micro 16 4) --config.mesh.fsdp=16
     ;;
