@@ -65,15 +65,18 @@ def parse_with_config(parser: Parser, arguments: list[str]) -> tuple[argparse.Na
     return own, config
 
 
-def start(config: Any, *, cache: bool = True, same: dict[str, Any] | None = None) -> None:
+def start(config: Any = None, *, cache: bool = True, same: dict[str, Any] | None = None) -> None:
     """Device count, XLA's optimisation level and the compilation cache; before the first use of a device.
 
-    `same` is for jobs that several processes do together: what must be the same in all of them, beside the config.
+    A job without a config takes the devices as they are. `same` is for jobs that several processes do together: what
+    must be the same in all of them, beside the config.
     """
     import jax
+    from ml_collections import ConfigDict
 
     from d2g_jax import mesh
 
+    config = ConfigDict({"mesh": {}}) if config is None else config
     if config.mesh.get("cpu_devices"):
         mesh.use_cpu_devices(config.mesh.cpu_devices)
     level = config.get("optimization_level", "UNKNOWN")

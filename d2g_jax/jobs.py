@@ -131,9 +131,7 @@ def _sample(arguments: list[str]) -> int:
     teacher = parser.add_argument_group("for a teacher; a one-step student has none of these")
     cli.add_solution_flags(teacher)
     own = parser.parse_args(arguments)
-    from ml_collections import ConfigDict
-
-    cli.start(ConfigDict({"mesh": {}}))
+    cli.start()
     from d2g_jax.draw import Solution
     from d2g_jax.pairs import read_prompts
     from d2g_jax.sample import Request, sample
@@ -163,9 +161,7 @@ def _evaluate(arguments: list[str]) -> int:
     job = command.read(arguments, cli.parser)
     # The metrics' networks run in PyTorch, on the same device: jax must not take all of its memory at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from ml_collections import ConfigDict
-
-    cli.start(ConfigDict({"mesh": {}}))
+    cli.start()
     print(job())
     return 0
 
@@ -179,9 +175,7 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument("--height", type=int, help="of a StableHLO file's images; default is the model's own")
     parser.add_argument("--width", type=int, help="of a StableHLO file's images; default is the model's own")
     own = parser.parse_args(arguments)
-    from ml_collections import ConfigDict
-
-    cli.start(ConfigDict({"mesh": {}}))
+    cli.start()
     from d2g_jax import mesh
     from d2g_jax.export import export_student
     from d2g_jax.sample import Sampler
@@ -238,9 +232,7 @@ def _metric(arguments: list[str]) -> int:
     parser.add_argument("--preset", default="bgo", help="of the augmentations: b, g, c, o, co, bg, bgc, bgo, bgco")
     parser.add_argument("--raw", action="store_true", help="the latents have not been through the VAE's scaling")
     own = parser.parse_args(arguments)
-    from ml_collections import ConfigDict
-
-    cli.start(ConfigDict({"mesh": {}}))
+    cli.start()
     from d2g_jax.measure import measure
 
     measured = measure(own.weights, own.a, own.b, draws=own.draws, seed=own.seed, preset=own.preset, scaled=not own.raw)
@@ -300,9 +292,7 @@ def _play(arguments: list[str]) -> int:
     from d2g_jax.play import command
 
     own = command.read(arguments, cli.parser)
-    from ml_collections import ConfigDict
-
-    cli.start(ConfigDict({"mesh": {}}))
+    cli.start()
     command.play(own)
     return 0
 

@@ -120,21 +120,27 @@ def test_the_launcher_trains_in_two_processes_of_four_devices(tmp_path):
     train += ["--config.adversarial.start_images=16", "--config.adversarial.warmup_images=0"]
 
     def launch(*command):
-        ended = subprocess.run(
+        with subprocess.Popen(
             ["bash", LAUNCH, "2", sys.executable, "-m", "d2g_jax", *command],
             env={**os.environ, "PORT": str(free_port()), "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=SECONDS,
-        )
-        assert ended.returncode == 0, ended.stderr[-3000:]
-        return ended
+            start_new_session=True,
+        ) as launcher:
+            try:
+                out, errors = launcher.communicate(timeout=SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(launcher.pid, signal.SIGKILL)  # the shell's own processes too
+                raise
+        assert launcher.returncode == 0, errors[-3000:]
+        return out, errors
 
     launch("pairs", *small)
     for images in (32, 64):
-        ended = launch(*train, f"--config.train.images={images}")
-        assert ended.stderr.count(f"train digits: {images}/{images} img") == 1
-        assert ended.stdout.splitlines() == [str(tmp_path / "report.html")]
+        out, errors = launch(*train, f"--config.train.images={images}")
+        assert errors.count(f"train digits: {images}/{images} img") == 1
+        assert out.splitlines() == [str(tmp_path / "report.html")]
         assert (tmp_path / "samples" / f"images_{images:08d}.png").exists()
         assert json.loads((tmp_path / "samples" / "gallery.json").read_text())["images"] == images
         assert (tmp_path / "checkpoints" / str(images)).is_dir()
