@@ -103,6 +103,11 @@ def print_once(result: object) -> None:
         print(result)
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Of "1,8" (1, 8): for a flag that takes several."""
+    return tuple(int(number) for number in text.split(","))
+
+
 def add_solution_flags(teacher: Any) -> None:
     """How a teacher is solved, to a group of a parser: the fields of `draw.Solution`, none of them given by default."""
     teacher.add_argument("--steps", type=int, help="default 50")

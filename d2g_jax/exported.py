@@ -94,6 +94,15 @@ def is_flax(folder: Path) -> bool:
     return read_description(folder).get("format") == "flax"
 
 
+def stored_shapes(shapes: Params, dtype: Any) -> Params:
+    """What `store` makes of a tree, of its shapes alone."""
+    return jax.eval_shape(lambda params: _narrow(params, dtype), shapes)
+
+
+def _narrow(params: Params, dtype: Any) -> Params:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.astype(dtype) if _is_wide(path) else leaf, params)
+
+
 def store(params: Params, dtype: Any) -> Params:
     """Kernels and embeddings in `dtype`, the rest float32, as `Pipeline.load` keeps them.
 
@@ -102,9 +111,7 @@ def store(params: Params, dtype: Any) -> Params:
 
     @jax.jit  # one program: cast leaf by leaf, every shape would be compiled by itself
     def cast(params: Params) -> tuple[Params, Params]:
-        narrow = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf.astype(dtype) if _is_wide(path) else leaf, params
-        )
+        narrow = _narrow(params, dtype)
         return narrow, jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), narrow)
 
     if all(leaf.dtype == dtype for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_wide(path)):
@@ -164,7 +171,7 @@ def _restore(folder: Path, like: dict[str, Params]) -> dict[str, Params]:
 def _placed(shapes: Any, mesh: jax.sharding.Mesh | None) -> Any:
     """`shapes` with a sharding for every leaf."""
     if mesh is not None:
-        return meshes.placed_shapes(shapes, mesh)
+        return meshes.place(shapes, mesh)
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=single), shapes)
 

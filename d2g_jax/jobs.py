@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from d2g_jax import cli
 from d2g_jax.errors import UserError
@@ -188,7 +190,20 @@ def _export(arguments: list[str]) -> int:
 def _plan(arguments: list[str]) -> int:
     if arguments[:1] == ["table"]:
         return _plan_table(arguments[1:])
+    if arguments[:1] == ["sample"]:
+        return _plan_sample(arguments[1:])
     parser = cli.parser("plan")
+    _add_plan_flags(parser)
+    parser.add_argument("--no-search", action="store_true", help="if it does not fit, do not look for what would")
+    own, config = cli.parse_with_config(parser, arguments)
+    from d2g_jax.plan import command
+
+    target = command.start(own.topology, own.method)
+    _print_plan(own, *command.make_report(config, target, own.method, search=not own.no_search))
+    return 0
+
+
+def _add_plan_flags(parser: cli.Parser) -> None:
     parser.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x4, v6e:4x4, gpu:8xH100, cpu:8 ...")
     parser.add_argument(
         "--method",
@@ -196,17 +211,29 @@ def _plan(arguments: list[str]) -> int:
         default="compile",
         help="compile for the target (TPUs need libtpu, GPUs are always planned by formula), or count the trace",
     )
-    parser.add_argument("--no-search", action="store_true", help="if it does not fit, do not look for what would")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the plan as JSON")
-    own, config = cli.parse_with_config(parser, arguments)
+
+
+def _print_plan(own: argparse.Namespace, text: str, report: dict[str, Any]) -> None:
     from d2g_jax.plan import command
 
-    target = command.start(own.topology, own.method)
-    text, report = command.make_report(config, target, own.method, search=not own.no_search)
     print(json.dumps(report, indent=1) if own.json else text)
     if own.out:
         command.write_report(report, own.out)
+
+
+def _plan_sample(arguments: list[str]) -> int:
+    parser = cli.parser("plan sample", "one-step sampling on one device of a topology: memory, FLOPs, least time")
+    _add_plan_flags(parser)
+    parser.add_argument("--model", default="sd15", help="digits, sd15, sdxl, a hub id of a known size, or a folder")
+    parser.add_argument("--batches", type=cli.numbers, default=(1, 8), help="images in a call; default 1,8")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
+    own = parser.parse_args(arguments)
+    from d2g_jax.plan import command
+
+    target = command.start(own.topology, own.method)
+    _print_plan(own, *command.make_sampling_report(own.model, target, own.dtype, own.batches, own.method))
     return 0
 
 

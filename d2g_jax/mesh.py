@@ -80,24 +80,18 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     )
 
 
-def placed_shapes(tree: Any, mesh: Mesh) -> Any:
-    """Shapes and dtypes of `tree` with the shardings of the rules above: what a checkpoint is restored like."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        tree_shardings(tree, mesh),
-    )
-
-
 def place(tree: Any, mesh: Mesh) -> Any:
     """Puts a host tree on the mesh by the rules above; every process passes the same values.
 
-    A process cuts its own devices' parts out; nothing is sent or compared.
+    A process cuts its own devices' parts out; nothing is sent or compared. Of `jax.ShapeDtypeStruct`s the same with the
+    shardings that such arrays would have: what a checkpoint is restored like, and what programs are planned with.
     """
     return jax.tree.map(_place_leaf, tree, tree_shardings(tree, mesh))
 
 
-def _place_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def _place_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array | jax.ShapeDtypeStruct:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
     host = np.asarray(leaf)

@@ -79,7 +79,7 @@ class Sampler:
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             metadata = checkpoints.metadata()
             pipeline = Pipeline.load(metadata["pipeline"], dtype, mesh, storage, without=("unet",))
-            unet = checkpoints.restore_ema(meshes.placed_shapes(pipeline.unet.abstract(), mesh))
+            unet = checkpoints.restore_ema(meshes.place(pipeline.unet.abstract(), mesh))
         pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": exported.store(unet, storage)})
         return cls(pipeline, metadata["timestep"])
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from d2g_jax.cli import numbers
 from d2g_jax.errors import UserError
 
 BENCHES = {
@@ -54,14 +55,9 @@ def read(arguments: list[str], make_parser: MakeParser) -> tuple[Callable[[], di
     return bench, start, own.out
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    """Of "1,8" (1, 8)."""
-    return tuple(int(number) for number in text.split(","))
-
-
 def _sample(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict[str, Any]]:
     parser.add_argument("--model", default="sd15", help="digits, sd15, sdxl, a hub id of a known size, or a folder")
-    parser.add_argument("--batches", type=_numbers, help="images in a call, as 1,8: the default on accelerators")
+    parser.add_argument("--batches", type=numbers, help="images in a call, as 1,8: the default on accelerators")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--parts", default="text,unet,vae,all", help="what is timed")
     parser.add_argument("--seed", type=int, default=0, help="of weights, noise and token ids")
@@ -86,7 +82,7 @@ def _train(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[Callable[[
 
     parser.add_argument("--config", type=Path, metavar="FILE.py", help="of the run; --config.KEY=VALUE changes it")
     parser.add_argument("--losses", default="mse,e_latent_lpips", help="each with programs of its own")
-    parser.add_argument("--batches", type=_numbers, help="images in a step, as 32,64; default: the config's")
+    parser.add_argument("--batches", type=numbers, help="images in a step, as 32,64; default: the config's")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
     parser.add_argument("--no-torch", action="store_true", help="leave out the PyTorch counterpart")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; on GPUs the default")

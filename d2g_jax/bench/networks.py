@@ -12,19 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax import mesh as meshes
-from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.errors import UserError
-from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import Pipeline
-from d2g_jax.plan.architectures import abstract_pipeline
-
-MODELS = {
-    "digits": str(WEIGHTS / "pipeline"),
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
-"""Short names of what is measured mostly."""
+from d2g_jax.plan.architectures import MODELS, abstract_pipeline, computing_in
 
 DTYPES = ("float32", "bfloat16")
 
@@ -55,15 +46,10 @@ def random_pipeline(model: str, dtype: str, storage: str, seed: int, mesh: jax.s
 
     Raises `UserError` for a model that is none of these.
     """
-    pipeline, compute = abstract_pipeline(MODELS.get(model, model)), jnp.dtype(dtype)
-    networks = {name: clip.build(tower.config, compute) for name, tower in pipeline.towers.items()}
-    networks["unet"] = unet.build(pipeline.unet.config, compute)
-    networks["vae"] = vae.build(pipeline.vae.config, compute)
+    pipeline = computing_in(abstract_pipeline(MODELS.get(model, model)), jnp.dtype(dtype))
     place = functools.partial(place_leaf, mesh, jnp.dtype(storage))
-    params = {
-        name: random_params(network.abstract(), seed + i, place) for i, (name, network) in enumerate(networks.items())
-    }
-    return dataclasses.replace(pipeline, params=params, **networks)
+    params = {name: random_params(shapes, seed + i, place) for i, (name, shapes) in enumerate(pipeline.params.items())}
+    return dataclasses.replace(pipeline, params=params)
 
 
 def place_leaf(mesh: jax.sharding.Mesh, storage: Any, path: tuple[Any, ...], leaf: np.ndarray) -> jax.Array:

@@ -45,7 +45,7 @@ class TrainRequest:
     """What `d2g bench train` is asked for.
 
     Attributes:
-      config: of a run; its `pipeline` may also be one of `networks.MODELS`.
+      config: of a run; its `pipeline` may also be one of `architectures.MODELS`.
       losses: names of `loss.name`; D, R1 and the loop are measured with the last of them.
       batches: images in a step, each measured; None is the config's `train.batch_size`.
       repeats: rounds of turns.

@@ -14,9 +14,9 @@ import numpy as np
 
 from d2g_jax import mesh as meshes
 from d2g_jax.bench.measure import Facts, facts_of
-from d2g_jax.bench.networks import MODELS, place_leaf, random_input_ids, random_params
+from d2g_jax.bench.networks import place_leaf, random_input_ids, random_params
 from d2g_jax.perceptual import LatentLPIPS
-from d2g_jax.plan.architectures import abstract_pipeline
+from d2g_jax.plan.architectures import MODELS, abstract_pipeline
 from d2g_jax.plan.shapes import Shapes, run_shapes
 from d2g_jax.state import TrainState, create_state
 from d2g_jax.step import Frozen, Metrics
@@ -55,7 +55,7 @@ class Run:
 
 
 def with_loss_and_batch(config: ml_collections.ConfigDict, loss: str, batch: int) -> ml_collections.ConfigDict:
-    """A copy of a config; a pipeline of `networks.MODELS` gets its own name."""
+    """A copy of a config; a pipeline of `architectures.MODELS` gets its own name."""
     changed = copy.deepcopy(config)
     with changed.unlocked():
         changed.pipeline = MODELS.get(config.pipeline, config.pipeline)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
 from d2g_jax import perceptual
+from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.errors import UserError
 from d2g_jax.hub import NETWORKS
 from d2g_jax.models import clip, unet, vae, vgg
@@ -102,6 +104,13 @@ KNOWN = {
 }
 """Hub ids whose shapes are known here. Their `config.json`s are the source."""
 
+MODELS = {
+    "digits": str(WEIGHTS / "pipeline"),
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+"""Short names of what is measured and planned mostly."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Tokenizer:
@@ -126,6 +135,16 @@ def abstract_pipeline(model: str) -> Pipeline:
         )
     networks = {**pipeline.towers, "unet": pipeline.unet, "vae": pipeline.vae}
     return dataclasses.replace(pipeline, params={name: network.abstract() for name, network in networks.items()})
+
+
+def computing_in(pipeline: Pipeline, dtype: Any) -> Pipeline:
+    """The same pipeline with networks that compute in `dtype`; what its parameters are stored in stays."""
+    return dataclasses.replace(
+        pipeline,
+        **{name: clip.build(tower.config, dtype) for name, tower in pipeline.towers.items()},
+        unet=unet.build(pipeline.unet.config, dtype),
+        vae=vae.build(pipeline.vae.config, dtype),
+    )
 
 
 def _known(model: str, architecture: Architecture) -> Pipeline:

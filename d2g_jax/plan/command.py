@@ -14,10 +14,10 @@ import ml_collections
 from d2g_jax import atomic
 from d2g_jax import mesh as meshes
 from d2g_jax.errors import UserError
-from d2g_jax.plan import store
+from d2g_jax.plan import sampling, store
 from d2g_jax.plan.plan import Plan, from_json, to_json
 from d2g_jax.plan.planner import find_fit, plan_run
-from d2g_jax.plan.report import format_plan, format_search, format_table
+from d2g_jax.plan.report import format_plan, format_sampling, format_search, format_table
 from d2g_jax.plan.targets import Target, check_libtpu, parse_topology
 
 
@@ -53,6 +53,20 @@ def make_report(
         "tried": [to_json(other) for other in tried],
     }
     return text, report
+
+
+def make_sampling_report(
+    model: str, target: Target, dtype: str, batches: Sequence[int], method: str
+) -> tuple[str, dict[str, Any]]:
+    """One-step sampling of each batch on one device of the target, as text and as plain values for JSON."""
+    plans = [sampling.plan_sampling(model, target, dtype, batch, method) for batch in batches]
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "versions": store.versions(),
+        "topology": target.topology,
+        "sampling": [sampling.to_json(plan) for plan in plans],
+    }
+    return format_sampling(plans), report
 
 
 def write_report(report: dict[str, Any], file: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from d2g_jax.plan.plan import ASSUMED_SHARE, EFFICIENCY_BAR, Plan, program_seconds
 from d2g_jax.plan.programs import Program
+from d2g_jax.plan.sampling import Floor, SamplingPlan
 from d2g_jax.plan.targets import GIB
 
 _FORMULA = "by formula, not compiled"
@@ -101,6 +102,39 @@ def format_search(found: Plan | None, tried: Sequence[Plan]) -> str:
     if found is None:
         return "\n".join([*lines, "no change of mesh, rematerialisation, micro-batch or moments makes it fit"])
     return "\n".join([*lines, f"the cheapest change that fits: {_changes(found)}", "", format_plan(found)])
+
+
+def format_sampling(plans: Sequence[SamplingPlan]) -> str:
+    """One-step sampling of several batches on one device, as a Markdown table with the verdict on memory below."""
+    first = plans[0]
+    how = "compiled" if first.method == "compiled" else _FORMULA
+    headings = ("", "GiB of weights, inputs", "temporaries", "GFLOP", "GB moved", "floor ms", "of peak at most")
+    rows = [(*headings, "images/s at most"), ("---",) * (len(headings) + 1)]
+    for plan in plans:
+        rows += _sampling_rows(plan)
+    limit = _gib(first.target.chip.memory_bytes)
+    verdicts = [
+        f"batch {plan.batch}: {_gib(plan.total_bytes())} of {limit} GiB: {'fits' if plan.fits else 'DOES NOT FIT'}"
+        for plan in plans
+    ]
+    title = f"one-step sampling, {first.model}, {first.dtype}, one device of {first.target.topology}; {how}"
+    return "\n".join([title, "", *("| " + " | ".join(row) + " |" for row in rows), "", *verdicts])
+
+
+def _sampling_rows(plan: SamplingPlan) -> list[tuple[str, ...]]:
+    floors, rows = plan.floors() or {}, []
+    for p in plan.programs:
+        row = (f"{p.name} x{plan.batch}", _gib(p.argument_bytes), _gib(p.temp_bytes), f"{p.cost.flops / 1e9:,.1f}")
+        rows.append((*row, f"{p.cost.memory_bytes / 1e9:.2f}", *_floor_cells(floors.get(p.name), plan.batch)))
+    if floors:
+        rows.append((f"all x{plan.batch}", "", "", "", "", *_floor_cells(floors["all"], plan.batch)))
+    return rows
+
+
+def _floor_cells(floor: Floor | None, batch: int) -> tuple[str, ...]:
+    if floor is None:
+        return ("-", "-", "-")
+    return f"{1e3 * floor.seconds:.2f}", f"{floor.share_of_peak:.0%}", f"{batch / floor.seconds:,.1f}"
 
 
 def _changes(plan: Plan) -> str:

@@ -43,7 +43,7 @@ class Shapes:
 
     def on(self, mesh: meshes.Mesh) -> Shapes:
         """The same run on another mesh."""
-        placed = lambda tree: meshes.placed_shapes(tree, mesh)  # noqa: E731
+        placed = lambda tree: meshes.place(tree, mesh)  # noqa: E731
         batch = _split(self.batch, mesh)
         return dataclasses.replace(
             self, mesh=mesh, frozen=placed(self.frozen), state=placed(self.state), batch=batch, vae=placed(self.vae)

@@ -1,0 +1,175 @@
+"""One-step sampling as a plan sees it: text towers, UNet and VAE for one batch on one device of a target.
+
+Each device draws images of its own and nothing is sent, so that one stands for all. The programs are those of
+`d2g sample`, traced with shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from d2g_jax import exported
+from d2g_jax import mesh as meshes
+from d2g_jax.diffusion import Schedule
+from d2g_jax.draw import one_step_programs
+from d2g_jax.errors import UserError
+from d2g_jax.models.platform import ANY, compiling_for
+from d2g_jax.pipeline import Pipeline
+from d2g_jax.plan.architectures import MODELS, abstract_pipeline, computing_in
+from d2g_jax.plan.formula import CODE_BYTES, FUSED_FROM
+from d2g_jax.plan.plan import program_seconds
+from d2g_jax.plan.programs import Program, compile_program
+from d2g_jax.plan.targets import Chip, Target, described_tpu, devices
+from d2g_jax.plan.trace import Assumptions, program_cost
+from d2g_jax.systems import OneStep
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """Least seconds of one call: for its products at the peak, and with its memory traffic."""
+
+    products: float
+    seconds: float
+
+    @property
+    def share_of_peak(self) -> float:
+        """Of the peak, the most that the call can have."""
+        return self.products / self.seconds
+
+
+def _floor(program: Program, chip: Chip) -> Floor:
+    seconds = program_seconds(program, chip)
+    return Floor(seconds["products"], max(seconds.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingPlan:
+    """Figures are of one device and one batch.
+
+    Attributes:
+      model: as it was asked for.
+      target: what it is planned for.
+      dtype: of the networks and of their kernels and embeddings.
+      batch: images in a call.
+      programs: "text", "unet" and "vae", which run one after another.
+    """
+
+    model: str
+    target: Target
+    dtype: str
+    batch: int
+    programs: tuple[Program, ...]
+
+    @property
+    def method(self) -> str:
+        """ "compiled" or "formula", of all programs."""
+        return self.programs[0].method
+
+    def total_bytes(self) -> float:
+        """All weights and inputs, all code, and the most that one program takes beside them."""
+        stays = sum((p.argument_bytes or 0.0) + (p.code_bytes or 0.0) for p in self.programs)
+        total = stays + max(p.beside_arguments or 0.0 for p in self.programs)
+        return max([total, *(p.needed_bytes for p in self.programs if p.needed_bytes is not None)])
+
+    @property
+    def fits(self) -> bool:
+        refused = any(p.needed_bytes is not None for p in self.programs)
+        return not refused and self.total_bytes() <= self.target.chip.memory_bytes
+
+    def floors(self) -> dict[str, Floor] | None:
+        """Of each program, and of "all"; None where the chip's peaks are unknown."""
+        if self.target.chip.bf16_flops is None:
+            return None
+        floors = {p.name: _floor(p, self.target.chip) for p in self.programs}
+        together = Floor(sum(f.products for f in floors.values()), sum(f.seconds for f in floors.values()))
+        return {**floors, "all": together}
+
+
+def plan_sampling(model: str, target: Target, dtype: str, batch: int, method: str) -> SamplingPlan:
+    """One-step sampling by a model of `architectures.MODELS`, a hub id that is known there, or a folder.
+
+    Args:
+      model: see above; only its configs are read.
+      target: one of its devices is planned.
+      dtype: of `DTYPES`.
+      batch: images on that device.
+      method: "compile" or "formula"; see `planner.plan_run`.
+
+    Raises:
+      UserError: for an unknown model or dtype, an impossible batch, and without libtpu.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype}: give {' or '.join(DTYPES)}")
+    if batch < 1:
+        raise UserError(f"--batches={batch}: give 1 or more images")
+    method = "formula" if target.chip.platform == "gpu" else method
+    pipeline = computing_in(abstract_pipeline(MODELS.get(model, model)), jnp.dtype(dtype))
+    shapes = {name: exported.stored_shapes(params, jnp.dtype(dtype)) for name, params in pipeline.params.items()}
+    pipeline = dataclasses.replace(pipeline, params=shapes)
+    host = meshes.make_mesh(1, 1, jax.devices("cpu")[:1])
+    programs = {name: _by_formula(name, traced, target) for name, traced in _trace(pipeline, host, batch, ANY).items()}
+    if method == "compile":
+        with described_tpu():
+            mesh = meshes.make_mesh(1, 1, devices(target)[:1])
+            traced = _trace(pipeline, mesh, batch, target.chip.platform)
+            programs = {name: _compiled(traced[name], program, target) for name, program in programs.items()}
+    return SamplingPlan(model, target, dtype, batch, tuple(programs.values()))
+
+
+def _compiled(traced: jax.stages.Traced, formula: Program, target: Target) -> Program:
+    program = compile_program(formula.name, traced, formula.cost, target)
+    # Weights that a program leaves aside, as those of the VAE's encoder, are on the device all the same.
+    return dataclasses.replace(program, argument_bytes=max(formula.argument_bytes, program.argument_bytes or 0.0))
+
+
+def _trace(pipeline: Pipeline, mesh: jax.sharding.Mesh, batch: int, platform: str) -> dict[str, jax.stages.Traced]:
+    """The programs for one batch, formulated for "cpu", "tpu" or `ANY`."""
+    height, width, channels = pipeline.latent_shape
+    whole = jax.sharding.NamedSharding(mesh, meshes.BATCH)
+
+    def given(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    timestep = Schedule.from_config(pipeline.scheduler).num_train_timesteps - 1
+    with compiling_for(platform):
+        programs = one_step_programs(pipeline, pipeline.params["unet"], OneStep(timestep), mesh)
+        trace = lambda program, *inputs: program.func.trace(*program.args, *inputs)  # noqa: E731
+        text = trace(programs.encode, given((batch, pipeline.token_length), jnp.int32))
+        condition = jax.tree.map(lambda x: given(x.shape, x.dtype), text.out_info)
+        unet = trace(programs.solve, given((batch, channels, height, width), jnp.float32), condition)
+        vae = trace(programs.decode, given(unet.out_info.shape, unet.out_info.dtype))
+    return {"text": text, "unet": unet, "vae": vae}
+
+
+def _by_formula(name: str, traced: jax.stages.Traced, target: Target) -> Program:
+    cost = program_cost(traced.jaxpr, Assumptions({}, FUSED_FROM.get(target.chip.platform)))
+    size = lambda tree: float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)))  # noqa: E731
+    return Program(
+        name,
+        "formula",
+        argument_bytes=size(traced.jaxpr.in_avals),
+        output_bytes=size(traced.out_info),
+        alias_bytes=0.0,
+        temp_bytes=cost.temp_bytes,
+        code_bytes=CODE_BYTES,
+        cost=cost,
+        collectives=(),
+    )
+
+
+def to_json(plan: SamplingPlan) -> dict[str, Any]:
+    """Everything, derived figures too, as plain values."""
+    floors = plan.floors()
+    return {
+        **dataclasses.asdict(plan),
+        "method": plan.method,
+        "total_bytes": plan.total_bytes(),
+        "fits": plan.fits,
+        "floors": floors and {name: dataclasses.asdict(floor) for name, floor in floors.items()},
+    }
