@@ -73,6 +73,7 @@ def loss() -> ConfigDict:
             "name": "e_latent_lpips",  # mse, pseudo_huber, lpips, latent_lpips, e_latent_lpips
             "metric": "",  # a folder made by `d2g metric convert` or `d2g lpips`
             "lpips": "",  # pixel LPIPS, for the loss `lpips`, which decodes both latents
+            "dtype": "float32",  # or bfloat16: the metric's convolutions; docs/metric.md says what that changes
             # Geometric transforms and cutout, the paper's main text; the release has b, g, c, o, co, bg, bgc, bgco.
             "preset": "bgo",
             "l1_weight": 0.0,  # beside a perceptual loss; not in the paper, the release's code has 1
@@ -142,7 +143,7 @@ def train() -> ConfigDict:
             "images": 20_480_000,  # not in the paper
             "batch_size": 1024,  # the paper's
             "groups": 64,  # logical groups of the batch; R1 takes one sample of each. A multiple of the devices
-            "dtype": "bfloat16",  # of the networks' arithmetic; parameters, optimisers, losses and R1 are float32
+            "dtype": "bfloat16",  # of the networks' arithmetic but the metric's; parameters, optimisers, losses and R1 are float32
             # What of its share a device takes at once, gradients summed: None for all. R1 is float32 and differentiated
             # twice, and has a number of its own.
             "micro_batch": config_dict.placeholder(int),

@@ -35,6 +35,15 @@ def read_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Any:
     return values.config
 
 
+def compute_dtype(key: str, name: str) -> Any:
+    """The numpy dtype that the setting `key` names for arithmetic; raises `UserError` for any but these two."""
+    import jax.numpy as jnp
+
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"{key}={name!r}: choose float32 or bfloat16")
+    return jnp.dtype(name)
+
+
 def _check_key(config: Any, key: str) -> None:
     """Raises `UserError` for a setting that does not exist, with the nearest one that does."""
     known = list(flatten(config.to_dict()))

@@ -14,6 +14,7 @@ from d2g_jax.errors import UserError
 from d2g_jax.lpips import LPIPS, DecodedLPIPS, decoded_lpips, save_lpips
 from d2g_jax.models import vae, vgg
 from d2g_jax.perceptual import regression_loss
+from d2g_jax.pipeline import Pipeline
 from d2g_jax.train.setup import load_metric
 
 NARROW = vgg.VGGConfig(3, (4, 6, 6, 8, 8), (1, 1, 1, 1, 1), vgg.PIXELS.pools, batch_norm=False, tap="pre_pool")
@@ -224,6 +225,20 @@ def test_training_needs_the_folder_of_a_pixel_metric():
         config.lpips = folder
         with pytest.raises(UserError, match=words):
             load_metric(config, None)
+
+
+@pytest.mark.parametrize("name", ["e_latent_lpips", "lpips"])
+def test_the_loss_has_a_dtype_of_its_own(name):
+    config = get_config()
+    config.loss.name, config.loss.dtype = name, "bfloat16"
+    pipeline = Pipeline.load(config.pipeline)
+    metric = load_metric(config.loss, pipeline)
+    trunk, channels = (metric.network, 4) if name == "e_latent_lpips" else (metric.lpips.network, 3)
+    taps = jax.eval_shape(trunk.apply, trunk.abstract(), jnp.zeros((1, 32, 32, channels)))
+    assert {tap.dtype.name for tap in jax.tree.leaves(taps)} == {"bfloat16"}
+    config.loss.dtype = "half"
+    with pytest.raises(UserError, match=r"loss\.dtype='half': choose float32 or bfloat16"):
+        load_metric(config.loss, pipeline)
 
 
 def test_wrong_images(metric):

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from d2g_jax import perceptual
+from d2g_jax.digits.config import get_config
 from d2g_jax.errors import UserError
 from d2g_jax.models import vgg
 from d2g_jax.perceptual import LatentLPIPS
@@ -195,14 +196,39 @@ def test_constants_give_no_nan(ensemble, latents):
             assert jnp.isfinite(gradient).all()
 
 
-def test_bf16_is_within_one_percent(trunk, distance, latents):
+def test_bf16_is_within_one_percent(trunk, metric, latents):
     half = LatentLPIPS.from_params(NARROW, *trunk, SPACE, dtype=jnp.bfloat16)
-    values = jax.jit(lambda a, b: half.distance(a, b, scaled=True))(*latents)
+    (values, slope), (exact, exact_slope) = (
+        jax.jit(jax.value_and_grad(lambda a, b, m=m: m.distance(a, b, scaled=True).sum()))(*latents)
+        for m in (half, metric)
+    )
     assert values.dtype == jnp.float32
-    np.testing.assert_allclose(values, distance(*latents), rtol=0.01)
+    np.testing.assert_allclose(values, exact, rtol=0.01)
+    cosine = jnp.vdot(slope, exact_slope) / (jnp.linalg.norm(slope) * jnp.linalg.norm(exact_slope))
+    assert cosine > 0.99
     zero = jnp.zeros_like(latents[0], jnp.bfloat16)
     gradient = jax.jit(jax.grad(lambda a: half.distance(a, zero, scaled=True).sum()))(zero)
     assert jnp.isfinite(gradient.astype(jnp.float32)).all()
+
+
+@pytest.mark.slow
+def test_bf16_by_distance_with_the_metric_of_the_digits():
+    """The table of docs/metric.md: values and gradients in bfloat16 against float32."""
+    folder, rng = get_config().loss.metric, np.random.default_rng(0)
+    b = jnp.asarray(rng.standard_normal((8, 8, 8, 4)), jnp.float32)
+
+    def of_one(dtype):
+        metric = LatentLPIPS.load(folder, dtype=dtype)
+        return jax.jit(jax.value_and_grad(lambda a: metric.distance(a, b, scaled=True).sum()))
+
+    half, whole = of_one(jnp.bfloat16), of_one(jnp.float32)
+    for s in (1.0, 0.5, 0.2, 0.05, 0.01):
+        a = b + s * jnp.asarray(rng.standard_normal(b.shape), jnp.float32)
+        (value, slope), (exact, exact_slope) = half(a), whole(a)
+        flat = [np.asarray(x, np.float64).reshape(len(b), -1) for x in (slope, exact_slope)]
+        cosines = np.sum(flat[0] * flat[1], -1) / np.prod([np.linalg.norm(x, axis=-1) for x in flat], axis=0)
+        print(f"| {s} | {exact:.5f} | {value / exact - 1:.5f} | {cosines.mean():.4f}, {cosines.min():.4f} |")
+        assert s < 0.2 or (abs(value / exact - 1) < 0.01 and cosines.min() > 0.98)
 
 
 def test_raw_latents_are_scaled(metric, distance, latents):

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 from d2g_jax import buckets, noise, records, solvers
 from d2g_jax import mesh as meshes
 from d2g_jax.atomic import TEMPORARY
 from d2g_jax.conditioning import text_shapes
+from d2g_jax.configuration import compute_dtype
 from d2g_jax.draw import Solution
 from d2g_jax.errors import UserError
 from d2g_jax.interrupt import terminating
@@ -121,7 +121,7 @@ def load_teacher(config: ml_collections.ConfigDict) -> Teacher:
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, jax.local_devices())
     prompts = read_prompts(pairs.prompts, pairs.pairs_per_prompt, pairs.prompts_column)
     check_batch_size(pairs, mesh)
-    pipeline = Pipeline.load(config.pipeline, jnp.dtype(pairs.dtype), mesh)
+    pipeline = Pipeline.load(config.pipeline, compute_dtype("pairs.dtype", pairs.dtype), mesh)
     manifest = make_manifest(config, pipeline, prompts)
     return Teacher(pipeline, prompts, manifest, solution(pairs), mesh, pairs.batch_size)
 

@@ -9,6 +9,7 @@ from typing import Any
 import ml_collections
 
 from d2g_jax import perceptual
+from d2g_jax.configuration import compute_dtype
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.errors import UserError
 from d2g_jax.hub import NETWORKS
@@ -176,6 +177,6 @@ def abstract_metric(config: ml_collections.ConfigDict) -> LatentLPIPS | None:
     """The metric of a loss config as shapes: by the `config.json` of its folder, else SD's, full size; or None."""
     if config.name not in PERCEPTUAL:
         return None
-    file = Path(config.metric or ".") / "config.json"
+    file, dtype = Path(config.metric or ".") / "config.json", compute_dtype("loss.dtype", config.dtype)
     known = vgg.VGGConfig(), perceptual.latent_space("sd15")  # SDXL's has the same shapes
-    return LatentLPIPS.abstract(*(perceptual.read_metric_config(file) if file.is_file() else known))
+    return LatentLPIPS.abstract(*(perceptual.read_metric_config(file) if file.is_file() else known), dtype)

@@ -13,6 +13,7 @@ import ml_collections
 from d2g_jax import mesh as meshes
 from d2g_jax import records
 from d2g_jax.conditioning import encode_text, from_text_fields
+from d2g_jax.configuration import compute_dtype
 from d2g_jax.diffusion import Schedule
 from d2g_jax.errors import UserError
 from d2g_jax.lpips import LPIPS, DecodedLPIPS
@@ -63,7 +64,7 @@ def build(
 
     `metric` None: that of `load_metric`.
     """
-    dtype = jnp.dtype(config.train.dtype)
+    dtype = compute_dtype("train.dtype", config.train.dtype)
     check_remat(config.train.remat)
     unet_config = pipeline.unet.config
     adversary: dict[str, Any] = {"discriminator": None, "discriminator_plain": None, "discriminator_optimizer": None}
@@ -117,13 +118,14 @@ def build(
 def load_metric(config: ml_collections.ConfigDict, pipeline: Pipeline) -> Metric | None:
     """The frozen metric that the loss in `config.loss` takes, read from its folder; None for a loss without one.
 
-    Raises `UserError` for a missing or damaged folder.
+    Raises `UserError` for a missing or damaged folder, and for another `loss.dtype` than float32 and bfloat16.
     """
+    dtype = compute_dtype("loss.dtype", config.dtype)
     if config.name == "lpips":
         if not config.lpips:
             raise UserError("loss.lpips is empty; give a folder of pixel LPIPS, as `d2g metric convert` writes it")
-        return DecodedLPIPS(LPIPS.load(config.lpips), pipeline.params["vae"], pipeline.vae)
-    return LatentLPIPS.load(config.metric) if config.name in PERCEPTUAL else None
+        return DecodedLPIPS(LPIPS.load(config.lpips, dtype=dtype), pipeline.params["vae"], pipeline.vae)
+    return LatentLPIPS.load(config.metric, dtype=dtype) if config.name in PERCEPTUAL else None
 
 
 def make_regression(config: ml_collections.ConfigDict, metric: Metric | None) -> Any:
