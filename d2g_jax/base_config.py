@@ -143,7 +143,7 @@ def train() -> ConfigDict:
             "images": 20_480_000,  # not in the paper
             "batch_size": 1024,  # the paper's
             "groups": 64,  # logical groups of the batch; R1 takes one sample of each. A multiple of the devices
-            "dtype": "bfloat16",  # of the networks' arithmetic but the metric's; parameters, optimisers, losses and R1 are float32
+            "dtype": "bfloat16",  # the networks' arithmetic but the metric's; parameters, losses and R1 are float32
             # What of its share a device takes at once, gradients summed: None for all. R1 is float32 and differentiated
             # twice, and has a number of its own.
             "micro_batch": config_dict.placeholder(int),
