@@ -74,11 +74,6 @@ def parse_collectives(hlo: str, devices: int) -> list[Collective]:
     return found
 
 
-def has_loops(hlo: str) -> bool:
-    """Whether XLA's own counts, which take every loop's body once, are too low for this program."""
-    return any(int(trips) > 1 for trips in _TRIPS.findall(hlo))
-
-
 def _times(hlo: str) -> dict[str, int]:
     """How often each computation runs in one call, by name: once, but in loops whose length XLA knows."""
     callers: dict[str, tuple[str, int]] = {}

@@ -14,7 +14,7 @@ from jax.errors import JaxRuntimeError
 
 from d2g_jax.errors import UserError
 from d2g_jax.plan import store
-from d2g_jax.plan.collectives import Collective, has_loops, parse_collectives
+from d2g_jax.plan.collectives import Collective, parse_collectives
 from d2g_jax.plan.targets import Target, described_tpu
 from d2g_jax.plan.trace import Cost
 
@@ -22,6 +22,7 @@ COMPILER_OPTIONS = {"tpu": {"exec_time_optimization_effort": -1.0}}
 """By platform. Memory and FLOPs are those of full effort to within 1%, in a quarter of the time and a third of the
 host's memory."""
 
+_MEMORY = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "code_bytes")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -35,7 +36,8 @@ class Program:
       argument_bytes, output_bytes, alias_bytes, temp_bytes, code_bytes: of memory; outputs that take the place of
         donated arguments count as `alias_bytes` too. None where the compiler gave up.
       needed_bytes: of memory, all together, where the compiler gave up because that is more than there is.
-      cost: FLOPs counted in the trace; bytes the compiler's own where it knows them.
+      cost: FLOPs and bytes, counted in the trace; XLA's own count of bytes takes a loop's body once and, on TPUs, every
+        copy into the chip's own memory as traffic.
       collectives: what it sends.
       compile_seconds: of the compiler; None by formula.
     """
@@ -76,20 +78,15 @@ def compile_program(name: str, traced: jax.stages.Traced, cost: Cost, target: Ta
         **store.versions(),
     }
     facts = store.cached(key, lambda: _compile(lowered, options, target))
-    collectives = tuple(Collective(**fields) for fields in facts.pop("collectives"))
-    # XLA counts a loop's body once: then the count in the trace, which multiplies, is the better one.
-    memory_bytes = facts.pop("bytes_accessed")
-    if facts.pop("has_loops") or not memory_bytes:
-        memory_bytes = max(cost.memory_bytes, memory_bytes or 0.0)
-    return Program(
-        name, "compiled", cost=dataclasses.replace(cost, memory_bytes=memory_bytes), collectives=collectives, **facts
-    )
+    collectives = tuple(Collective(**fields) for fields in facts["collectives"])
+    kept = {field: facts[field] for field in (*_MEMORY, "needed_bytes", "compile_seconds")}
+    return Program(name, "compiled", cost=cost, collectives=collectives, **kept)
 
 
 def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any], target: Target) -> dict[str, Any]:
     """Plain values for JSON: the fields of `Program` that the compiler knows."""
     start = time.monotonic()
-    memory = dict.fromkeys(("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "code_bytes"))
+    memory = dict.fromkeys(_MEMORY)
     try:
         with described_tpu():
             compiled = lowered.compile(compiler_options=dict(options))
@@ -97,9 +94,9 @@ def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any], target: Ta
         needed = out_of_memory(str(error))
         if needed is None:
             raise
-        facts: dict[str, Any] = {"needed_bytes": needed, "bytes_accessed": None, "has_loops": False, "collectives": []}
+        facts: dict[str, Any] = {"needed_bytes": needed, "collectives": []}
     else:
-        analysis, text = compiled.memory_analysis(), compiled.as_text()
+        analysis = compiled.memory_analysis()
         memory = {
             "argument_bytes": analysis.argument_size_in_bytes,
             "output_bytes": analysis.output_size_in_bytes,
@@ -109,9 +106,7 @@ def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any], target: Ta
         }
         facts = {
             "needed_bytes": None,
-            "bytes_accessed": (compiled.cost_analysis() or {}).get("bytes accessed"),
-            "has_loops": has_loops(text),
-            "collectives": [dataclasses.asdict(c) for c in parse_collectives(text, target.count)],
+            "collectives": [dataclasses.asdict(c) for c in parse_collectives(compiled.as_text(), target.count)],
         }
     return {**memory, **facts, "compile_seconds": round(time.monotonic() - start, 1)}
 

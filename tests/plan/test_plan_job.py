@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -169,3 +172,32 @@ def test_compiled_for_a_tpu_that_is_not_there(libtpu):
     assert "all-gather" in plan.received_bytes()
     assert plan.fits
     assert plan.images_per_second_per_chip()["at most"] > 0
+
+
+SIX_PRODUCTS = """
+import jax, jax.numpy as jnp
+from d2g_jax.plan.targets import described_tpu, devices, parse_topology
+from d2g_jax.plan.trace import program_cost
+with described_tpu():
+    one = jax.sharding.SingleDeviceSharding(devices(parse_topology("v5e:1x1"))[0])
+    shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.bfloat16, sharding=one)
+    def products(x, weights):
+        for weight in weights:
+            x = jax.nn.gelu(x @ weight)
+        return x
+    traced = jax.jit(products).trace(shape(128, 2048), [shape(2048, 2048)] * 6)
+    print(traced.lower().compile().cost_analysis()["bytes accessed"], program_cost(traced.jaxpr).memory_bytes)
+"""
+
+
+@pytest.mark.slow
+def test_xla_s_count_of_bytes_is_no_traffic_of_a_tpu_s_memory(libtpu):
+    """Why docs/plan.md takes the trace's. A process of its own: this one compiles with less effort (conftest.py)."""
+    env = {name: value for name, value in os.environ.items() if name != "JAX_OPTIMIZATION_LEVEL"}
+    command = [sys.executable, "-c", SIX_PRODUCTS]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    counted, moved = (float(word) for word in ended.stdout.split()[-2:])
+    weights = 6 * 2048 * 2048 * 2
+    print(f"MB: weights {weights / 1e6:.0f}, XLA {counted / 1e6:.0f}, trace {moved / 1e6:.0f}")
+    assert counted > 3 * weights
+    assert weights < moved < 1.2 * weights
