@@ -275,12 +275,13 @@ def _own_cost(op: _Op, given: Assumptions) -> Cost:
 def _staged(op: _Op) -> float:
     """What a product needs beside its results while it runs: inputs that are not in memory as they are.
 
-    Those are fused arrays, and parameters that are gathered from the devices that share them.
+    Those are fused arrays, and parameters that are gathered from the devices that share them; what a kernel keeps to
+    itself, of size 0, is neither.
     """
     if op.name not in _PRODUCTS:
         return 0.0
-    gathered = sum(v.whole for v in op.inputs if v.size < v.whole)
-    scattered = sum(v.whole for v in op.outputs if v.size < v.whole)
+    gathered = sum(v.whole for v in op.inputs if 0 < v.size < v.whole)
+    scattered = sum(v.whole for v in op.outputs if 0 < v.size < v.whole)
     fused = [v for v in op.inputs if v.roots != (v,) and v.size == v.whole and any(root.size for root in v.roots)]
     return gathered + scattered + sum(v.size for v in fused)
 

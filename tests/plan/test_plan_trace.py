@@ -99,6 +99,7 @@ def test_a_fused_kernel_never_writes_attention_weights():
     assert plain.flops == fused.flops
     assert plain.temp_bytes - fused.temp_bytes >= 2 * weights
     assert plain.memory_bytes - fused.memory_bytes >= 8 * weights  # each of two directions writes and reads several
+    assert fused.temp_bytes < weights < short.temp_bytes
     assert short == plain
 
 
