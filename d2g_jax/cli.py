@@ -19,7 +19,7 @@ JOBS = {
     "evaluate": "FID, KID, CLIP score, diversity, fidelity by a protocol; `evaluate table` lays results side by side",
     "report": "write report.html of a workdir again, as after `d2g evaluate --out=WORKDIR/evaluation/NAME.json`",
     "export": "a trained student as a diffusers folder, a Flax checkpoint or one StableHLO file",
-    "plan": "what a config takes on a TPU slice or on GPUs, compiled ahead of time: memory, FLOPs, time, what fits",
+    "plan": "what a config takes on a TPU slice or on GPUs: memory, FLOPs, time, what fits; `plan sample`: one image",
     "metric": "distances between files of latents or images; `metric convert FILE` reads published PyTorch weights",
     "lpips": "train a LatentLPIPS for the latents of any VAE",
     "overfit": "figure 5 of the paper: latents optimised to match targets under one loss after another",

@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import Iterable
 
+from d2g_jax.errors import UserError
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _BITS = re.compile(r"\d+")
@@ -20,7 +22,11 @@ _INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({'|'.join(KINDS)})
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
 _WHILE = re.compile(r" while\(.*\bcondition=%?([\w.-]+), body=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?%?([\w.-]+(?:, %?[\w.-]+)*)\}?")
+_SCATTERED = "all-reduce-scatter"
+"""Name of computations that are one operation on TPUs: an all-reduce of which each device takes a slice."""
+_CONSTANT = re.compile(r"^\s*%?([\w.-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"^\s*ROOT .* compare\(\S+ ?%?[\w.-]+, (?:\S+ )?%?([\w.-]+)\), direction=LT")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations)=(?:\{([^}]*)\}|%?([\w.-]+))")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +60,10 @@ def by_kind(collectives: Iterable[Collective]) -> dict[str, float]:
 
 
 def parse_collectives(hlo: str, devices: int) -> list[Collective]:
-    """The collectives of `compiled.as_text()`, those in loops as often as XLA knows that they run.
+    """The collectives of `compiled.as_text()`, those in loops as often as they run.
 
-    `devices` is the size of a group that the text leaves empty: all of them.
+    `devices` is the size of a group that the text leaves empty: all of them. Raises `UserError` for a collective in a
+    loop whose length the text does not tell.
     """
     times = _times(hlo)
     found, current = [], ""
@@ -70,33 +77,56 @@ def parse_collectives(hlo: str, devices: int) -> list[Collective]:
                 arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
             group = _group_size(line, devices)
             whole = sum(arrays) * (group if kind == "reduce-scatter" else 1)
-            found.append(Collective(kind, whole, group, times.get(current, 1)))
+            if kind == "all-reduce" and current.startswith(_SCATTERED):
+                kind = "reduce-scatter"
+            runs = times.get(current, 1)
+            if runs is None:
+                raise UserError(f"the compiled program has a loop of unknown length around {kind}: not countable")
+            found.append(Collective(kind, whole, group, runs))
     return found
 
 
-def _times(hlo: str) -> dict[str, int]:
-    """How often each computation runs in one call, by name: once, but in loops whose length XLA knows."""
-    callers: dict[str, tuple[str, int]] = {}
-    current = ""
+def _times(hlo: str) -> dict[str, int | None]:
+    """How often each computation that another calls runs in one call of the program; None in a loop of unknown length.
+
+    CPUs' text tells a loop's length; in TPUs' it is the constant that the loop's condition compares its counter with,
+    which for `jax.lax.scan` starts at 0.
+    """
+    callers: dict[str, tuple[str, int | None]] = {}
+    current, bounds = "", _bounds(hlo)
     for line in hlo.splitlines():
         if computation := _COMPUTATION.match(line):
             current = computation[1]
             continue
-        loop = _WHILE.search(line)
-        trips = _TRIPS.search(line)
-        for names in _CALLED.findall(line):
-            for name in names.replace("%", "").split(", "):
-                inside = bool(loop and trips and name == loop[2])
-                callers[name] = current, int(trips[1]) if inside else 1
+        loop, trips = _WHILE.search(line), _TRIPS.search(line)
+        length = int(trips[1]) if trips else bounds.get(loop[1]) if loop else None
+        for several, one in _CALLED.findall(line):
+            for name in (several or one).replace("%", "").split(", "):
+                callers[name] = current, length if loop and name == loop[2] else 1
 
-    def times(name: str) -> int:
+    def times(name: str) -> int | None:
         total = 1
         while name in callers:
             name, trips = callers[name]
+            if trips is None:
+                return None
             total *= trips
         return total
 
     return {name: times(name) for name in callers}
+
+
+def _bounds(hlo: str) -> dict[str, int]:
+    """Of computations that end in "counter < constant" the constant."""
+    found, current, constants = {}, "", {}
+    for line in hlo.splitlines():
+        if computation := _COMPUTATION.match(line):
+            current, constants = computation[1], {}
+        elif constant := _CONSTANT.match(line):
+            constants[constant[1]] = int(constant[2])
+        elif (below := _BELOW.match(line)) and below[1] in constants:
+            found[current] = constants[below[1]]
+    return found
 
 
 def _bytes(dtype: str, dimensions: str) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import gzip
 import hashlib
 import re
 import time
@@ -75,16 +77,20 @@ def compile_program(name: str, traced: jax.stages.Traced, cost: Cost, target: Ta
         "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         "topology": target.topology,
         "options": options,
+        "kept": "memory and text",
         **store.versions(),
     }
-    facts = store.cached(key, lambda: _compile(lowered, options, target))
-    collectives = tuple(Collective(**fields) for fields in facts["collectives"])
+    facts = store.cached(key, lambda: _compile(lowered, options))
+    collectives = tuple(parse_collectives(_unpacked(facts["text"]), target.count))
     kept = {field: facts[field] for field in (*_MEMORY, "needed_bytes", "compile_seconds")}
     return Program(name, "compiled", cost=cost, collectives=collectives, **kept)
 
 
-def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any], target: Target) -> dict[str, Any]:
-    """Plain values for JSON: the fields of `Program` that the compiler knows."""
+def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values for JSON: the fields of `Program` that the compiler knows, and its text.
+
+    The text, not what is read from it: to read it in a better way must not cost an hour's compilation again.
+    """
     start = time.monotonic()
     memory = dict.fromkeys(_MEMORY)
     try:
@@ -94,7 +100,7 @@ def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any], target: Ta
         needed = out_of_memory(str(error))
         if needed is None:
             raise
-        facts: dict[str, Any] = {"needed_bytes": needed, "collectives": []}
+        facts: dict[str, Any] = {"needed_bytes": needed, "text": _packed("")}
     else:
         analysis = compiled.memory_analysis()
         memory = {
@@ -104,11 +110,16 @@ def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any], target: Ta
             "temp_bytes": analysis.temp_size_in_bytes,
             "code_bytes": analysis.generated_code_size_in_bytes,
         }
-        facts = {
-            "needed_bytes": None,
-            "collectives": [dataclasses.asdict(c) for c in parse_collectives(compiled.as_text(), target.count)],
-        }
+        facts = {"needed_bytes": None, "text": _packed(compiled.as_text())}
     return {**memory, **facts, "compile_seconds": round(time.monotonic() - start, 1)}
+
+
+def _packed(text: str) -> str:
+    return base64.b64encode(gzip.compress(text.encode())).decode("ascii")
+
+
+def _unpacked(packed: str) -> str:
+    return gzip.decompress(base64.b64decode(packed)).decode()
 
 
 def out_of_memory(message: str) -> float | None:

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from d2g_jax.errors import UserError
 from d2g_jax.mesh import make_mesh
 from d2g_jax.plan.collectives import Collective, by_kind, parse_collectives, ring_bytes
 
@@ -41,17 +42,40 @@ LOOP = """
 %inner (p: f32[8]) -> f32[8] {
   %r = f32[8] all-reduce(%p), replica_groups=[1,4]<=[4], to_apply=%add
 }
-%body (t: (f32[8])) -> (f32[8]) {
+%region_0 (t: (f32[8])) -> (f32[8]) {
   %f = f32[8] fusion(%x), kind=kCustom, calls=%inner
 }
 ENTRY %main (p: f32[8]) -> f32[8] {
-  %w = (f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  %w = (f32[8]) while(%t), condition=%cond, body=%region_0, backend_config={"known_trip_count":{"n":"6"}}
 }
 """
 
 
 def test_loops_count_as_often_as_they_run():
     assert parse_collectives(LOOP, 4) == [Collective("all-reduce", 32, 4, 6)]
+
+
+OF_A_TPU = LOOP.replace(', backend_config={"known_trip_count":{"n":"6"}}', "").replace(
+    "ENTRY",
+    """%cond (t: (s32[], f32[8])) -> pred[] {
+  %constant.8 = s32[]{:T(128)} constant(32)
+  %t = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}) parameter(0)
+  %get-tuple-element.51 = s32[]{:T(128)} get-tuple-element(%t), index=0
+  ROOT %lt.4 = pred[]{:T(512)} compare(%get-tuple-element.51, %constant.8), direction=LT, metadata={op_name="lt"}
+}
+ENTRY""",
+)
+
+
+def test_a_tpu_s_loops_are_as_long_as_their_condition_says():
+    assert parse_collectives(OF_A_TPU, 4) == [Collective("all-reduce", 32, 4, 32)]
+    with pytest.raises(UserError, match="a loop of unknown length around all-reduce"):
+        parse_collectives(OF_A_TPU.replace("direction=LT", "direction=NE"), 4)
+
+
+def test_a_slice_of_an_all_reduce_is_a_reduce_scatter():
+    fused = LOOP.replace("inner", "all-reduce-scatter.3")
+    assert parse_collectives(fused, 4) == [Collective("reduce-scatter", 32, 4, 6)]
 
 
 def test_ring_arithmetic():
