@@ -36,14 +36,29 @@ def discriminator_loss(real: Logits, fake: Logits) -> jax.Array:
     return _per_sample(real, lambda logits: jax.nn.softplus(-logits)) + _per_sample(fake, jax.nn.softplus)
 
 
-def r1_penalty(realness_of: Callable[[jax.Array], jax.Array], latents: jax.Array) -> jax.Array:
-    """||d realness / d latents||^2 summed over pixels and channels, one value per sample (arXiv 1801.04406, eq. 9).
+def r1(
+    realness_of: Callable[[Any, jax.Array], jax.Array], params: Any, latents: jax.Array, weight: float
+) -> tuple[Any, jax.Array]:
+    """The gradient of `weight` times the penalties' sum by `params`, and the penalty of each sample (N,).
 
-    `realness_of` maps latents (N, h, w, C) to (N,) without mixing samples. Needs second derivatives: build the
-    discriminator with attention="plain".
+    The penalty is ||g||^2, g = d realness / d latents, summed over pixels and channels (arXiv 1801.04406, eq. 9).
+    `realness_of(params, latents)` maps latents (N, h, w, C) to (N,) without mixing samples. It is differentiated twice:
+    build the discriminator with attention="twice".
     """
-    gradient = jax.grad(lambda x: jnp.sum(realness_of(x)))(latents.astype(jnp.float32))
-    return jnp.sum(jnp.square(gradient), axis=(1, 2, 3))
+    realness = lambda params, latents: jnp.sum(realness_of(params, latents))  # noqa: E731
+    latents = latents.astype(jnp.float32)
+    slope = jax.grad(realness, argnums=1)(params, latents)
+
+    def along_slope(params: Any) -> jax.Array:
+        """g . slope, whose gradient is half the penalties' at g = slope.
+
+        Backwards over a derivative in one direction: the activations of two forward passes, where backwards over
+        backwards keeps those of a backward pass too.
+        """
+        return jax.jvp(lambda x: realness(params, x), (latents,), (slope,))[1]
+
+    gradient = jax.grad(lambda params: 2.0 * weight * along_slope(params))(params)
+    return gradient, jnp.sum(jnp.square(slope), axis=(1, 2, 3))
 
 
 def first_of_each_group(x: jax.Array, groups: int) -> jax.Array:

@@ -37,7 +37,7 @@ class Distillation:
       unet: the generator's network.
       encode_text: (text towers' parameters, input_ids (B, T L)) to `Conditioning`.
       discriminator: D's network; None in a regression-only run.
-      discriminator_plain: D with attention that has second derivatives, for R1.
+      discriminator_r1: D in float32 and with attention to be differentiated twice, for R1.
       schedule, timestep: where in the noise schedule the generator's one call happens.
       regression: d(generated, target) per sample.
       adversarial_weight: the paper's lambda_GAN.
@@ -54,7 +54,7 @@ class Distillation:
     unet: Network
     encode_text: Callable[[dict[str, Params], jax.Array], Conditioning]
     discriminator: Network | None
-    discriminator_plain: Network | None
+    discriminator_r1: Network | None
     schedule: Schedule
     timestep: int
     regression: RegressionLoss
@@ -267,14 +267,11 @@ def r1_step(d: Distillation, frozen: Frozen, state: TrainState, batch: Batch) ->
     c = condition(d, frozen, one)
 
     def gradient_of(c: Condition) -> tuple[Params, jax.Array]:
-        def loss(params: Params) -> tuple[jax.Array, jax.Array]:
-            realness_of = lambda x: adversarial.realness(  # noqa: E731
-                d.discriminator_plain.apply(params, x, c.noise, *c.text)
-            )
-            penalties = adversarial.r1_penalty(realness_of, c.target)
-            return 0.5 * d.r1_gamma * d.r1_interval * jnp.sum(penalties) / d.groups, penalties
-
-        return jax.grad(loss, has_aux=True)(state.discriminator)
+        realness_of = lambda params, x: adversarial.realness(  # noqa: E731
+            d.discriminator_r1.apply(params, x, c.noise, *c.text)
+        )
+        weight = 0.5 * d.r1_gamma * d.r1_interval / d.groups
+        return adversarial.r1(realness_of, state.discriminator, c.target, weight)
 
     gradient, penalties = accumulate(gradient_of, state.discriminator, d.groups, d.r1_micro_batch, c)
     metrics = {"loss_r1": 0.5 * d.r1_gamma * jnp.mean(penalties), "gradient_r1": optax.tree.norm(gradient)}

@@ -26,19 +26,27 @@ def test_loss_is_a_mean_over_locations_then_heads():
 def test_r1_of_a_quadratic_form():
     """realness = sum w x^2 / 2 has the gradient w x, whose squared norm is known."""
     x, w = RNG.standard_normal((3, 2, 2, 4)).astype(np.float32), RNG.standard_normal((2, 2, 4)).astype(np.float32)
-    found = adversarial.r1_penalty(lambda x: jnp.sum(0.5 * w * x**2, axis=(1, 2, 3)), x)
-    np.testing.assert_allclose(found, ((w * x) ** 2).sum((1, 2, 3)), rtol=1e-5)
+    gradient, penalties = adversarial.r1(lambda w, x: jnp.sum(0.5 * w * x**2, axis=(1, 2, 3)), w, x, 0.3)
+    np.testing.assert_allclose(penalties, ((w * x) ** 2).sum((1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(gradient, 0.3 * 2 * w * (x**2).sum(0), rtol=1e-5)
 
 
-def test_r1_has_a_second_derivative():
-    x = RNG.standard_normal((2, 2, 2, 1)).astype(np.float32)
+def test_r1_is_the_gradient_of_the_penalty():
+    """By backwards over backwards, where the slope depends on the parameters in every way."""
+    x = RNG.standard_normal((3, 2, 2, 4)).astype(np.float32)
+    params = {name: RNG.standard_normal(shape) for name, shape in (("inner", (4, 5)), ("outer", (5,)), ("free", (2,)))}
 
-    def penalty(w):
-        return adversarial.r1_penalty(lambda x: jnp.sum(jnp.tanh(w * x), axis=(1, 2, 3)), x).sum()
+    def realness(params, x):
+        return jnp.sum(jnp.tanh(x @ params["inner"]) @ params["outer"], axis=(1, 2)) + params["free"].sum()
 
-    step = 1e-3
-    expected = (penalty(0.8 + step) - penalty(0.8 - step)) / (2 * step)
-    assert float(jax.grad(penalty)(0.8)) == pytest.approx(float(expected), rel=1e-3)
+    def penalties(params):
+        return jnp.sum(jax.grad(lambda x: realness(params, x).sum())(x) ** 2, axis=(1, 2, 3))
+
+    gradient, found = adversarial.r1(realness, params, x, 0.7)
+    expected = jax.grad(lambda params: 0.7 * penalties(params).sum())(params)
+    np.testing.assert_allclose(found, penalties(params), rtol=1e-5)
+    jax.tree.map(lambda ours, other: np.testing.assert_allclose(ours, other, rtol=1e-5, atol=1e-6), gradient, expected)
+    assert not np.any(gradient["free"])
 
 
 def test_groups():

@@ -54,7 +54,7 @@ def problem(size=BATCH, groups=GROUPS):
         unet=unet.build(UNET),
         encode_text=lambda towers, ids: Conditioning(tower.apply(towers["text_encoder"], ids).last_hidden_state, None),
         discriminator=discriminator.build(d_config),
-        discriminator_plain=discriminator.build(d_config, attention="plain"),
+        discriminator_r1=discriminator.build(d_config, attention="twice"),
         schedule=Schedule.from_config(SCHEDULER),
         timestep=999,
         regression=lambda metric, key, a, b: mse(a, b),

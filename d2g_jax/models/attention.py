@@ -14,7 +14,7 @@ from d2g_jax.errors import UserError
 from d2g_jax.models.platform import platform
 from d2g_jax.models.sharding import shards
 
-ATTENTIONS = ("auto", "xla", "cudnn", "flash", "blocked", "plain")
+ATTENTIONS = ("auto", "xla", "cudnn", "flash", "blocked", "plain", "twice")
 
 MANY_KEYS = 512
 """From here on the time goes into writing the weights and reading them again."""
@@ -29,14 +29,17 @@ def attention_implementation(attention: str, head_dim: int, dtype: Any, rows: in
     "auto" takes a fused kernel, which never writes its weights, in half precision: on GPUs cuDNN's, which every GPU has
     for heads of at most 128 channels in multiples of 8 (SD 1.x's 160-channel heads fall back to XLA); on TPUs, whose
     half precision is bfloat16, JAX's flash attention, where there are many keys and its tiles divide `rows` and `keys`,
-    the numbers T and S of queries and keys. On a CPU it takes blocks where there are many keys. Raises `UserError` for
-    another name.
+    the numbers T and S of queries and keys. On a CPU it takes blocks where there are many keys. "twice" is for what is
+    differentiated twice: blocks where there are many keys, else plain. Raises `UserError` for another name.
     """
     if attention not in ATTENTIONS:
         raise UserError(f"attention is {attention!r}; choose one of {', '.join(ATTENTIONS)}")
+    many = keys >= MANY_KEYS
+    if attention == "twice":
+        return "blocked" if many else "plain"
     if attention != "auto":
         return attention
-    dtype, many = jnp.dtype(dtype), keys >= MANY_KEYS
+    dtype = jnp.dtype(dtype)
     if platform() == "cpu" and many:
         return "blocked"
     if platform() == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
@@ -52,9 +55,9 @@ def dot_product_attention(
     """softmax(query key^T / sqrt(d)) value with the softmax in float32: (B, T, N, d), (B, S, N, d) x 2 -> (B, T, N, d).
 
     `upcast` computes the logits from float32 queries and keys (SD 2.1's `upcast_attention`); the fused kernels
-    accumulate them in float32 anyway. "plain" is einsum and softmax: the one to differentiate twice. "blocked" never
-    holds all weights, and computes them again in its backward pass, as "flash" does. "flash" on several devices must be
-    traced for their mesh (`mesh.traced_for`): XLA cannot split the kernel by itself.
+    accumulate them in float32 anyway. "plain" is einsum and softmax. "blocked" never holds all weights, and computes
+    them again in its backward pass, as "flash" does; it has derivatives of any order. "flash" on several devices must
+    be traced for their mesh (`mesh.traced_for`): XLA cannot split the kernel by itself.
     """
     dtype, head_dim = query.dtype, query.shape[-1]
     implementation = attention_implementation(attention, head_dim, dtype, query.shape[1], key.shape[1])

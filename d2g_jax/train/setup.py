@@ -67,7 +67,7 @@ def build(
     dtype = compute_dtype("train.dtype", config.train.dtype)
     check_remat(config.train.remat)
     unet_config = pipeline.unet.config
-    adversary: dict[str, Any] = {"discriminator": None, "discriminator_plain": None, "discriminator_optimizer": None}
+    adversary: dict[str, Any] = {"discriminator": None, "discriminator_r1": None, "discriminator_optimizer": None}
     if config.adversarial.weight:
         c = config.discriminator
         d_config = discriminators.DiscriminatorConfig(
@@ -80,8 +80,7 @@ def build(
         )
         adversary = {
             "discriminator": discriminators.build(d_config, dtype, remat=config.train.remat),
-            # R1 is taken in float32 and needs attention that can be differentiated twice.
-            "discriminator_plain": discriminators.build(d_config, jnp.float32, "plain", remat=config.train.remat),
+            "discriminator_r1": discriminators.build(d_config, jnp.float32, "twice", remat=config.train.remat),
             "discriminator_optimizer": discriminator_optimizer(config.optimizer.discriminator, config.train.batch_size),
         }
     if metric is None:

@@ -35,18 +35,23 @@ def test_plain_attention_equals_xla(upcast):
 
 @pytest.mark.parametrize(("heads", "rows"), [(2, 64), (3, 61)])
 def test_attention_in_blocks_equals_plain(heads, rows, monkeypatch):
-    """With its gradients, for a batch that is split over two devices and stays so: nothing is gathered."""
+    """With its gradients and those of a derivative along a direction, which is what R1 asks for.
+
+    The batch is split over two devices and stays so: nothing is gathered.
+    """
     monkeypatch.setattr(attention, "_BLOCK_BYTES", 2**14)
     rng = np.random.default_rng(0)
     shapes = [(2, rows, heads, 8), (2, 70, heads, 8), (2, 70, heads, 8)]
     split = jax.sharding.NamedSharding(meshes.make_mesh(), meshes.BATCH)
     inputs = [jax.device_put(rng.normal(size=shape).astype(np.float32), split) for shape in shapes]
-    seen = rng.normal(size=shapes[0]).astype(np.float32)
+    seen, direction = (rng.normal(size=shapes[0]).astype(np.float32) for _ in range(2))
 
     def attend(name):
-        def total(*inputs):
-            out = attention.dot_product_attention(*inputs, attention=name)
-            return (out * seen).sum(), out
+        def total(query, key, value):
+            out, along = jax.jvp(
+                lambda x: attention.dot_product_attention(x, key, value, attention=name), (query,), (direction,)
+            )
+            return (out * seen + along**2).sum(), (out, along)
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)).lower(*inputs).compile()
 

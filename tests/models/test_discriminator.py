@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from d2g_jax import adversarial
 from d2g_jax.errors import UserError
-from d2g_jax.models import discriminator, unet
+from d2g_jax.models import attention, discriminator, unet
 from d2g_jax.models.discriminator import DiscriminatorConfig
 from d2g_jax.models.unet_config import UNetConfig
 
@@ -117,9 +118,13 @@ def test_a_foreign_teacher_is_refused(network, teacher):
         discriminator.init_from_teacher(network, jax.random.key(1), {**teacher, "mid_block": {}})
 
 
-def test_r1_has_the_gradient_of_finite_differences():
+@pytest.mark.parametrize("many_keys", [attention.MANY_KEYS, 8])
+def test_r1_has_the_gradient_of_finite_differences(many_keys, monkeypatch):
+    """Where all attention is plain, and where the image's is in blocks."""
+    monkeypatch.setattr(attention, "MANY_KEYS", many_keys)
+    monkeypatch.setattr(attention, "_BLOCK_BYTES", 2**10)
     latents, noise, text = batch()
-    network = discriminator.build(DiscriminatorConfig(ONE_TRANSFORMER, head_channels=8), attention="plain")
+    network = discriminator.build(DiscriminatorConfig(ONE_TRANSFORMER, head_channels=8), attention="twice")
     params = opened(network.init(jax.random.key(3)))
     # Logits start at 1e-3: scale them up, or rounding hides the differences
     params["heads"] = {i: {**head, "conv_out": {"kernel": 300 * head["conv_out"]["kernel"],
@@ -131,12 +136,9 @@ def test_r1_has_the_gradient_of_finite_differences():
     @quick_jit
     def along(step, params, direction, latents, noise, text):
         """R1 at params + step * direction, and its derivative along the direction."""
-
-        def r1(params):
-            score = lambda x: sum(m.mean() for m in network.apply(params, x, noise, text))  # noqa: E731
-            return jnp.sum(jax.grad(score)(latents) ** 2)
-
-        value, gradient = jax.value_and_grad(r1)(jax.tree.map(lambda p, d: p + step * d, params, direction))
+        realness = lambda params, x: adversarial.realness(network.apply(params, x, noise, text))  # noqa: E731
+        moved = jax.tree.map(lambda p, d: p + step * d, params, direction)
+        gradient, (value,) = adversarial.r1(realness, moved, latents, 1.0)
         return value, sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
 
     step = 2e-4
