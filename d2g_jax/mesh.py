@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from d2g_jax.errors import UserError
+from d2g_jax.models.sharding import kernel_spec
 
 T = TypeVar("T")
 
@@ -25,8 +26,6 @@ BATCH = P(("data", "fsdp"))
 
 REPLICATED_PATTERNS = (r"(^|/)(bias|scale|mean|var|count)$", r"^(step|images)$")
 """Paths that are never sharded: small leaves, where an all-gather costs more than the bytes are worth."""
-
-_MIN_SHARDED_SIZE = 2**14
 
 
 def use_cpu_devices(count: int) -> None:
@@ -64,12 +63,7 @@ def _path_string(path: tuple[Any, ...]) -> str:
 
 def leaf_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
     """The partition of one leaf: its largest dimension that fsdp divides, unless it is small or named above."""
-    if fsdp == 1 or np.prod(shape) < _MIN_SHARDED_SIZE or any(re.search(p, path) for p in REPLICATED_PATTERNS):
-        return P()
-    for axis in sorted(range(len(shape)), key=lambda i: -shape[i]):
-        if shape[axis] % fsdp == 0:
-            return P(*[None] * axis, "fsdp")
-    return P()
+    return P() if any(re.search(p, path) for p in REPLICATED_PATTERNS) else kernel_spec(shape, fsdp)
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:

@@ -15,7 +15,7 @@ from d2g_jax.conditioning import Conditioning
 from d2g_jax.diffusion import Schedule
 from d2g_jax.digits.config import optimizer
 from d2g_jax.digits.teacher import SCHEDULER
-from d2g_jax.models import clip, discriminator, unet
+from d2g_jax.models import clip, discriminator, sharding, unet
 from d2g_jax.perceptual import mse
 from d2g_jax.state import create_state, discriminator_optimizer, ema_decay, generator_optimizer
 from d2g_jax.step import Distillation, Frozen, condition, d_step, g_step, generate, r1_step
@@ -190,7 +190,7 @@ def test_two_devices_give_the_numbers_of_one(name, fsdp, monkeypatch):
     """
     if jax.device_count() < 2:
         pytest.skip("needs two devices")
-    monkeypatch.setattr(meshes, "_MIN_SHARDED_SIZE", 64)  # the kernels here are small
+    monkeypatch.setattr(sharding, "_MIN_SHARDED_SIZE", 64)  # the kernels here are small
     static, frozen, state, batch = problem()
     static = dataclasses.replace(static, micro_batch=5, r1_micro_batch=1)
     mesh = meshes.make_mesh(fsdp=fsdp)

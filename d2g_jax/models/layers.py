@@ -17,7 +17,7 @@ from d2g_jax.errors import UserError
 from d2g_jax.models.initializers import Initializer, full, torch_uniform
 from d2g_jax.models.network import Keys
 from d2g_jax.models.platform import platform
-from d2g_jax.models.sharding import by_sample
+from d2g_jax.models.sharding import by_sample, whole
 
 Padding = int | tuple[tuple[int, int], tuple[int, int]]
 
@@ -59,7 +59,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = by_sample(by_sample(x.astype(self.dtype)) @ self.kernel[...].astype(self.dtype))
+        y = by_sample(by_sample(x.astype(self.dtype)) @ whole(self.kernel[...], self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -118,7 +118,7 @@ class Conv(nnx.Module):
         self.padding = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(self.dtype)
+        kernel = whole(self.kernel[...], self.dtype)
         function = convolve_by_matmul if prefers_matmul(x.shape, kernel.shape) else convolve
         y = by_sample(function(by_sample(x.astype(self.dtype)), kernel, self.stride, self.padding))
         return y + self.bias[...].astype(self.dtype)

@@ -24,6 +24,8 @@ _WHILE = re.compile(r" while\(.*\bcondition=%?([\w.-]+), body=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SCATTERED = "all-reduce-scatter"
 """Name of computations that are one operation on TPUs: an all-reduce of which each device takes a slice."""
+_PIECE = re.compile(r'channel_id=(\d+).*"async_collective_fusion_config":')
+"""In a TPU's text a collective that runs beside fusions stands in its start, in each of these and in its end."""
 _CONSTANT = re.compile(r"^\s*%?([\w.-]+) = [su]32\[\]\S* constant\((\d+)\)")
 _BELOW = re.compile(r"^\s*ROOT .* compare\(\S+ ?%?[\w.-]+, (?:\S+ )?%?([\w.-]+)\), direction=LT")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations)=(?:\{([^}]*)\}|%?([\w.-]+))")
@@ -66,11 +68,15 @@ def parse_collectives(hlo: str, devices: int) -> list[Collective]:
     loop whose length the text does not tell.
     """
     times = _times(hlo)
-    found, current = [], ""
+    found, current, started = [], "", set()
     for line in hlo.splitlines():
         if computation := _COMPUTATION.match(line):
             current = computation[1]
         elif instruction := _INSTRUCTION.match(line):
+            if piece := _PIECE.search(line):
+                if piece[1] in started:
+                    continue
+                started.add(piece[1])
             shapes, kind, start = instruction.groups()
             arrays = [_bytes(*array) for array in _ARRAY.findall(shapes)]
             if start and kind != "all-reduce":  # its result holds the operands beside the results

@@ -78,6 +78,27 @@ def test_a_slice_of_an_all_reduce_is_a_reduce_scatter():
     assert parse_collectives(fused, 4) == [Collective("reduce-scatter", 32, 4, 6)]
 
 
+BESIDE_FUSIONS = """
+%fused (p: bf16[48,1280]) -> bf16[768,1280] {
+  %all-gather.1 = bf16[768,1280]{0,1} all-gather(%p), channel_id=184, dimensions={0}, FLAGS
+}
+%async_collective_fusion.2 (p: bf16[48,1280]) -> bf16[768,1280] {
+  %all-gather.2 = bf16[768,1280]{0,1} all-gather(%p), channel_id=184, dimensions={0}, FLAGS
+}
+ENTRY %main (p: bf16[48,1280]) -> bf16[768,1280] {
+  %async-collective-start = bf16[768,1280]{0,1} fusion(%p), kind=kCustom, calls=%fused
+  %fusion.2 = bf16[768,1280]{0,1} fusion(%async-collective-start), kind=kOutput, calls=%async_collective_fusion.2
+}
+""".replace("FLAGS", 'backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}')
+
+
+def test_a_gather_beside_fusions_counts_once():
+    once = [Collective("all-gather", 2 * 768 * 1280, 16)]
+    assert parse_collectives(BESIDE_FUSIONS, 16) == once
+    assert parse_collectives(BESIDE_FUSIONS.replace("async_collective_fusion_config", "other"), 16) == 2 * once
+    assert parse_collectives(BESIDE_FUSIONS.replace("184", "185", 1), 16) == 2 * once
+
+
 def test_ring_arithmetic():
     assert ring_bytes("all-gather", 800, 8) == 700
     assert ring_bytes("reduce-scatter", 800, 8) == 700

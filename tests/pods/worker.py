@@ -29,6 +29,7 @@ from d2g_jax import mesh as meshes
 from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.digits.config import get_config
 from d2g_jax.errors import UserError
+from d2g_jax.models import sharding
 from d2g_jax.train.programs import compile_programs, iteration
 
 PROGRAMS = ("g_adversarial", "d", "r1")
@@ -91,7 +92,7 @@ def digits(config: Any) -> tuple[Any, Any, Any, dict[str, np.ndarray]]:
 def tiny(config: Any) -> tuple[Any, Any, Any, dict[str, np.ndarray]]:
     from test_step import problem
 
-    meshes._MIN_SHARDED_SIZE = 64  # its kernels are small
+    sharding._MIN_SHARDED_SIZE = 64  # its kernels are small
     return problem(config.train.batch_size, config.train.groups)
 
 
