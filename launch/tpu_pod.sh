@@ -5,7 +5,7 @@
 #   launch/tpu_pod.sh create            asks for the slice and returns; `launch/tpu_pod.sh state` until it is ACTIVE
 #   launch/tpu_pod.sh install           this repository and jax[tpu] on all workers, the bucket mounted at ~/bucket
 #   launch/tpu_pod.sh run train --config=configs/sd15.py --workdir='$HOME/bucket/runs/sd15' --config.mesh.fsdp=16 \
-#       --config.train.micro_batch=4 --config.train.r1_micro_batch=1
+#       --config.train.remat=none --config.train.micro_batch=2 --config.train.r1_micro_batch=1
 #   launch/tpu_pod.sh delete
 #
 #   export NAME=d2g ZONE=us-east5-a TYPE=v5p-16 RUNTIME=v2-alpha-tpuv5 BUCKET=my-bucket
