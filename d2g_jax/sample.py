@@ -21,6 +21,9 @@ from d2g_jax.hub import resolve
 from d2g_jax.pipeline import Pipeline
 from d2g_jax.systems import OneStep, find_system
 
+MAX_SIDE = 8192
+"""Pixels of an image: a mistyped side must not take the machine's memory."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -106,13 +109,15 @@ def _check_own(model: str | Path, system: str | None, unet: str | Path | None) -
 def latent_shape(pipeline: Pipeline, size: tuple[int | None, int | None] = (None, None)) -> tuple[int, int, int]:
     """(C, h, w) of the latents of images of `size` (height, width) in pixels; None is the native side.
 
-    Raises `UserError` for a side that is no multiple of the VAE's factor.
+    Raises `UserError` for a side that is no multiple of the VAE's factor, or above `MAX_SIDE`.
     """
     *native, channels = pipeline.latent_shape
     factor, sides = pipeline.vae.config.downscale, []
     for name, pixels, latent in zip(("height", "width"), size, native, strict=True):
-        if pixels is not None and (pixels < factor or pixels % factor):
-            raise UserError(f"--{name}={pixels} is not a positive multiple of {factor}, the VAE's factor")
+        if pixels is not None and (pixels not in range(factor, MAX_SIDE + 1) or pixels % factor):
+            raise UserError(
+                f"--{name}={pixels} is not a multiple of {factor}, the VAE's factor, from {factor} to {MAX_SIDE}"
+            )
         sides.append(latent if pixels is None else pixels // factor)
     return channels, *sides
 
