@@ -6,6 +6,7 @@ speaks of the logical groups of `train.groups` instead, so that the numbers are 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,10 +43,34 @@ def use_cpu_devices(count: int) -> None:
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh (data, fsdp) over `devices` (None: all of all processes); data = -1 takes what fsdp leaves.
 
-    Raises `UserError` when the axes do not multiply to the number of devices.
+    Raises `UserError` when the axes do not multiply to the number of devices, or cannot be laid over their links.
     """
-    data, fsdp = mesh_shape(data, fsdp, jax.device_count() if devices is None else len(devices))
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+    devices = jax.devices() if devices is None else list(devices)
+    arranged = arrange(mesh_shape(data, fsdp, len(devices)), devices)
+    return Mesh(arranged, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def arrange(shape: tuple[int, int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices (data, fsdp), neighbours near each other; slices of TPUs and nodes of GPUs lie along `data` if they can.
+
+    `jax.make_mesh` does neither several slices nor axes that part a TPU's physical ones. Raises `UserError` for a shape
+    that cannot be laid over the devices' links.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    along_data = math.gcd(shape[0], slices)
+    outer = along_data, slices // along_data
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        if shape[1] % outer[1]:
+            raise ValueError(f"{slices} slices or nodes divide neither axis")
+        inner = shape[0] // outer[0], shape[1] // outer[1]
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(
+            f"mesh.data={shape[0]} x mesh.fsdp={shape[1]} cannot be laid over these {len(devices)} devices "
+            f"({str(error).splitlines()[0]}); choose another mesh.fsdp"
+        ) from error
 
 
 def mesh_shape(data: int, fsdp: int, total: int) -> tuple[int, int]:
@@ -111,10 +137,34 @@ def constrain(tree: Any) -> Any:
     )
 
 
+def own_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """Which rows of a batch of `size` lie on this process' devices: int64, ascending.
+
+    On TPU slices they need not be one stretch: the mesh follows the links between chips, not the processes.
+    """
+    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[index] for index in places]))
+
+
 def place_batch(batch: T, mesh: Mesh) -> T:
-    """Makes global arrays of this process' part of a batch, a tree of host arrays, split over the leading axis."""
-    sharding = NamedSharding(mesh, BATCH)
-    return jax.tree.map(lambda value: jax.make_array_from_process_local_data(sharding, value), batch)
+    """Makes global arrays of this process' rows of a batch, a tree of host arrays, split over the leading axis.
+
+    Row i of the arrays is row `own_rows(...)[i]` of the batch, so that a batch is the same on any mesh.
+    """
+    sharding, share = NamedSharding(mesh, BATCH), mesh.size // len(mesh.local_devices)
+
+    def place_rows(value: np.ndarray) -> jax.Array:
+        shape = (len(value) * share, *value.shape[1:])
+        rows = own_rows(mesh, shape[0])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            first = np.searchsorted(rows, start)
+            return value[first : first + stop - start]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(place_rows, batch)
 
 
 def place_whole_batch(batch: T, mesh: Mesh) -> T:

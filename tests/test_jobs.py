@@ -385,8 +385,8 @@ def poisoned_at(*numbers):
     """In place of `loop.read_batches`: the batches of these numbers have NaN for latents."""
     read = loop.read_batches
 
-    def poisoned(config, source, images):
-        for number, batch in enumerate(read(config, source, images), start=images // 8):
+    def poisoned(config, source, mesh, images):
+        for number, batch in enumerate(read(config, source, mesh, images), start=images // 8):
             yield {**batch, "latents": np.full_like(batch["latents"], np.nan)} if number in numbers else batch
 
     return poisoned

@@ -25,8 +25,7 @@ def dataset(
     batch_size: int,
     seed: int,
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     shuffle: bool = True,
     num_threads: int = 2,
     prefetch: int = 4,
@@ -34,34 +33,33 @@ def dataset(
     """Endless batches of `source`, read ahead by grain's threads.
 
     Image p of the run is record `record_index(seed, p, len(source))`: every epoch holds each record once in an order
-    of its own, and a batch may span two epochs, so none is dropped. The n-th item holds this process's contiguous part
-    of the images start + n * batch_size, ..., so a run stopped at image N goes on with `start=N`, on any number of
-    processes, with the same global batches.
+    of its own, and a batch may span two epochs, so none is dropped. The n-th item holds this process's `rows` of the
+    images start + n * batch_size, ..., so a run stopped at image N goes on with `start=N`, on any mesh and any number
+    of processes, with the same global batches.
 
     Args:
         source: items as dicts of arrays, such as `PairSource`.
         batch_size: images per step over all processes.
         start: images that the run has consumed already.
+        rows: of every batch that this process reads (`mesh.own_rows`), from 0 to batch_size - 1; None for all.
         shuffle: False reads in order of id.
         num_threads: that read and decode; 0 reads in the calling thread.
         prefetch: batches read ahead.
 
     Returns:
-        `grain.IterDataset` of dicts of arrays with leading dimension batch_size // process_count.
+        `grain.IterDataset` of dicts of arrays with leading dimension len(rows).
 
     Raises:
-        UserError: batch_size is not a positive multiple of process_count, or start is negative.
+        UserError: batch_size is not positive, or start is negative.
     """
     import grain  # two seconds of import that only the readers need
 
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch_size = {batch_size} is not a positive multiple of the {process_count} processes")
+    if batch_size < 1:
+        raise UserError(f"batch_size = {batch_size}: a batch has images")
     if start < 0:
         raise UserError(f"start = {start}: a position counts images from 0")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count}")
-    local = batch_size // process_count
-    batches = _Batches(source, seed if shuffle else None, start + process_index * local, batch_size, local)
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+    batches = _Batches(source, seed if shuffle else None, start, batch_size, rows)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads))
     return grain.MapDataset.source(batches).to_iter_dataset(options)
 
@@ -89,19 +87,19 @@ def record_index(seed: int | None, positions: np.ndarray, count: int) -> np.ndar
 
 @dataclass(frozen=True)
 class _Batches:
-    """Local batch n of a run, for every n."""
+    """This process' rows of batch n of a run, for every n."""
 
     source: Sequence[dict[str, np.ndarray]]
     seed: int | None
-    first: int  # position of the first image of local batch 0
-    stride: int  # images from one local batch to the next
+    start: int  # position of the first image of batch 0
     size: int
+    rows: np.ndarray
 
     def __len__(self) -> int:
-        return (sys.maxsize - self.first) // self.stride
+        return (sys.maxsize - self.start) // self.size
 
     def __getitem__(self, number: Any) -> dict[str, np.ndarray]:
-        positions = self.first + int(number) * self.stride + np.arange(self.size)
+        positions = self.start + int(number) * self.size + self.rows
         ids = record_index(self.seed, positions, len(self.source))
         records = [self.source[int(record_id)] for record_id in ids]
         return {name: np.stack([record[name] for record in records]) for name in records[0]}

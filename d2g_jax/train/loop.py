@@ -47,7 +47,7 @@ def loop(
     skipped = source.skipped if isinstance(source, records.SkippingSource) else set()
     metadata = {"name": config.name, "pipeline": str(pipeline.folder.absolute()), "timestep": d.timestep}
     painter, vote = Painter(d, frozen, source, mesh, pipeline, workdir), Vote()
-    batches = (meshes.place_batch(batch, mesh) for batch in read_batches(config, source, images))
+    batches = (meshes.place_batch(batch, mesh) for batch in read_batches(config, source, mesh, images))
     batch = next(batches)
     page.update("compiling", images, at_once=True)
     programs = compile_programs(config, d, frozen, state, batch, mesh)
@@ -92,16 +92,18 @@ def _crosses(images: int, every: int, t: ml_collections.ConfigDict) -> bool:
 
 
 def read_batches(
-    config: ml_collections.ConfigDict, source: records.PairSource | records.SkippingSource, images: int
+    config: ml_collections.ConfigDict,
+    source: records.PairSource | records.SkippingSource,
+    mesh: jax.sharding.Mesh,
+    images: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process' part of every global batch from image `images` on."""
+    """This process' rows of every global batch from image `images` on."""
     stream = records.dataset(
         source,
         batch_size=config.train.batch_size,
         seed=config.seed,
         start=images,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=meshes.own_rows(mesh, config.train.batch_size),
     )
     for batch in stream:
         # Record ids enter threefry as 32-bit words.

@@ -105,12 +105,13 @@ def tiny(config: Any) -> tuple[Any, Any, Any, dict[str, np.ndarray]]:
 
 def run(spec: Spec) -> None:
     config = config_of(spec)
-    mesh = meshes.make_mesh(fsdp=spec.fsdp)
+    # As on TPU slices, no process has one stretch of the mesh.
+    mesh = meshes.make_mesh(fsdp=spec.fsdp, devices=[*jax.devices()[::2], *jax.devices()[1::2]])
     meshes.check_batch(mesh, spec.size, spec.groups, spec.micro_batch, spec.r1_micro_batch)
     d, frozen, state, batch = {"tiny": tiny, "digits": digits}[spec.problem](config)
     d = dataclasses.replace(d, micro_batch=spec.micro_batch, r1_micro_batch=spec.r1_micro_batch)
     frozen, state = meshes.place(frozen, mesh), meshes.place(state, mesh)
-    mine = slice(*(spec.size * (jax.process_index() + i) // jax.process_count() for i in (0, 1)))
+    mine = meshes.own_rows(mesh, spec.size)
     batch = meshes.place_batch({name: value[mine] for name, value in batch.items()}, mesh)
     if spec.restore:
         with Checkpoints(spec.checkpoints) as checkpoints:
