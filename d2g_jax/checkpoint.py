@@ -8,6 +8,9 @@ half-written checkpoint is never seen as one; the next run removes what is left 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +22,22 @@ from d2g_jax.errors import UserError
 from d2g_jax.models.network import Params
 from d2g_jax.state import TrainState
 
-METRIC = "metric"
 _NAMED = 3  # differing leaves in a message
 
 
 class Checkpoints:
     """The checkpoints of one run, newest last; a context manager that waits for saves under way."""
 
-    def __init__(self, folder: str | Path, keep: int | None = None, keep_best: bool = False):
-        """For a run of its own: keeps the newest `keep`, and the one of the lowest metric if `keep_best` says so.
+    def __init__(self, folder: str | Path, keep: int | None = None, keep_best: str = ""):
+        """For a run of its own: keeps the newest `keep`, and the one of the lowest metric `keep_best` if that is named.
 
-        Without `keep` nothing is ever written, not even where another process is writing: for readers.
+        Checkpoints that were saved with another metric are not compared. Without `keep` nothing is ever written, not
+        even where another process is writing: for readers.
         """
         self.folder = Path(folder).absolute()
+        self._best = keep_best
         policies = [LatestN(keep)]
-        lowest = lambda metrics: -metrics[METRIC]  # noqa: E731
+        lowest = lambda metrics: -metrics.get(keep_best, math.inf)  # noqa: E731
         if keep_best:
             policies.append(BestN(get_metric_fn=lowest, n=1, keep_checkpoints_without_metrics=False))
         writing = {
@@ -52,8 +56,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def latest(self) -> int | None:
         """Images seen at the newest whole checkpoint, or None."""
@@ -69,22 +74,38 @@ class Checkpoints:
         Args:
           state: on the devices; it is copied before this returns, so its buffers may then be donated.
           metadata: plain JSON values.
-          metric: the smaller the better; by it the best checkpoint is kept. None for unknown.
+          metric: the value of `keep_best`, the smaller the better. None for unknown.
+
+        Raises `UserError` when this one, or the one before it, cannot be written.
         """
         images = int(state.images)
         if images == self.latest():
             return
         rest, ema = _split(state)
         items = {"state": ocp.args.StandardSave(rest), "ema": ocp.args.StandardSave(ema)}
-        self._manager.save(
-            images,
-            args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(metadata)),
-            metrics=None if metric is None else {METRIC: metric},
-        )
+        with self._writing():
+            self._manager.save(
+                images,
+                args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(metadata)),
+                metrics=None if metric is None else {self._best: metric},
+            )
 
     def wait(self) -> None:
-        """Returns when the saves under way are whole."""
-        self._manager.wait_until_finished()
+        """Returns when the saves under way are whole; raises `UserError` when one could not be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk or a bucket that refuses is the user's to mend; what Orbax makes of it has many types."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors; JAX's own say that a process is lost
+            whole = ", ".join(map(str, self.all())) or "none"
+            raise UserError(
+                f"{self.folder}: a checkpoint cannot be written ({str(error).splitlines()[0]}); whole ones: {whole}. "
+                "Make room, then give the same command again"
+            ) from error
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest checkpoint, placed like `like` (arrays or `ShapeDtypeStruct`s with shardings), on any mesh.

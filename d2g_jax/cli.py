@@ -52,16 +52,26 @@ def parser(job: str, text: str | None = None) -> Parser:
     )
 
 
+def join(arguments: list[str]) -> None:
+    """Joins the other processes of a job that several do together, before anything can fail in one of them alone."""
+    if not {"-h", "--help"} & set(arguments):
+        from d2g_jax import distributed
+
+        distributed.join()
+
+
 def parse_with_config(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, Any]:
     """A job's own flags and the config that its --config flags name and change."""
     parser.add_argument("--config", type=Path, metavar="FILE.py")
     own, rest = parser.parse_known_args(arguments)
     overrides = [a for a in rest if a.startswith("--config.")]
+    from d2g_jax.base_config import check_counts
     from d2g_jax.configuration import read_config
 
     config = read_config(own.config, overrides)
     if unknown := [a for a in rest if a not in overrides]:
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see `{parser.prog} --help`")
+    check_counts(config)
     return own, config
 
 

@@ -92,35 +92,60 @@ def _detect(environment: Mapping[str, str]) -> str | None:
     return "gketpu" if "," in workers or slices != "1" else None
 
 
-def start(facts: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
+def join(environment: Mapping[str, str] = os.environ) -> None:
     """Joins the other processes, if there are any; before any device is used.
 
-    Args:
-      facts: what must be the same everywhere, such as the config with its keys joined by dots.
+    It comes first of all, before a config is read: from then on a process that fails alone takes the others along.
+    Where they do not come together, this process says so after `_CONNECT_SECONDS` and ends.
 
     Raises:
-      UserError: the environment is half set, the coordinator does not answer, or facts differ; then in all processes.
+      UserError: the environment is half set, or not what the detector needs.
     """
     place = find_place(environment)
     if place is None or _client() is not None:
         return
+    where = place.coordinator or place.detector
     # SIGTERM is the loop's, which makes all processes stop after the same step; JAX's service would swallow it.
     jax.config.update("jax_enable_preemption_service", False)
+    waiting = threading.Timer(_CONNECT_SECONDS, _give_up, (place, where))
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             place.coordinator,
             place.processes,
             place.process,
             cluster_detection_method=place.detector,
-            initialization_timeout=_CONNECT_SECONDS,
+            initialization_timeout=_CONNECT_SECONDS + 60,  # JAX's own end is an abort with a stack trace
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        where = place.coordinator or place.detector
         raise UserError(f"{where}: the processes of this job did not come together: {reason}") from error
+    finally:
+        waiting.cancel()
     _watch.start()
-    _agree({**facts, "jax": jax.__version__, "d2g_jax": d2g_jax.__version__})
+
+
+def _give_up(place: Place, where: str) -> None:
+    who = "this process" if place.process is None else f"process {place.process} of {place.processes}"
+    waited = f"waited {_CONNECT_SECONDS} s for the others of this job"
+    print(f"d2g: {where}: {who} {waited}; look why one of them did not start", file=sys.stderr, flush=True)
+    os._exit(LOST)
+
+
+def start(facts: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
+    """Joins the other processes unless that is done, and compares what they are about to do.
+
+    Args:
+      facts: what must be the same everywhere, such as the config with its keys joined by dots.
+
+    Raises:
+      UserError: as `join` does; or facts differ, then in all processes.
+    """
+    join(environment)
+    if _client() is not None:
+        _agree({**facts, "jax": jax.__version__, "d2g_jax": d2g_jax.__version__})
 
 
 def process_id() -> int:

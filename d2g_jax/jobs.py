@@ -41,6 +41,7 @@ def _pairs(arguments: list[str]) -> int:
         return _verify(arguments[1:])
     from d2g_jax.buckets import as_path
 
+    cli.join(arguments)
     parser = cli.parser("pairs")
     parser.add_argument("--workdir", type=as_path, required=True, help="a folder, here or in a bucket (gs://...)")
     parser.add_argument("--dry-run", action="store_true", help="print records, bytes, FLOPs and hours; write nothing")
@@ -90,6 +91,7 @@ def _verify(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
+    cli.join(arguments)
     parser = cli.parser("train")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--pairs", help="folder of pairs, here or in a bucket; default WORKDIR/pairs/1.0.0")

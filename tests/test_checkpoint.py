@@ -43,18 +43,29 @@ def assert_equal(restored, expected):
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     mesh = meshes.make_mesh()
-    with Checkpoints(tmp_path, keep=2, keep_best=True) as checkpoints:
+    with Checkpoints(tmp_path, keep=2, keep_best="loss") as checkpoints:
         for images, metric in ((8, 3.0), (16, 1.0), (24, None), (32, 2.0), (40, 4.0)):
             checkpoints.save(meshes.place(state(images), mesh), {"images": images}, metric)
         checkpoints.wait()
         assert checkpoints.all() == [16, 32, 40]
         assert checkpoints.latest() == 40
-    with Checkpoints(tmp_path, keep=2, keep_best=True) as checkpoints:  # a resumed run knows the best
+    with Checkpoints(tmp_path, keep=2, keep_best="loss") as checkpoints:  # a resumed run knows the best
         for images, metric, kept in ((48, 2.0, [16, 40, 48]), (56, 0.5, [48, 56])):
             checkpoints.save(meshes.place(state(images), mesh), {}, metric)
             checkpoints.wait()
             assert checkpoints.all() == kept
         assert_equal(checkpoints.restore(meshes.place(state(0), mesh)), state(56))
+
+
+def test_another_metric_s_values_are_not_compared(tmp_path):
+    mesh = meshes.make_mesh()
+    with Checkpoints(tmp_path, keep=1, keep_best="loss") as checkpoints:
+        checkpoints.save(meshes.place(state(8), mesh), {}, 0.15)
+    with Checkpoints(tmp_path, keep=1, keep_best="gradient") as checkpoints:
+        for images, metric in ((16, 1.4), (24, 1.2), (32, 1.3)):
+            checkpoints.save(meshes.place(state(images), mesh), {}, metric)
+        checkpoints.wait()
+        assert checkpoints.all() == [24, 32]
 
 
 def test_without_a_metric_the_newest_are_kept(tmp_path):
@@ -95,6 +106,34 @@ def test_a_reader_changes_nothing(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest() == 8
     assert under_way.exists()  # it may be another process' save
+
+
+# Saves 8 whole, then no file may grow beyond 20 KB, as on a disk that is full.
+FULL = """
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint import meshes, state, Checkpoints
+from d2g_jax.errors import UserError
+try:
+    with Checkpoints(sys.argv[1], keep=2) as checkpoints:
+        checkpoints.save(meshes.place(state(8), meshes.make_mesh()), {"images": 8})
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        checkpoints.save(meshes.place(state(16), meshes.make_mesh()), {"images": 16})
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_harms_no_other(tmp_path, request):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path), str(request.path.parent)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert f"{tmp_path}: a checkpoint cannot be written (" in done.stderr.splitlines()[-1]
+    assert "; whole ones: 8. Make room" in done.stderr.splitlines()[-1]
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.metadata() == {"images": 8}
 
 
 # Saves 8 whole on a mesh of (2, 2), then is killed in the middle of saving 16.

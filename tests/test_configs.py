@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from d2g_jax import mesh
+from d2g_jax.__main__ import main
+from d2g_jax.base_config import COUNTS
 from d2g_jax.configuration import read_config
 from d2g_jax.errors import UserError
 from d2g_jax.runs import flatten
@@ -35,3 +37,22 @@ def test_a_single_device_is_told_the_remedy():
     config = read_config(FOLDER / "sd15.py")
     with pytest.raises(UserError, match=r"mesh\.fsdp=8 does not divide the 2 devices"):
         mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+
+
+def test_every_count_is_a_setting():
+    known = flatten(read_config(FOLDER / "sd15.py").to_dict())
+    assert set(COUNTS) <= set(known)
+
+
+@pytest.mark.parametrize(
+    "flag", ["train.keep_checkpoints=0", "train.log_every=-1", "train.groups=0", "train.batch_size=0"]
+)
+def test_counts_below_one_are_refused_at_once(flag, tmp_path, capsys):
+    assert main(["train", f"--workdir={tmp_path / 'run'}", f"--config.{flag}"]) == 2
+    assert capsys.readouterr().err == f"d2g: {flag}: give 1 or more\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_refuses_them_too(capsys):
+    assert main(["plan", "--topology=gpu:8xH100", "--config.adversarial.r1_interval=0"]) == 2
+    assert capsys.readouterr().err == "d2g: adversarial.r1_interval=0: give 1 or more\n"

@@ -218,6 +218,16 @@ def test_training_passes_through_its_phases(trained):
     ]
 
 
+def test_a_run_that_was_killed_at_its_last_pictures_draws_them(trained, tmp_path):
+    workdir, config, folder = trained
+    again = tmp_path / "again"
+    shutil.copytree(workdir, again)
+    (again / "samples" / "gallery.json").unlink()
+    train(config, again, folder)
+    assert files(again / "samples" / "walk_noise") == files(workdir / "samples" / "walk_noise")
+    assert (again / "samples" / "gallery.json").read_text() == (workdir / "samples" / "gallery.json").read_text()
+
+
 def test_a_run_ends_with_walks_and_nearest_pairs(trained):
     workdir, _, _ = trained
     data = json.loads((workdir / "samples" / "gallery.json").read_text())

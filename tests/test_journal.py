@@ -43,7 +43,7 @@ def opened(workdir, settings):
     """(journal, checkpoints, what was said)"""
     said = []
     with (
-        Checkpoints(workdir / "checkpoints", keep=2, keep_best=bool(settings.train.keep_best)) as checkpoints,
+        Checkpoints(workdir / "checkpoints", keep=2, keep_best=settings.train.keep_best) as checkpoints,
         Journal(settings, workdir, checkpoints, {"name": "a"}, said.append) as journal,
     ):
         yield journal, checkpoints, said

@@ -77,6 +77,16 @@ def make_gallery(
     return workdir / SAMPLES / FILE
 
 
+def is_drawn(workdir: Path, source: records.PairSource | records.SkippingSource, images: int) -> bool:
+    """Whether the gallery of a student after `images` images is there, as far as the pairs allow one."""
+    if len(source) < 2:
+        return True
+    try:
+        return json.loads((workdir / SAMPLES / FILE).read_text(encoding="utf-8"))["images"] >= images
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # not there, or not ours: it is drawn again
+
+
 def held_out(source: Sequence[Record], caption: int, noise: int) -> Record:
     """Record `caption`, but with the `noise`th noise that no pair has: noise is drawn by record id."""
     return {**source[caption], "id": np.int64(len(source) + noise)}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ml_collections
 
-from d2g_jax import guard, runs
+from d2g_jax import guard, records, runs
 from d2g_jax import mesh as meshes
 from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.errors import UserError
@@ -21,7 +21,9 @@ from d2g_jax.pipeline import Pipeline
 from d2g_jax.processes import first_decides
 from d2g_jax.report import LivePage, finish
 from d2g_jax.state import TrainState
+from d2g_jax.train.gallery import is_drawn, make_gallery
 from d2g_jax.train.loop import loop
+from d2g_jax.train.painter import Painter
 from d2g_jax.train.setup import TOWERS, build, check_pairs, initial_state, open_pairs
 from d2g_jax.train.trackers import check_trackers
 
@@ -45,7 +47,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
         check_trackers(t)
         source = open_pairs(config, pairs_folder)
         first_decides(lambda: opened.enter_context(locked(workdir)))
-        if is_finished(config, workdir):  # another student of the demo, say: nothing is loaded for it
+        if is_finished(config, workdir, source):  # another student of the demo, say: nothing is loaded for it
             first_decides(lambda: finish(workdir, t.images, "images"))
             return
         without = TOWERS if source.manifest.text_shapes else ()
@@ -54,7 +56,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
         d, frozen = build(config, pipeline, source.manifest)
         first_decides(lambda: runs.claim(workdir, config))
         state, frozen = initial_state(config, d, pipeline, mesh), meshes.place(frozen, mesh)
-        checkpoints = Checkpoints(workdir / "checkpoints", t.keep_checkpoints, bool(t.keep_best))
+        checkpoints = Checkpoints(workdir / "checkpoints", t.keep_checkpoints, t.keep_best)
         opened.enter_context(checkpoints)
         if checkpoints.latest() is not None:
             state = take_up(config, checkpoints, state)
@@ -62,16 +64,20 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
         if int(state.images) < t.images:
             with LivePage(workdir, t.images, "images") as page:
                 loop(config, d, frozen, state, source, mesh, checkpoints, workdir, pipeline, page)
+        else:  # stopped while its last pictures were drawn
+            make_gallery(Painter(d, frozen, source, mesh, pipeline, workdir), state.ema, source, workdir, t.images)
         first_decides(lambda: finish(workdir, t.images, "images"))
 
 
-def is_finished(config: ml_collections.ConfigDict, workdir: Path) -> bool:
-    """Whether the workdir's newest checkpoint is the last one of this config; `UserError` if it is of another's."""
+def is_finished(
+    config: ml_collections.ConfigDict, workdir: Path, source: records.PairSource | records.SkippingSource
+) -> bool:
+    """Whether the workdir has the last checkpoint of this config and its pictures; `UserError` if of another config."""
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         if checkpoints.latest() is None or checkpoints.latest() < config.train.images:
             return False
         check_config(config, checkpoints)
-        return True
+        return is_drawn(workdir, source, config.train.images)
 
 
 def check_config(config: ml_collections.ConfigDict, checkpoints: Checkpoints) -> None:

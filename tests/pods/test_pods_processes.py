@@ -96,6 +96,28 @@ def test_one_that_refuses_alone_is_named_and_the_others_follow():
     assert "d2g: process 1 of 2 has ended: my disk is full; " in errors
 
 
+def test_one_that_fails_before_it_has_a_config_takes_the_others_along(tmp_path):
+    port, command = free_port(), [word.replace("WORKDIR", str(tmp_path)) for word in TRAIN]
+    begun = time.monotonic()
+    (code, _, errors), (other_code, _, other_errors) = ends(
+        [start([*command, *flags], i, 2, port) for i, flags in enumerate([(), ("--config=missing.py",)])]
+    )
+    assert (code, other_code) == (2, 2), errors + other_errors
+    assert "d2g: process 1: --config=missing.py: no such file" in other_errors
+    assert "d2g: process 1 of 2 has ended: --config=missing.py: no such file" in errors
+    assert time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_that_waits_in_vain_says_so_and_ends(process):
+    script = "from d2g_jax import distributed as d; d._CONNECT_SECONDS = 3; d.join()"
+    ((code, _, errors),) = ends([start(["-c", script], process, 2, port := free_port())])
+    assert code == 75
+    assert errors.splitlines()[-1].startswith(
+        f"d2g: localhost:{port}: process {process} of 2 waited 3 s for the others"
+    )
+
+
 def test_half_set_variables_are_refused_before_any_waiting(tmp_path):
     command = [word.replace("WORKDIR", str(tmp_path)) for word in TRAIN]
     ((code, _, errors),) = ends([start(command, JAX_NUM_PROCESSES="2")])
