@@ -140,3 +140,8 @@ class MetricsLog:
         if self._stream is not None:
             self._stream.write(json.dumps(self.last, allow_nan=False) + "\n")
             self._stream.flush()
+
+    def sync(self) -> None:
+        """Before a checkpoint: a bucket behind a mount keeps what was written only from here on."""
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())

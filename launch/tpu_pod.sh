@@ -2,6 +2,7 @@
 # A TPU slice through queued resources, the same command on all its workers. SD 1.5 on v5e-16, SDXL on v5p-16:
 #
 #   export NAME=d2g ZONE=us-west4-a TYPE=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite BUCKET=my-bucket
+#   launch/tpu_pod.sh bucket            once: a bucket whose folders can be renamed in one piece, as checkpoints are
 #   launch/tpu_pod.sh create            asks for the slice and returns; `launch/tpu_pod.sh state` until it is ACTIVE
 #   launch/tpu_pod.sh install           this repository and jax[tpu] on all workers, the bucket mounted at ~/bucket
 #   launch/tpu_pod.sh run train --config=configs/sd15.py --workdir='$HOME/bucket/runs/sd15' --config.mesh.fsdp=16 \
@@ -15,13 +16,18 @@
 # a pre-emption all workers save and leave with 143, and the same `run` on a new slice goes on. Not run here: no TPU.
 set -eu
 : "${NAME:?}" "${ZONE:?}" "${TYPE:?}" "${RUNTIME:?}" "${BUCKET:?}"
-usage="usage: launch/tpu_pod.sh create|state|install|run JOB ...|delete"
+usage="usage: launch/tpu_pod.sh bucket|create|state|install|run JOB ...|delete"
 
 everywhere() {
     gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"
 }
 
 case ${1:?$usage} in
+bucket)
+    # In a flat bucket gcsfuse cannot rename a folder, or does it file by file: a checkpoint could be half there.
+    gcloud storage buckets create "gs://$BUCKET" --location="${ZONE%-*}" \
+        --uniform-bucket-level-access --enable-hierarchical-namespace
+    ;;
 create)
     gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" --zone="$ZONE" \
         --accelerator-type="$TYPE" --runtime-version="$RUNTIME" ${SPOT:+--spot}
@@ -36,7 +42,7 @@ install)
     rm "$archive"
     everywhere "mkdir -p d2g_jax bucket && tar -xzf d2g_jax.tar.gz -C d2g_jax &&
         python3 -m venv venv && venv/bin/pip install -q ./d2g_jax 'jax[tpu]' &&
-        (mountpoint -q bucket || gcsfuse --implicit-dirs $BUCKET bucket)"
+        (mountpoint -q bucket || gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 $BUCKET bucket)"
     ;;
 run)
     shift

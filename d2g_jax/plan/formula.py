@@ -139,9 +139,9 @@ def collectives(cost: Cost, data: int, fsdp: int) -> tuple[Collective, ...]:
 
 
 def interpolate(costs: Mapping[int, Cost], micro: int) -> Cost:
-    """The cost of a micro-batch from those of one or two others: everything grows by the sample."""
-    if micro in costs or len(costs) == 1:
-        return costs.get(micro) or next(iter(costs.values()))
+    """The cost of a micro-batch from those of two others, unless it is one of them: everything grows by the sample."""
+    if micro in costs:
+        return costs[micro]
     first, second = sorted(costs)
     low, high = (dataclasses.asdict(costs[n]) for n in (first, second))
     steps = (micro - first) / (second - first)

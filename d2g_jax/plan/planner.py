@@ -91,23 +91,33 @@ def find_fit(
     """The cheapest change of mesh, rematerialisation, micro-batch and moments' precision that makes a config fit.
 
     All combinations are estimated by formula and put in the order of their time for an iteration, fewer changes first
-    among equals; those that fit by formula are planned by `method` in this order until one does.
+    among equals. The first is planned by `method`. If it does not fit, the compiler takes more than the formula says,
+    and what is allowed by formula shrinks by as much: the next is one with smaller micro-batches, or recomputes more.
 
     Returns:
       The plan that fits, or None; and the plans that were tried before it, at most `most`.
     """
     tried: list[Plan] = []
-    for changes, _ in ranked(config, target)[:most]:
+    room = float(target.chip.memory_bytes)
+    while len(tried) < most:
+        fitting = ranked(config, target, room)
+        if not fitting:
+            break
+        changes, estimate = fitting[0]
         plan = plan_run(with_settings(config, changes), target, method)
         if plan.fits:
             return plan, tried
         tried.append(plan)
+        room = estimate.total_bytes() * target.chip.memory_bytes / plan.total_bytes()
     return None, tried
 
 
-def ranked(config: ml_collections.ConfigDict, target: Target) -> list[tuple[dict[str, Any], Plan]]:
-    """Changes that fit by formula with their plans, cheapest first."""
-    fitting = [(changes, plan) for changes, plan in candidates(config, target) if plan.fits]
+def ranked(
+    config: ml_collections.ConfigDict, target: Target, room: float | None = None
+) -> list[tuple[dict[str, Any], Plan]]:
+    """Changes that take at most `room` bytes by formula (None: the device's) with their plans, cheapest first."""
+    room = target.chip.memory_bytes if room is None else room
+    fitting = [(changes, plan) for changes, plan in candidates(config, target, room) if plan.total_bytes() <= room]
 
     def cost(candidate: tuple[dict[str, Any], Plan]) -> tuple[float, int]:
         changes, plan = candidate
@@ -117,7 +127,7 @@ def ranked(config: ml_collections.ConfigDict, target: Target) -> list[tuple[dict
     return sorted(fitting, key=cost)
 
 
-def candidates(config: ml_collections.ConfigDict, target: Target) -> Iterator[tuple[dict[str, Any], Plan]]:
+def candidates(config: ml_collections.ConfigDict, target: Target, room: float) -> Iterator[tuple[dict[str, Any], Plan]]:
     """Every mesh, rematerialisation and precision from the config's own on, each with its largest micro-batches.
 
     Within these, a larger micro-batch is never slower: parameters are gathered less often.
@@ -130,13 +140,14 @@ def candidates(config: ml_collections.ConfigDict, target: Target) -> Iterator[tu
         )
         for dtype in MOMENT_DTYPES[MOMENT_DTYPES.index(here[MOMENTS[0]]) :]
     }
-    probes = [n for n in PROBES if min(config.train.batch_size, config.train.groups) // target.count >= n]
+    share, r1_share = config.train.batch_size // target.count, config.train.groups // target.count
+    probes = {n: min(n, r1_share) for n in PROBES if n <= share}
     for remat, fsdp in itertools.product(REMATS[REMATS.index(here["train.remat"]) :], _fsdps(here, target)):
         mesh = jax.sharding.AbstractMesh((target.count // fsdp, fsdp), ("data", "fsdp"))
         traced = dataclasses.replace(runs[here[MOMENTS[0]]], config=with_settings(config, {"train.remat": remat}))
-        costs = {micro: micro_batch_costs(traced.on(mesh), target, micro, micro) for micro in probes}
+        costs = {n: micro_batch_costs(traced.on(mesh), target, n, r1) for n, r1 in probes.items()}
         for dtype, run in runs.items():
-            micros, plan = _largest_micro_batches(config, target, run.on(mesh), costs)
+            micros, plan = _largest_micro_batches(config, target, run.on(mesh), costs, room)
             now = {"train.remat": remat, "mesh.fsdp": fsdp, **dict.fromkeys(MOMENTS, dtype), **micros}
             changes = {name: value for name, value in now.items() if value != here[name]}
             if "mesh.fsdp" in changes:
@@ -145,9 +156,16 @@ def candidates(config: ml_collections.ConfigDict, target: Target) -> Iterator[tu
 
 
 def _largest_micro_batches(
-    config: ml_collections.ConfigDict, target: Target, shapes: Shapes, costs: Mapping[int, Mapping[str, Cost]]
+    config: ml_collections.ConfigDict,
+    target: Target,
+    shapes: Shapes,
+    costs: Mapping[int, Mapping[str, Cost]],
+    room: float,
 ) -> tuple[dict[str, int | None], Plan]:
-    """The largest micro-batches with which every step fits, or the smallest if none does; and the plan with them."""
+    """The largest micro-batches with which every step takes at most `room` bytes, or the smallest if none does so.
+
+    Returns them, and the plan with them.
+    """
     chosen: dict[str, Program] = {}
     found: dict[str, int | None] = {}
     mesh, resident = (shapes.mesh.shape["data"], shapes.mesh.shape["fsdp"]), shapes.resident_bytes()
@@ -159,12 +177,13 @@ def _largest_micro_batches(
         share, own = shapes.samples("r1" if "r1" in knob else "g"), settings(config)[knob]
         for micro in [n for n in range(min(own or share, share), 0, -1) if share % n == 0]:
             at = {
-                name: formula_program(name, interpolate({m: c[name] for m, c in costs.items()}, micro), micro, shapes)
+                name: formula_program(
+                    name, interpolate({m: c[name] for m, c in costs.items() if m <= share}, micro), micro, shapes
+                )
                 for name in steps
             }
             plan = _make(config, target, mesh, resident, {**chosen, **at})
-            room = (len(names) - len(plan.programs)) * CODE_BYTES
-            if plan.total_bytes() + room <= target.chip.memory_bytes:
+            if plan.total_bytes() + (len(names) - len(plan.programs)) * CODE_BYTES <= room:
                 break
         found[knob] = own if own is None and micro == share else micro
         chosen |= at

@@ -100,7 +100,9 @@ def format_search(found: Plan | None, tried: Sequence[Plan]) -> str:
     """What was tried to make a config fit, and what did."""
     lines = [f"tried: {_changes(plan)}: {_gib(plan.total_bytes())} GiB, does not fit" for plan in tried]
     if found is None:
-        return "\n".join([*lines, "no change of mesh, rematerialisation, micro-batch or moments makes it fit"])
+        changes = "change of mesh, rematerialisation, micro-batch or moments"
+        end = f"no {changes} makes it fit" if not tried else f"no {changes} that was tried makes it fit"
+        return "\n".join([*lines, end])
     return "\n".join([*lines, f"the cheapest change that fits: {_changes(found)}", "", format_plan(found)])
 
 
@@ -142,11 +144,43 @@ def _changes(plan: Plan) -> str:
 
 
 def format_table(plans: Sequence[tuple[Plan, str]]) -> str:
-    """Markdown rows for plans and what each is called."""
+    """Plans, and what each is called, as a Markdown table; below it weak scaling, of those that have it."""
     headings = ("config", "target", "how", "settings", "GiB", "fits", "TFLOP/image", "floor s")
     headings += ("images/s/chip at most", "predicted", "efficiency at 256 chips")
-    rows = [headings, ("---",) * len(headings), *(_row(plan, name) for plan, name in plans)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    table = _markdown([headings, *(_row(plan, name) for plan, name in plans)])
+    scaling = [row for plan, name in plans for row in _scaling_rows(plan, name)]
+    if not scaling:
+        return table
+    headings = (
+        "config",
+        "target",
+        "chips",
+        "GB received by each",
+        "links s",
+        "compute s",
+        "efficiency",
+    )
+    return f"{table}\n\n{_markdown([headings, *scaling])}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the first of them headings, as a table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ("---",) * len(rows[0]), *rows[1:]])
+
+
+def _scaling_rows(plan: Plan, name: str) -> list[tuple[str, ...]]:
+    return [
+        (
+            plan.name,
+            name,
+            str(row["chips"]),
+            f"{row['received_bytes'] / 1e9:.1f}",
+            f"{row['links']:.3f}",
+            f"{row['compute']:.2f}",
+            f"{row['efficiency']:.1%}",
+        )
+        for row in plan.weak_scaling() or []
+    ]
 
 
 def _row(plan: Plan, name: str) -> tuple[str, ...]:

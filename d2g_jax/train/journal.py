@@ -87,6 +87,7 @@ class Journal:
         self._save(state)
 
     def _save(self, state: TrainState) -> None:
+        self._log.sync()
         seen = int(state.images)
         metadata = {
             **self._metadata,

@@ -127,6 +127,35 @@ def test_a_config_that_does_not_fit_is_changed_until_it_does():
     assert nothing is None
 
 
+@pytest.mark.slow
+def test_a_compiler_that_takes_more_than_the_formula_gets_less(monkeypatch):
+    """Temporaries three times the formula's: what is tried next is smaller, until that fits too."""
+    make = planner.plan_run
+
+    def greedy(config, target, method):
+        plan = make(config, target, "formula")
+        programs = [dataclasses.replace(p, temp_bytes=3 * p.temp_bytes) for p in plan.programs]
+        return dataclasses.replace(plan, programs=tuple(programs))
+
+    target = small_chip(plan_run(alone(), small_chip(10**6), "formula").total_bytes() / 2**20 - 1)
+    monkeypatch.setattr(planner, "plan_run", greedy)
+    found, tried = find_fit(alone(), target, "compile")
+    assert found.fits
+    assert 1 <= len(tried) < 4
+    sizes = [plan.total_bytes() for plan in (*tried, found)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.slow
+def test_micro_batches_larger_than_r1_s_share_are_counted_in_full():
+    """As many groups as devices: R1 would have one sample, the generator has four."""
+    config, target = alone(**{"train.groups": 4, "train.batch_size": 16}), small_chip(10**6)
+    best = planner.ranked(config, target)[0][1]
+    asked = with_settings(config, {**best.settings, "mesh.data": -1})
+    assert best.flops_per_image() == pytest.approx(plan_run(asked, target, "formula").flops_per_image(), rel=0.02)
+    assert best.settings["train.micro_batch"] is None
+
+
 def test_a_plan_is_made_once(monkeypatch):
     target = parse_topology("gpu:2xH100")
     first = plan_run(alone(), target, "formula")
