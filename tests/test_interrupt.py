@@ -93,8 +93,13 @@ def test_training_goes_on_after_an_interrupt(folder, tmp_path):
     assert_polite(*interrupted(in_use, *endless))
     first = newest(tmp_path)
     assert len(rows()) == first // 8  # the step under way was finished, logged and saved
-    # Every later step is saved at once, so the signal often comes in the middle of a save.
-    outcome = interrupted(lambda: max(int(file.name) for file in saved()) >= first + 16, *endless, by=signal.SIGTERM)
+
+    def saving():
+        """In the middle of a save: every later step is saved at once."""
+        under_way = list((tmp_path / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+        return under_way and max(int(file.name) for file in saved()) >= first + 16
+
+    outcome = interrupted(saving, *endless, by=signal.SIGTERM)
     assert_polite(*outcome, word="terminated", expected=143)
     second = newest(tmp_path)
     again = subprocess.run(
