@@ -165,7 +165,8 @@ def _table(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str]:
     own = parser.parse_args(arguments)
 
     def run() -> str:
-        from d2g_jax.evaluate.table import read_result, table
+        from d2g_jax.evaluate.results import read_result
+        from d2g_jax.evaluate.table import table
 
         return table([read_result(file) for file in own.results])
 

@@ -21,11 +21,9 @@ from d2g_jax.evaluate.features import Extractor, make_extractor
 from d2g_jax.evaluate.images import Survey, batches, survey
 from d2g_jax.evaluate.metric_weights import MetricWeights
 from d2g_jax.evaluate.protocols import DIGITS, DIGITS_PROMPTS_SEED, Protocol, find_protocol
+from d2g_jax.evaluate.results import FORMAT
 from d2g_jax.pairs.prompts import read_prompts
 from d2g_jax.progress import Progress
-
-FORMAT = 1
-"""Of the result file: raised when a reader of the old one would go wrong."""
 
 _LIBRARIES = ("clean-fid", "torch", "transformers", "dreamsim", "pillow", "numpy")
 

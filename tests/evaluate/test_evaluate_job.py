@@ -17,7 +17,8 @@ from d2g_jax.errors import UserError
 from d2g_jax.evaluate import pairwise
 from d2g_jax.evaluate.images import survey
 from d2g_jax.evaluate.protocols import PROTOCOLS
-from d2g_jax.evaluate.table import comparable, read_result, table
+from d2g_jax.evaluate.results import read_result
+from d2g_jax.evaluate.table import comparable, table
 
 N = 80
 PIPELINE = WEIGHTS / "pipeline"
