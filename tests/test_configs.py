@@ -35,3 +35,24 @@ def test_a_single_device_is_told_the_remedy():
     config = read_config(FOLDER / "sd15.py")
     with pytest.raises(UserError, match=r"mesh\.fsdp=8 does not divide the 2 devices"):
         mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config():\n    return (\n", r", line 2: SyntaxError: '\(' was never closed"),
+        ("\nimport no_such_module\n", ", line 2: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def get_config():\n    a = {}\n    return a['x\\ny']\n", ", line 3: KeyError: 'x"),
+        ("def get_config(name):\n    return name\n", ": TypeError: get_config"),
+        ("def get_config():\n    return {}\n", ": get_config.. returns a dict, not a ConfigDict"),
+        ("get_config = 3\n", ": TypeError: 'int' object is not callable"),
+        ("a = 3\n", r": has no get_config\(\)"),
+        ("\0", ".*Error: source code"),
+    ],
+)
+def test_an_error_in_a_config_file_is_one_line_that_names_it(text, message, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"--config={file}{message}") as caught:
+        read_config(file)
+    assert "\n" not in str(caught.value)
