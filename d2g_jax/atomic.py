@@ -63,7 +63,7 @@ def _uploading(path: buckets.BucketPath) -> Iterator[Path]:
 
 
 def check_output(file: str | Path, like: str) -> None:
-    """Before long work: raises `UserError` when `file`, as --out names it, could not be written. `like`: a good name."""
+    """Raises `UserError`, before long work, when --out=`file` could not be written; `like` is a name for a file."""
     if not buckets.is_local(buckets.as_path(file)):
         return  # whether a bucket takes it is known when it is there
     file = Path(file)

@@ -104,7 +104,7 @@ def test_images_are_those_of_d2g_sample(drawn, tmp_path):
 def test_diversity_is_the_mean_over_pairs_of_one_prompt(drawn, tiny_lpips):
     from d2g_jax.evaluate.images import batches
 
-    metric, protocol = pairwise.load("lpips", tiny_lpips), PROTOCOLS["digits"]
+    metric, protocol = pairwise.load("lpips", tiny_lpips, 32), PROTOCOLS["digits"]
     found = survey(drawn / "result-drawn" / "diversity", protocol)
     assert len(found) == N * 4
     values = []
