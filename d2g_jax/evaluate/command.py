@@ -145,7 +145,7 @@ def _run(own: argparse.Namespace) -> str:
         protocol=own.protocol,
         images=own.images,
         model=model,
-        drawn=own.drawn or own.out.with_name(f"{own.out.stem}-drawn"),
+        drawn=own.drawn or own.out.parent / f"{own.out.stem}-drawn",
         reference=own.reference,
         prompts=own.prompts,
         weights=MetricWeights(**{name: getattr(own, f"weights_{name}") for name in metric_weights.WHERE}),

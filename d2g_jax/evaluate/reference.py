@@ -127,7 +127,7 @@ def _describe(
 def _from_file(file: Path) -> Reference:
     wanted = "give a file of `d2g evaluate reference` or a folder of images"
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             if "described" not in arrays or "features" not in arrays:
                 raise UserError(f"{file}: statistics that do not say their protocol ({', '.join(arrays)}); {wanted}")
             described, features = json.loads(str(arrays["described"])), arrays["features"]
