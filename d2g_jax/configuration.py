@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from d2g_jax.runs import flatten
 def read_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Any:
     """The config of `file` (None: the digits) with flags such as `--config.train.images=1000` applied.
 
-    Raises `UserError` for a file without `get_config()`, an unknown key and a value of the wrong type.
+    Raises `UserError` for a file without `get_config()` or with an error in it, an unknown key and a value of the wrong
+    type.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -54,13 +56,34 @@ def _check_key(config: Any, key: str) -> None:
 
 def _load_config(file: Path) -> Any:
     """What `get_config()` of a Python file returns."""
+    from ml_collections import ConfigDict
+
     if not file.is_file():
         raise UserError(f"--config={file}: no such file; give a Python file with get_config()")
     spec = importlib.util.spec_from_file_location("d2g_config", file)
     if spec is None:
         raise UserError(f"--config={file}: not a Python file; give one with get_config()")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except UserError:
+        raise
+    except Exception as error:  # the file is somebody's program and may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--config={file}{_line_of(error, file)}: {reason}; correct the file") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={file}: has no get_config(); see configs/digits.py")
-    return module.get_config()
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise UserError(f"--config={file}: get_config() returns a {kind}, not a ConfigDict; see configs/digits.py")
+    return config
+
+
+def _line_of(error: Exception, file: Path) -> str:
+    """`, line 3`: the last line of `file` that had a part in the error; "" where none had."""
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "", error.lineno))
+    lines = [line for name, line in places if Path(name).resolve() == file.resolve() and line]
+    return f", line {lines[-1]}" if lines else ""

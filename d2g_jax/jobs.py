@@ -334,10 +334,11 @@ def _bench(arguments: list[str]) -> int:
         raise SystemExit(0)
     bench, start, out = command.read(arguments, cli.parser)
     cli.start(start, cache=False)
-    from d2g_jax.bench.measure import check_output, format_report, write_report
+    from d2g_jax.atomic import check_output
+    from d2g_jax.bench.measure import format_report, write_report
 
     if out:
-        check_output(out)
+        check_output(out, "bench.json")
     report = bench()
     print(format_report(report))
     if out:

@@ -55,6 +55,8 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
             theirs = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{file}: not JSON ({error}); choose another --workdir") from error
+        if not isinstance(theirs, dict):
+            raise UserError(f"{file}: holds a {type(theirs).__name__}, not a config; choose another --workdir")
         check_same(mine, theirs, file)
     atomic.write_text(file, json.dumps({**mine, "environment": environment()}, indent=2) + "\n")
 

@@ -172,7 +172,8 @@ class Request:
 def sample(model: str | Path, request: Request, out: Path, revision: str | None = None) -> dict[str, float]:
     """Draws and writes 00000.png ..., grid.png, noise.npy, latents.npy and prompts.txt into `out`.
 
-    Returns seconds: "load", "compile" (the first batch, which is drawn again), and "text", "unet" and "vae" apart.
+    Returns seconds: "load", "compile" (the first batch, which is drawn again), and "text", "unet" and "vae" apart. Raises
+    `UserError` for bad requests, and before anything is written for latents that are not finite.
     """
     if not request.prompts:
         raise UserError("no prompts; give --prompt=TEXT or --prompts=FILE")
@@ -202,6 +203,12 @@ def sample(model: str | Path, request: Request, out: Path, revision: str | None 
     compiled = time.monotonic()
     batches = list(draw(programs, mesh, drawn, ids, batch_size, images=True, seconds=seconds))
     latents, images = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
+    if not finite.all():
+        raise UserError(
+            f"{model}: {np.count_nonzero(~finite)} of {len(latents)} images are not finite, the first for "
+            f"{prompts[int(np.argmin(finite))]!r}; check its weights, or give --dtype=float32"
+        )
     for i, image in enumerate(images):
         save_png(out / f"{i:05d}.png", image)
     save_png(out / "grid.png", grid(images, max(1, int(np.ceil(np.sqrt(len(images)))))))

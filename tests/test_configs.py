@@ -56,3 +56,24 @@ def test_counts_below_one_are_refused_at_once(flag, tmp_path, capsys):
 def test_a_plan_refuses_them_too(capsys):
     assert main(["plan", "--topology=gpu:8xH100", "--config.adversarial.r1_interval=0"]) == 2
     assert capsys.readouterr().err == "d2g: adversarial.r1_interval=0: give 1 or more\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config():\n    return (\n", r", line 2: SyntaxError: '\(' was never closed"),
+        ("\nimport no_such_module\n", ", line 2: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def get_config():\n    a = {}\n    return a['x\\ny']\n", ", line 3: KeyError: 'x"),
+        ("def get_config(name):\n    return name\n", ": TypeError: get_config"),
+        ("def get_config():\n    return {}\n", ": get_config.. returns a dict, not a ConfigDict"),
+        ("get_config = 3\n", ": TypeError: 'int' object is not callable"),
+        ("a = 3\n", r": has no get_config\(\)"),
+        ("\0", ".*Error: source code"),
+    ],
+)
+def test_an_error_in_a_config_file_is_one_line_that_names_it(text, message, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"--config={file}{message}") as caught:
+        read_config(file)
+    assert "\n" not in str(caught.value)

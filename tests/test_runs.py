@@ -45,9 +45,10 @@ def test_the_hash_is_that_of_what_a_run_is_bound_to():
     assert runs.config_hash(config()) != runs.config_hash(config(rate=0.25))
 
 
-def test_broken_config_of_a_run_is_named(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json"):
+@pytest.mark.parametrize(("content", "message"), [("{", "not JSON"), ("[]", "holds a list, not a config")])
+def test_broken_config_of_a_run_is_named(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=rf"config\.json: {message}"):
         runs.claim(tmp_path, config())
 
 

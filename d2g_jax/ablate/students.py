@@ -36,6 +36,8 @@ def check_config(config: ml_collections.ConfigDict, ablation: Ablation) -> None:
                 f"--config.{key} another value"
             )
     t = config.train
+    if t.images < 1:
+        raise UserError(f"train.images={t.images}: the students would not be trained; give 1 or more")
     for row in ablation.rows:
         begins = last_phase(student_config(config, row, 0))
         if t.images <= begins:

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from d2g_jax import atomic
-from d2g_jax.errors import UserError
 from d2g_jax.plan.trace import program_cost
 from d2g_jax.progress import Progress
 from d2g_jax.runs import environment
@@ -251,16 +250,6 @@ def _processor() -> str | None:
 def _load_average() -> float | None:
     """Programs that wanted to run in the last five minutes: beyond the cores, times are those of a busy machine."""
     return round(os.getloadavg()[1], 2) if hasattr(os, "getloadavg") else None
-
-
-def check_output(file: str | Path) -> None:
-    """Before a long run: raises `UserError` when `write_report` could not write `file`."""
-    file = Path(file)
-    folder = next(parent for parent in file.absolute().parents if parent.exists())
-    if file.is_dir():
-        raise UserError(f"--out={file}: is a folder; give a file, {file / 'bench.json'}")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"--out={file}: {folder} cannot be written; choose another folder")
 
 
 def write_report(report: dict[str, Any], file: str | Path) -> None:

@@ -74,7 +74,10 @@ def _evaluate(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str
 
 
 def _take_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """The fields of --config, as defaults of the flags. Raises `UserError` for a field that is no flag."""
+    """The fields of --config, as defaults of the flags; None is a flag that is not given.
+
+    Raises `UserError` for a field that is no flag, or that the flag would not take.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     file = first.parse_known_args(arguments)[0].config
@@ -86,16 +89,38 @@ def _take_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> N
     for name, value in read_config(file).items():
         if name not in flags or name in ("config", "help"):
             raise UserError(f"--config={file}: {name} is no flag of `{parser.prog}`")
-        read_text = flags[name].type
-        parser.set_defaults(**{name: read_text(value) if isinstance(value, str) and read_text else value})
+        if value is None:
+            continue
+        if expected := _misfit(flags[name], value):
+            raise UserError(f"--config={file}: {name}={value!r}: expected {expected}")
+        parser.set_defaults(**{name: Path(value) if flags[name].type is Path else value})
         flags[name].required = False
+
+
+_TAKES = {
+    None: ((str,), "text"),
+    Path: ((str, Path), "a path"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "True or False"),
+}
+"""The Python types of a field by the type of its flag, and the same in words."""
+
+
+def _misfit(flag: argparse.Action, value: object) -> str | None:
+    """What the flag takes, where the field's value is not that; None where it is."""
+    if flag.choices:
+        return None if value in flag.choices else f"one of {', '.join(flag.choices)}"
+    kinds, words = _TAKES[bool if flag.nargs == 0 else flag.type]
+    return None if isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,)) else words
 
 
 def _run(own: argparse.Namespace) -> str:
     from d2g_jax.draw import Solution
     from d2g_jax.evaluate.drawing import Model
-    from d2g_jax.evaluate.job import Request, evaluate
+    from d2g_jax.evaluate.job import evaluate
     from d2g_jax.evaluate.metric_weights import MetricWeights
+    from d2g_jax.evaluate.plan import Request
 
     given = cli.given_solution(own)
     if own.images is not None and (given or own.system or own.unet or own.drawn):
@@ -120,7 +145,7 @@ def _run(own: argparse.Namespace) -> str:
         protocol=own.protocol,
         images=own.images,
         model=model,
-        drawn=own.drawn or own.out.with_name(f"{own.out.stem}-drawn"),
+        drawn=own.drawn or own.out.parent / f"{own.out.stem}-drawn",
         reference=own.reference,
         prompts=own.prompts,
         weights=MetricWeights(**{name: getattr(own, f"weights_{name}") for name in metric_weights.WHERE}),
@@ -165,7 +190,8 @@ def _table(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str]:
     own = parser.parse_args(arguments)
 
     def run() -> str:
-        from d2g_jax.evaluate.table import read_result, table
+        from d2g_jax.evaluate.results import read_result
+        from d2g_jax.evaluate.table import table
 
         return table([read_result(file) for file in own.results])
 

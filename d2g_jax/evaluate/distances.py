@@ -20,16 +20,23 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, *, subsets: int, size: int, se
       seed: of numpy's RandomState, whose stream is frozen.
 
     Raises:
-      UserError: fewer features than a subset takes.
+      UserError: as `check_subsets`.
     """
-    if min(len(a), len(b)) < size:
-        raise UserError(f"KID: subsets of {size} need as many images; there are {len(a)} and {len(b)}")
+    check_subsets(len(a), len(b), size)
     rng, values = np.random.RandomState(seed), []
     for _ in range(subsets):
         x = a[rng.choice(len(a), size, replace=False)].astype(np.float64)
         y = b[rng.choice(len(b), size, replace=False)].astype(np.float64)
         values.append(_squared_mmd(x, y))
     return float(np.mean(values)), float(np.std(values))
+
+
+def check_subsets(a: int, b: int, size: int) -> None:
+    """Raises `UserError` for fewer features, `a` and `b`, than a subset takes, and for a subset without a pair."""
+    if size < 2:
+        raise UserError(f"KID: subsets of {size}; its estimate is of pairs, so give at least 2 images")
+    if min(a, b) < size:
+        raise UserError(f"KID: subsets of {size} need as many images; there are {a} and {b}")
 
 
 def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -45,13 +52,18 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[f
 
     Precision is the share of generated features that lie in the ball of some real one, whose radius is the distance to
     its k-th nearest neighbour among the real ones; recall the same with both exchanged.
-    Raises `UserError` for a set of k features or fewer.
+    Raises `UserError` as `check_neighbours`.
     """
     generated, real = generated.astype(np.float64), real.astype(np.float64)
     for features in (generated, real):
-        if len(features) <= k:
-            raise UserError(f"precision and recall: {len(features)} images have no {k}-th neighbour; give more")
+        check_neighbours(len(features), k)
     return _covered(generated, real, k), _covered(real, generated, k)
+
+
+def check_neighbours(count: int, k: int) -> None:
+    """Raises `UserError` for k features or fewer."""
+    if count <= k:
+        raise UserError(f"precision and recall: {count} images have no {k}-th neighbour; give more")
 
 
 def _covered(points: np.ndarray, centres: np.ndarray, k: int) -> float:

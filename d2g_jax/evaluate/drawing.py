@@ -16,7 +16,7 @@ import numpy as np
 from d2g_jax import atomic, noise
 from d2g_jax import mesh as meshes
 from d2g_jax.conditioning import tokenize_prompts
-from d2g_jax.draw import Programs, Solution, draw
+from d2g_jax.draw import Drawn, Programs, Solution, draw
 from d2g_jax.errors import UserError
 from d2g_jax.grid import save_png
 from d2g_jax.models.network import Params
@@ -25,6 +25,9 @@ from d2g_jax.sample import Sampler, latent_shape
 
 DESCRIPTION = "drawing.json"
 """What a folder's images are; beside them."""
+
+SAME_DRAWING = ("seed", "first_noise", "noise", "prompts_sha256", "size")
+"""What of it two systems have in common whose images are compared one by one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +94,10 @@ class Painter:
     def paint(self, prompts: Sequence[str], folder: Path, *, first_noise: int = 0) -> None:
         """Writes 00000.png ... of `prompts` into `folder`; what is there already is not drawn again.
 
-        Image i has the noise of record `first_noise` + i. Raises `UserError` for a folder of another drawing.
+        Image i has the noise of record `first_noise` + i. Raises `UserError` for a folder of another drawing, and for
+        latents that are not finite: decoded they would be images all the same, and would get scores.
         """
-        described = {**self.description, "prompts_sha256": prompts_digest(prompts), "first_noise": first_noise}
-        _claim(folder, described)
+        self.claim(prompts, folder, first_noise=first_noise)
         devices = meshes.batch_shards(self._mesh)
         batch_size = -(-min(self._model.batch_size, len(prompts)) // devices) * devices
         with Progress("draw", len(prompts), "image") as progress:
@@ -102,16 +105,30 @@ class Painter:
                 part = list(prompts[first : first + batch_size])
                 files = [folder / f"{first + i:05d}.png" for i in range(len(part))]
                 if not all(file.exists() for file in files):
-                    for file, image in zip(files, self._draw(part, first_noise + first, batch_size), strict=True):
+                    drawn = self._draw(part, first_noise + first, batch_size)
+                    self._check_finite(drawn.latents, files)
+                    for file, image in zip(files, drawn.images, strict=True):
                         save_png(file, image)
                 progress.advance(len(part))
 
-    def _draw(self, prompts: list[str], first: int, batch_size: int) -> np.ndarray:
+    def claim(self, prompts: Sequence[str], folder: Path, *, first_noise: int = 0) -> dict[str, Any]:
+        """Makes `folder` that of this drawing; returns its description. Raises `UserError` for another's folder."""
+        described = {**self.description, "prompts_sha256": prompts_digest(prompts), "first_noise": first_noise}
+        _claim(folder, described)
+        return described
+
+    def _check_finite(self, latents: np.ndarray, files: Sequence[Path]) -> None:
+        for file, latent in zip(files, latents, strict=True):
+            if not np.isfinite(latent).all():
+                remedy = "check its weights, or give --dtype=float32"
+                raise UserError(f"{self._model.model}: {file} would be of latents that are not finite; {remedy}")
+
+    def _draw(self, prompts: list[str], first: int, batch_size: int) -> Drawn:
         records = jnp.arange(first, first + len(prompts), dtype=jnp.uint32)
         drawn = np.asarray(noise.record_noise(self._model.seed, records, self._shape))
         ids = tokenize_prompts(self._sampler.pipeline, prompts)
         (batch,) = draw(self._programs, self._mesh, drawn, ids, batch_size, images=True)
-        return batch.images
+        return batch
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
@@ -124,10 +141,17 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     file = folder / DESCRIPTION
     if not file.is_file():
         return None
+    remedy = "draw the images again into another folder"
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); draw the images again into another folder") from error
+        described = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); {remedy}") from error
+    if not isinstance(described, dict):
+        raise UserError(f"{file}: holds a {type(described).__name__}, not an object; {remedy}")
+    for key in SAME_DRAWING:
+        if key not in described:
+            raise UserError(f"{file}: {key} is missing; {remedy}")
+    return described
 
 
 def _claim(folder: Path, described: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ WHERE = {
 
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+_SETTINGS = (".json", ".txt")  # tokenizer, preprocessor and sizes: they decide a number as the weights do
 
 
 def flag(name: str) -> str:
@@ -55,7 +56,7 @@ def needs_extra(what: str, error: ImportError) -> UserError:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes; of a folder the names and bytes of all its weights (.safetensors, .pth, ...).
+    """Of a file's bytes; of a folder the names and bytes of all its weights and settings (.safetensors, .json, ...).
 
     Raises `UserError` for a path that does not exist and for a folder without weights.
     """
@@ -64,8 +65,8 @@ def sha256_of(path: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder of weights")
-    files = [file for file in sorted(path.rglob("*")) if file.suffix in _SUFFIXES and file.is_file()]
-    if not files:
+    files = [file for file in sorted(path.rglob("*")) if file.suffix in _SUFFIXES + _SETTINGS and file.is_file()]
+    if not any(file.suffix in _SUFFIXES for file in files):
         raise UserError(f"{path}: holds no weights ({', '.join(_SUFFIXES)})")
     digest = hashlib.sha256()
     for file in files:

@@ -41,6 +41,13 @@ METRICS: dict[str, Metric] = {
     "dreamsim_fidelity": Metric("DreamSim to teacher ↓", TEACHER, "dreamsim"),
 }
 
+
+def weights_of(metric: str, features: str) -> str | None:
+    """What of a result's `weights` decides a metric: its own, or those of the protocol's features; None for neither."""
+    own = METRICS[metric]
+    return own.weights or (features if own.needs in (REFERENCE, LABELS) else None)
+
+
 _REMEDIES = {
     REFERENCE: "--reference=FILE_OR_FOLDER (see `d2g evaluate reference --help`)",
     PROMPTS: "--prompts=FILE",

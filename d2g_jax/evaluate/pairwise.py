@@ -29,9 +29,12 @@ class PairDistance:
     distances: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def load(name: str, path: Path) -> PairDistance:
-    """`lpips` (ours, from a metric folder) or `dreamsim` (its package). Raises `UserError` for unfit weights."""
-    return _lpips(path) if name == "lpips" else _dreamsim(path)
+def load(name: str, path: Path, side: int) -> PairDistance:
+    """`lpips` (ours, from a metric folder) or `dreamsim` (its package), for images of `side` pixels.
+
+    Raises `UserError` for unfit weights, and for images that are too small for them.
+    """
+    return _lpips(path, side) if name == "lpips" else _dreamsim(path)
 
 
 def mean_pairwise(metric: PairDistance, images: np.ndarray) -> float:
@@ -40,16 +43,16 @@ def mean_pairwise(metric: PairDistance, images: np.ndarray) -> float:
     return float(metric.distances(images[first], images[second]).mean())
 
 
-def _lpips(folder: Path) -> PairDistance:
+def _lpips(folder: Path, side: int) -> PairDistance:
     metric = LPIPS.load(folder)
+    if side < metric.smallest_side:
+        raise UserError(f"{folder}: images of {side} pixels; it needs at least {metric.smallest_side}")
     # One pair at a time: 64 images of 256 pixels would take gigabytes of features.
     one = lambda metric, pair: metric.distance(*pair)[0]  # noqa: E731
     measure = jax.jit(lambda metric, *both: jax.lax.map(lambda pair: one(metric, pair), both))
     unit = lambda images: images.astype(np.float32) / np.float32(127.5) - np.float32(1)  # noqa: E731
 
     def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        if min(a.shape[1:3]) < metric.smallest_side:
-            raise UserError(f"{folder}: images of {a.shape[1]} pixels; it needs at least {metric.smallest_side}")
         return np.asarray(measure(metric, unit(a)[:, None], unit(b)[:, None]), np.float64)
 
     return PairDistance(metric_weights.sha256_of(folder), distances)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import struct
+import tokenize
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,17 @@ import numpy as np
 from d2g_jax import atomic
 from d2g_jax.errors import UserError
 from d2g_jax.evaluate.features import Extractor
-from d2g_jax.evaluate.images import batches, survey
+from d2g_jax.evaluate.images import Survey, batches, survey
 from d2g_jax.evaluate.protocols import Protocol
 from d2g_jax.progress import Progress
 
 _FIELDS = ("protocol", "protocol_sha256", "extractor", "weights_sha256", "images_sha256", "formats")
+
+_DAMAGE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, SyntaxError, zipfile.BadZipFile,
+    zlib.error, struct.error, MemoryError, OverflowError, tokenize.TokenError,
+)  # fmt: skip
+"""What zipfile, zlib and numpy raise where a byte is not as it was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +52,9 @@ class Reference:
     formats: dict[str, int]
     source: str
 
+    def __len__(self) -> int:
+        return len(self.features)
+
     def describe(self) -> dict[str, Any]:
         """For the result file: everything but the features."""
         described = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -57,10 +70,19 @@ class Reference:
 def open_reference(path: Path, protocol: Protocol, extractor: Extractor, *, max_corrupt: int, batch: int) -> Reference:
     """From a file of `Reference.save`, or from a folder of images, whose sizes and formats may differ.
 
-    Raises `UserError` for another protocol's statistics, for those of another network, and for a damaged file.
+    Raises `UserError` as `read_reference` and `survey`.
     """
     if path.is_dir():
-        return _from_folder(path, protocol, extractor, max_corrupt=max_corrupt, batch=batch)
+        found = survey(path, protocol, max_corrupt=max_corrupt, mixed=True)
+        return measure_reference(found, protocol, extractor, batch)
+    return read_reference(path, protocol, extractor)
+
+
+def read_reference(path: Path, protocol: Protocol, extractor: Extractor) -> Reference:
+    """From a file of `Reference.save`.
+
+    Raises `UserError` for another protocol's statistics, for those of another network, and for a damaged file.
+    """
     reference = _from_file(path)
     again = "make them again with `d2g evaluate reference`"
     if reference.protocol_sha256 != protocol.sha256:
@@ -85,14 +107,14 @@ def digits_reference(protocol: Protocol, extractor: Extractor) -> Reference:
     return _describe(extractor.extract(images), protocol, extractor, digest, {"array": len(images)}, source)
 
 
-def _from_folder(folder: Path, protocol: Protocol, extractor: Extractor, *, max_corrupt: int, batch: int) -> Reference:
-    found = survey(folder, protocol, max_corrupt=max_corrupt, mixed=True)
+def measure_reference(found: Survey, protocol: Protocol, extractor: Extractor, batch: int) -> Reference:
+    """The features of a folder of real images, `batch` at a time."""
     with Progress("reference", len(found), "image") as progress:
         features = []
         for _, images in batches(found, protocol, batch):
             features.append(extractor.extract(images))
             progress.advance(len(images))
-    return _describe(np.concatenate(features), protocol, extractor, found.sha256, found.formats, str(folder))
+    return _describe(np.concatenate(features), protocol, extractor, found.sha256, found.formats, str(found.folder))
 
 
 def _describe(
@@ -105,13 +127,27 @@ def _describe(
 def _from_file(file: Path) -> Reference:
     wanted = "give a file of `d2g evaluate reference` or a folder of images"
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             if "described" not in arrays or "features" not in arrays:
                 raise UserError(f"{file}: statistics that do not say their protocol ({', '.join(arrays)}); {wanted}")
-            described = json.loads(str(arrays["described"]))
-            return Reference(arrays["features"], *(described[name] for name in _FIELDS), str(file))
+            described, features = json.loads(str(arrays["described"])), arrays["features"]
+            reference = Reference(features, *(described[name] for name in _FIELDS), str(file))
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file or folder; {wanted}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file}: cannot be read as reference statistics ({reason}); {wanted}") from error
+    _check(reference, f"{file}: cannot be read as reference statistics", wanted)
+    return reference
+
+
+def _check(reference: Reference, what: str, wanted: str) -> None:
+    for name in _FIELDS:
+        kind = dict if name == "formats" else str
+        if not isinstance(value := getattr(reference, name), kind):
+            raise UserError(f"{what} ({name} is {value!r}, not a {kind.__name__}); {wanted}")
+    shape, dtype = reference.features.shape, reference.features.dtype
+    if len(shape) != 2 or not shape[0] or dtype.kind != "f":
+        raise UserError(f"{what} (features are {dtype} of shape {shape}, not floats (N, D)); {wanted}")
+    if not np.isfinite(reference.features).all():
+        raise UserError(f"{what} (features hold NaN or infinity); {wanted}")

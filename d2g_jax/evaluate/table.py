@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from d2g_jax.errors import UserError
-from d2g_jax.evaluate.job import FORMAT
-from d2g_jax.evaluate.metrics import DIVERSITY, METRICS, REFERENCE, TEACHER
+from d2g_jax.evaluate.metrics import DIVERSITY, METRICS, REFERENCE, TEACHER, weights_of
 
 _SHORT = 12  # hexadecimal digits of a hash
-
-
-def read_result(file: str | Path) -> dict[str, Any]:
-    """A file of `d2g evaluate`. Raises `UserError` for one that is missing, damaged or of another format."""
-    try:
-        result = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); give a result of `d2g evaluate`") from error
-    if not isinstance(result, dict) or "protocol" not in result or "metrics" not in result:
-        raise UserError(f"{file}: no result of `d2g evaluate`")
-    if result.get("format") != FORMAT:
-        raise UserError(f"{file}: format {result.get('format')!r} is not {FORMAT}; evaluate again")
-    return result
 
 
 def comparable(result: dict[str, Any], metric: str) -> dict[str, Any]:
     """Everything that has to be equal for two numbers of this metric to stand in one column."""
     protocol, needs = result["protocol"], METRICS[metric].needs
-    prompts = (result["prompts"] or {}).get("sha256")
+    if result["prompts"] is None:  # whose they were is not known: only the very same images had the same ones
+        prompts = f"unknown, of images {result['images']['sha256'][:_SHORT]}"
+    else:
+        prompts = result["prompts"]["sha256"][:_SHORT]
     key = {
         "protocol": f"{protocol['name']} {protocol['sha256'][:_SHORT]}",
         "samples": result["samples"],
         "format": "+".join(sorted(result["images"]["formats"])),
-        "prompts": prompts and prompts[:_SHORT],
+        "prompts": prompts,
     }
-    weights = METRICS[metric].weights or (protocol["features"] if needs == REFERENCE else None)
+    weights = weights_of(metric, protocol["features"])
     if weights is not None:
         key["weights"] = f"{weights} {result['weights'][weights]['sha256'][:_SHORT]}"
     if needs == REFERENCE:
@@ -84,4 +70,4 @@ def _cell(result: dict[str, Any], metric: str) -> str:
 
 
 def _words(key: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {'unknown' if value is None else value}" for name, value in key.items())
+    return ", ".join(f"{name} {value}" for name, value in key.items())

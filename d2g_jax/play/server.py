@@ -5,9 +5,9 @@
     POST /draw/teacher        the same; 404 where there is none
 
 Drawings wait for each other. More than `Limits.queue` at once are refused with 503, bodies above 16 KiB with 413, bad
-requests with 400, 404 and 415; each answers {"error": one line}. Only JSON is taken, which no foreign page may send
-without asking first, and on a loopback address only requests to a loopback name, so that no foreign name may stand for
-this machine (DNS rebinding).
+requests with 400, 404 and 415, and what a broken model draws with 500; each answers {"error": one line}. Only JSON is
+taken, which no foreign page may send without asking first, and on a loopback address only requests to it or to a
+loopback name, so that no foreign name may stand for this machine (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -72,15 +72,25 @@ def is_loopback(listener: socket.socket) -> bool:
 
 def address(listener: socket.socket) -> str:
     """What to type into a browser on this machine."""
-    host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"http://{_host(listener)}:{listener.getsockname()[1]}"
+
+
+def hosts(listener: socket.socket) -> tuple[str, ...]:
+    """Whom a request may name: on a loopback address that one and the usual names of it, else anybody."""
+    return tuple(dict.fromkeys((*_LOOPBACK, _host(listener)))) if is_loopback(listener) else ("*",)
+
+
+def _host(listener: socket.socket) -> str:
+    """The address that is listened on, as it stands in a URL."""
+    host = listener.getsockname()[0]
+    return f"[{host}]" if ":" in host else host
 
 
 def serve(studio: Studio, listener: socket.socket, limits: Limits, prompts: tuple[str, ...] = ()) -> None:
     """Answers until SIGINT or SIGTERM, which it then raises again."""
     import uvicorn
 
-    app = application(studio, limits, prompts, loopback=is_loopback(listener))
+    app = application(studio, limits, prompts, hosts=hosts(listener))
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", ws="none", proxy_headers=False,
         server_header=False, timeout_graceful_shutdown=5,
@@ -88,8 +98,13 @@ def serve(studio: Studio, listener: socket.socket, limits: Limits, prompts: tupl
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def application(studio: Studio, limits: Limits, prompts: tuple[str, ...] = (), *, loopback: bool = True) -> Starlette:
-    """The routes above; `prompts` are offered as examples, the first one is there from the start."""
+def application(
+    studio: Studio, limits: Limits, prompts: tuple[str, ...] = (), *, hosts: tuple[str, ...] = _LOOPBACK
+) -> Starlette:
+    """The routes above; `prompts` are offered as examples, the first one is there from the start.
+
+    Requests to other names than `hosts` are refused; "*" stands for any.
+    """
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
@@ -127,12 +142,14 @@ def application(studio: Studio, limits: Limits, prompts: tuple[str, ...] = (), *
         try:
             drawing = await run_in_threadpool(studio.draw, name, asked)
             return JSONResponse(await run_in_threadpool(drawing.to_json))
+        except UserError as error:
+            return refuse(500, str(error))
         finally:
             under_way -= 1
 
-    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(_LOOPBACK) if loopback else ["*"])
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     routes = [Route("/", show), Route("/draw/{system}", draw, methods=["POST"])]
-    return Starlette(routes=routes, middleware=[hosts])
+    return Starlette(routes=routes, middleware=[trusted])
 
 
 def page(studio: Studio, limits: Limits, prompts: tuple[str, ...] = ()) -> str:

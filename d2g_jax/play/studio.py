@@ -111,7 +111,10 @@ class Studio:
         self._texts: OrderedDict[tuple[Any, str], tuple[Conditioning, tuple[str, ...]]] = OrderedDict()
 
     def draw(self, name: str, asked: Asked) -> Drawing:
-        """The image of system `name`; whoever else draws is waited for."""
+        """The image of system `name`; whoever else draws is waited for.
+
+        Raises `UserError` for latents that are not finite: decoded they would be some image all the same.
+        """
         system, noise = self.systems[name], pad.noise_at(asked.seed, asked.x, asked.y, self.shape)
         with self._lock:
             start = time.perf_counter()
@@ -127,7 +130,12 @@ class Studio:
             solved_at = time.perf_counter()
             decoded = jax.block_until_ready(system.programs.decode(latents))
             end = time.perf_counter()
-            image = jax.device_get(decoded)[0]
+            image, latent = (part[0] for part in jax.device_get((decoded, latents)))
+        if not np.isfinite(latent).all():
+            raise UserError(
+                f"{system.title}: drew values that are not finite for {asked.prompt!r}, seed {asked.seed}; check its "
+                "weights, or give --dtype=float32"
+            )
         seconds = {"text": 0.0 if known else encoded_at - start, "unet": solved_at - encoded_at}
         seconds["vae"] = end - solved_at
         return Drawing(image, noise, {stage: 1e3 * value for stage, value in seconds.items()}, notes)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2g_jax.errors import UserError
+from d2g_jax.report.files import inside, read_object
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _read_gallery(file: Path) -> Gallery | None:
             pairs=int(nearest["pairs"]),
             between_pairs=float(nearest["between_pairs"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file}: not a gallery ({type(error).__name__}: {error}); remove it") from error
 
 
@@ -91,24 +91,3 @@ def _query(folder: Path, prompt: str, image: str, neighbours: list[dict[str, Any
         for one in neighbours
     ]
     return Query(str(prompt), inside(folder, image), found)
-
-
-def inside(workdir: Path, relative: object) -> Path | None:
-    """The file of that name, None where it is missing or outside of the workdir: a page shows its own run only."""
-    if not isinstance(relative, str):
-        return None
-    path = (workdir / relative).resolve()
-    return path if path.is_file() and path.is_relative_to(workdir.resolve()) else None
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, None where there is no file; raises `UserError` for anything else."""
-    if not path.is_file():
-        return None
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); write it again or remove it") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds a {type(data).__name__}, expected a JSON object; write it again or remove it")
-    return data

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from d2g_jax.errors import UserError
-from d2g_jax.report.galleries import Gallery, find_galleries, inside, read_object
+from d2g_jax.report.files import inside, read_object
+from d2g_jax.report.galleries import Gallery, find_galleries
 from d2g_jax.report.status import Status, read_status
 
 T = TypeVar("T")
 _NOT_METRICS = ("run", "images", "step", "seconds")
-_LOOKED_FOR = "config.json, metrics.jsonl, result.json, status.json or samples/"
+_LOOKED_FOR = "config.json, metrics.jsonl, result.json, status.json, samples/ or evaluation/*.json"
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def read_inputs(workdir: Path) -> Inputs:
         evaluations=_read_evaluations(workdir / "evaluation"),
         status=read_status(workdir),
     )
-    found = (inputs.config, inputs.metrics.runs, inputs.result, inputs.comparison, inputs.timelines, inputs.status)
-    if not any(found) and inputs.metrics.broken == 0:
+    found = (inputs.config, metrics.runs, inputs.result, inputs.comparison, inputs.timelines, inputs.status)
+    if not any((*found, inputs.evaluations, metrics.broken)):
         raise UserError(f"{workdir}: nothing to report on, it has no {_LOOKED_FOR}; give --workdir=DIR of a run")
     return inputs
 
@@ -122,8 +123,8 @@ def read_metrics(path: Path) -> Metrics:
 
 def _parse_line(line: str) -> tuple[str, Row] | None:
     try:
-        data = json.loads(line)
-    except ValueError:
+        data = json.loads(line, parse_int=float)  # so that a whole number without end is infinite, not an error
+    except (ValueError, RecursionError):
         return None
     if not isinstance(data, dict) or not _is_number(data.get("images")) or not math.isfinite(data["images"]):
         return None
@@ -171,7 +172,7 @@ def _read_evaluations(folder: Path) -> list[dict[str, Any]]:
     files = sorted(folder.glob("*.json"))
     if not files:
         return []
-    from d2g_jax.evaluate.table import read_result  # a job of its own, with imports that a page seldom needs
+    from d2g_jax.evaluate.results import read_result  # of another job; a page seldom needs it
 
     return [read_result(file) for file in files]
 

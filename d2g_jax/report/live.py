@@ -48,9 +48,12 @@ class LivePage:
         try:
             write_status(self._workdir, status)
             write_report(self._workdir)
-        except UserError as error:
+        except Terminated:  # raised by a signal while the page was written, and not about the page
+            raise
+        except Exception as error:  # of any kind: hours of training are worth more than the page about them
             if not self._failed:
-                tqdm.write(f"d2g: {error}; the run goes on without its page", file=sys.stderr)
+                line = f"d2g: {self._workdir}: {_reason(error)}; the run goes on without its page"
+                tqdm.write(line, file=sys.stderr)
             self._failed = True
         end = time.monotonic()
         self._next = end + _REST * (end - start)

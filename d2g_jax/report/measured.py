@@ -142,4 +142,4 @@ def _measured_cell(result: dict[str, Any], metric: str, key: dict[str, Any]) -> 
 
 
 def _how(key: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {'unknown' if value is None else value}" for name, value in key.items())
+    return ", ".join(f"{name} {value}" for name, value in key.items())

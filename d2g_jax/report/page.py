@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 
 from d2g_jax import health
-from d2g_jax.atomic import write_text
+from d2g_jax.atomic import write_bytes
 from d2g_jax.errors import UserError
 from d2g_jax.report import curves, measured, overview, pictures
 from d2g_jax.report.alarms import alarms
@@ -39,7 +39,8 @@ def write_report(workdir: Path, *, finished: bool | None = None, bands: Sequence
         now = inputs.status or _guessed(inputs)
         if finished is not None:
             now = dataclasses.replace(now, state=FINISHED if finished else RUNNING)
-        write_text(path, _page(inputs, now, bands))
+        # JSON can say half a character, which UTF-8 cannot: a question mark stands for it.
+        write_bytes(path, _page(inputs, now, bands).encode("utf-8", errors="replace"))
     except OSError as error:
         problem = f"{path}: cannot be made ({error.strerror or error})"
         raise UserError(f"{problem}; make the workdir's files readable and the folder writable") from error
@@ -85,8 +86,8 @@ def _guessed(inputs: Inputs) -> Status:
     planned = planned if isinstance(planned, int | float) and planned > 0 else math.inf
     if inputs.result is not None:
         return Status(FINISHED)
-    if not runs:
-        return Status(RUNNING)
+    if not runs:  # a folder of evaluations alone was never a run
+        return Status(FINISHED if inputs.evaluations and inputs.config is None else RUNNING)
     name, rows = list(runs.items())[-1]
     if rows[-1].problem:
         return Status(STOPPED, rows[-1].problem)

@@ -158,7 +158,12 @@ def image_tag(path: Path | None, alt: str, pixelated: int) -> str:
                 image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
                 image.convert("RGB").save(buffer, format="WEBP", quality=90)
                 data, kind = buffer.getvalue(), "WEBP"
-    except (OSError, SyntaxError) as error:  # SyntaxError is how Pillow says that a PNG is damaged
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # all are Pillow's of a damaged file
         raise UserError(f"{path}: not a readable image; draw it again or remove it") from error
     small = ' class="small"' if size[0] < pixelated else ""
     source = f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode('ascii')}"

@@ -13,6 +13,7 @@ import jax
 
 from d2g_jax.atomic import write_text
 from d2g_jax.errors import UserError
+from d2g_jax.report.files import read_object
 
 FILE = "status.json"
 RUNNING, STOPPED, FINISHED = "running", "stopped", "finished"
@@ -56,10 +57,11 @@ def write_status(workdir: Path, status: Status) -> None:
 def read_status(workdir: Path) -> Status | None:
     """What status.json says, None where there is none; raises `UserError` for a file that is not one."""
     path = workdir / FILE
-    if not path.is_file():
+    data = read_object(path)
+    if data is None:
         return None
     try:
-        status = Status(**json.loads(path.read_text("utf-8")))
+        status = Status(**data)
         datetime.fromisoformat(status.written)
         fit = status.state in (RUNNING, STOPPED, FINISHED) and status.done >= 0 and status.total >= 0
         fit = fit and all(value >= 0 for value in status.memory.values())
@@ -67,6 +69,9 @@ def read_status(workdir: Path) -> Status | None:
         raise UserError(f"{path}: not a status ({error}); remove it") from error
     if not fit:
         raise UserError(f"{path}: not a status (state {status.state!r}, {status.done} of {status.total}); remove it")
+    for name in ("stage", "unit"):
+        if not isinstance(value := getattr(status, name), str):
+            raise UserError(f"{path}: not a status ({name} {value!r} is no text); remove it")
     return status
 
 

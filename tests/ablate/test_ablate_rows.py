@@ -164,6 +164,15 @@ def test_configs_whose_rows_would_not_differ_are_refused(name, changes, message)
     check_config(config, LOSSES)  # which has no discriminator
 
 
+@pytest.mark.parametrize("images", [0, -8])
+@pytest.mark.parametrize("ablation", [LOSSES, DISCRIMINATOR], ids=lambda ablation: ablation.name)
+def test_students_of_no_images_are_refused(ablation, images):
+    config = get_config()
+    config.train.images = images
+    with pytest.raises(UserError, match=f"^train.images={images}: the students would not be trained; give 1 or more$"):
+        check_config(config, ablation)
+
+
 def test_throughput_is_that_of_the_last_phase():
     seconds = [1.0, 2.0, 6.0, 8.0, 20.0, 22.0]  # 100 images each; at 500 a picture was drawn
     lines = [{"images": 100 * i, "seconds": s} for i, s in enumerate(seconds, start=1)]

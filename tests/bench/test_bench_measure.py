@@ -9,7 +9,6 @@ import pytest
 
 from d2g_jax.bench import measure
 from d2g_jax.bench.measure import Bar, Candidate
-from d2g_jax.errors import UserError
 
 
 def test_facts_of_a_product():
@@ -125,16 +124,7 @@ def test_report_as_text(report):
 
 def test_report_as_file(report, tmp_path):
     file = tmp_path / "new" / "loss.json"
-    measure.check_output(file)
     measure.write_report(report, file)
     assert json.loads(file.read_text()) == report
     assert report["environment"]["python"]
     assert report["environment"]["cores"] >= 1
-
-
-def test_a_bad_output_is_told_before_the_run(tmp_path):
-    with pytest.raises(UserError, match=r"is a folder; give a file, .*bench\.json"):
-        measure.check_output(tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written; choose another folder"):
-        measure.check_output(tmp_path / "file" / "loss.json")

@@ -68,3 +68,41 @@ def test_flags_override_and_unknown_fields_are_refused(monkeypatch, tmp_path):
         command.read([f"--config={file}", "--out=a.json"], parser)
     with pytest.raises(UserError, match="--protocol is missing"):
         command.read(["--images=x", "--out=a.json"], parser)
+
+
+def write_config(folder, **fields):
+    lines = "".join(f"    c.{name} = {value!r}\n" for name, value in fields.items())
+    head = "from ml_collections import ConfigDict\ndef get_config():\n    c = ConfigDict()\n"
+    file = folder / "c.py"
+    file.write_text(f"{head}{lines}    return c\n")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("samples", "abc", "a whole number"),
+        ("samples", 80.0, "a whole number"),
+        ("samples", True, "a whole number"),
+        ("batch", 16.0, "a whole number"),
+        ("guidance_scale", "7.5", "a number"),
+        ("metrics", ("fid",), "text"),
+        ("protocol", ["digits"], "text"),
+        ("images", 3, "a path"),
+        ("dtype", "float8", "one of float32, bfloat16, float16"),
+        ("dtype", ["float32"], "one of float32, bfloat16, float16"),
+        ("tiled", 1, "True or False"),
+    ],
+)
+def test_fields_of_another_type_are_refused(name, value, expected, tmp_path):
+    file = write_config(tmp_path, **{name: value})
+    with pytest.raises(UserError) as refused:
+        command.read([f"--config={file}", "--protocol=digits", "--images=x", "--out=a.json"], parser)
+    assert str(refused.value) == f"--config={file}: {name}={value!r}: expected {expected}"
+
+
+def test_fields_of_the_flags_types_are_taken(monkeypatch, tmp_path):
+    fields = {"protocol": "digits", "samples": 80, "guidance_scale": 2, "tiled": True, "model": "m", "unet": None}
+    own = parsed(monkeypatch, [f"--config={write_config(tmp_path, **fields, prompts='a.txt')}", "--out=a.json"])
+    assert {name: getattr(own, name) for name in fields} == fields
+    assert own.prompts == Path("a.txt")

@@ -17,7 +17,8 @@ from d2g_jax.errors import UserError
 from d2g_jax.evaluate import pairwise
 from d2g_jax.evaluate.images import survey
 from d2g_jax.evaluate.protocols import PROTOCOLS
-from d2g_jax.evaluate.table import comparable, read_result, table
+from d2g_jax.evaluate.results import read_result
+from d2g_jax.evaluate.table import comparable, table
 
 N = 80
 PIPELINE = WEIGHTS / "pipeline"
@@ -103,7 +104,7 @@ def test_images_are_those_of_d2g_sample(drawn, tmp_path):
 def test_diversity_is_the_mean_over_pairs_of_one_prompt(drawn, tiny_lpips):
     from d2g_jax.evaluate.images import batches
 
-    metric, protocol = pairwise.load("lpips", tiny_lpips), PROTOCOLS["digits"]
+    metric, protocol = pairwise.load("lpips", tiny_lpips, 32), PROTOCOLS["digits"]
     found = survey(drawn / "result-drawn" / "diversity", protocol)
     assert len(found) == N * 4
     values = []

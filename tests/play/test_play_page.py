@@ -17,6 +17,7 @@ import pytest
 
 from d2g_jax.__main__ import main
 from d2g_jax.digits.config import WEIGHTS
+from d2g_jax.errors import UserError
 from d2g_jax.play import server
 from d2g_jax.play.studio import Asked, Drawing, Studio, System
 
@@ -74,16 +75,19 @@ class Still(Studio):
     def draw(self, name, asked):
         self.asked.append(asked)
         assert self.go.wait(chromium.PATIENCE)
+        if asked.prompt == "broken":
+            raise UserError("still: drew values that are not finite")
         return Drawing(np.zeros((16, 16, 3), np.uint8), np.zeros((4, 2, 2), np.float32), {"text": 0.0, "unet": 1.5})
 
 
 @pytest.fixture
-def served():
-    """(address, studio) of a server in a thread."""
+def served(request):
+    """(address, studio) of a server in a thread, on the address of the test's parameter."""
     import uvicorn
 
-    studio, listener = Still(), server.listen("127.0.0.1", 0)
-    app = server.application(studio, server.Limits(prompt=20, queue=2), ("</script><b>",))
+    studio, listener = Still(), server.listen(getattr(request, "param", "127.0.0.1"), 0)
+    limits, hosts = server.Limits(prompt=20, queue=2), server.hosts(listener)
+    app = server.application(studio, limits, ("</script><b>",), hosts=hosts)
     running = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -136,6 +140,24 @@ def test_refused(served, status, body, options):
 
 
 @needs_extra
+@pytest.mark.parametrize("served", ["127.0.0.1", "127.0.0.2"], indirect=True)
+def test_the_address_that_is_printed_answers(served):
+    address, studio = served
+    studio.go.set()
+    assert ask(address, GOOD)[0] == 200
+    assert ask(address, GOOD, Host="localhost")[0] == 200
+    assert ask(address, GOOD, Host="127.0.0.3")[0] == 400
+
+
+@needs_extra
+def test_a_drawing_that_is_not_finite_is_an_answer(served):
+    address, studio = served
+    studio.go.set()
+    assert ask(address, {**GOOD, "prompt": "broken"}) == (500, {"error": "still: drew values that are not finite"})
+    assert ask(address, GOOD)[0] == 200
+
+
+@needs_extra
 def test_more_drawings_than_may_wait(served):
     address, studio = served
     answers: list[int] = []
@@ -168,7 +190,11 @@ def test_names_and_prompts_stay_text_and_nothing_is_loaded(served):
 def test_addresses():
     with server.listen("localhost", 0) as listener:
         assert server.is_loopback(listener)
+    with server.listen("127.0.0.2", 0) as listener:
+        assert server.is_loopback(listener)
+        assert server.hosts(listener) == ("localhost", "127.0.0.1", "[::1]", "127.0.0.2")
     with server.listen("0.0.0.0", 0) as listener:
+        assert server.hosts(listener) == ("*",)
         assert not server.is_loopback(listener)
         assert re.fullmatch(r"http://0\.0\.0\.0:\d+", server.address(listener))
 

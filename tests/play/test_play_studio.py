@@ -15,7 +15,7 @@ from d2g_jax.__main__ import main
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.errors import UserError
 from d2g_jax.play.opening import NONE, Choice, open_studio
-from d2g_jax.play.studio import Asked
+from d2g_jax.play.studio import Asked, Studio
 from d2g_jax.sample import Sampler
 
 TEACHER = WEIGHTS / "pipeline"
@@ -139,6 +139,14 @@ def test_bad_requests(change, named):
         Asked.read({**GOOD, **change}, 10)
     with pytest.raises(UserError, match="expected an object"):
         Asked.read([GOOD], 10)
+
+
+def test_a_drawing_that_is_not_finite_is_refused(studio):
+    system = studio.systems["student"]
+    broken = dataclasses.replace(system.programs, solve=lambda noise, text: system.programs.solve(noise, text) * np.nan)
+    systems = {"student": dataclasses.replace(system, programs=broken)}
+    with pytest.raises(UserError, match="drew values that are not finite for 'the digit 5', seed 7; check its weights"):
+        Studio(systems, studio.shape, studio._mesh).draw("student", Asked("the digit 5", 7))
 
 
 def test_who_is_beside_whom(exported_student):

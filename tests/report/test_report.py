@@ -17,6 +17,7 @@ from d2g_jax.report.curves import image_rates
 from d2g_jax.report.inputs import read_inputs, read_metrics
 
 HOSTILE = """a <script>alert("1")</script> 'three' & </style><img src=x onerror=alert(2)>"""
+STATUS = {"state": "running", "stage": "training", "unit": "images", "written": "2026-11-22T10:00:00+00:00"}
 VOID = {"meta", "link", "img", "input", "br"}
 
 
@@ -140,7 +141,8 @@ def test_results_of_evaluate_share_a_column_only_if_measured_alike(workdir):
             "samples": 2000,
             "protocol": {"name": protocol, "sha256": "5" * 64, "features": "digits"},
             "prompts": {"sha256": "7" * 64},
-            "images": {"formats": {"PNG": 2000}},
+            "images": {"sha256": "6" * 64, "formats": {"PNG": 2000}},
+            "drawing": None,
             "weights": {"digits": {"sha256": "8" * 64}},
             "reference": {"images_sha256": "9" * 64},
             "metrics": {"fid": fid, "accuracy": {"all": 0.5}},
@@ -239,10 +241,14 @@ def test_a_killed_run_leaves_half_a_line(workdir):
 
 def test_broken_lines_are_counted_wherever_they_are(tmp_path):
     lines = ['{"images": 1, "a": 1}', "[1]", "\x00\x00", "", '{"images": "2"}', '{"images": 3, "a": null, "b": true}']
+    huge = "9" * 400
+    lines += [f'{{"images": {huge}}}', "[" * 100_000, f'{{"images": 4, "a": {huge}}}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     metrics = read_metrics(tmp_path / "metrics.jsonl")
-    assert (metrics.broken, metrics.broken_tail) == (3, False)
-    assert [row.images for row in metrics.runs[""]] == [1, 3]
+    assert (metrics.broken, metrics.broken_tail) == (5, False)
+    assert [row.images for row in metrics.runs[""]] == [1, 3, 4]
+    assert math.isinf(metrics.runs[""][2].metrics["a"])
+    assert "2 not finite" in page_of(tmp_path)
     assert list(metrics.runs[""][1].metrics) == ["a"]
     assert math.isnan(metrics.runs[""][1].metrics["a"])
 
@@ -277,11 +283,35 @@ def test_a_folder_with_one_file_has_one_section(tmp_path):
     assert sections_of(text) == ["measured"]
 
 
+def test_evaluations_alone_are_a_page(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    result = {
+        "format": 1,
+        "system": "a",
+        "complete": True,
+        "samples": 2000,
+        "protocol": {"name": "digits", "sha256": "5" * 64, "features": "digits"},
+        "prompts": None,
+        "images": {"sha256": "6" * 64, "formats": {"PNG": 2000}},
+        "drawing": None,
+        "weights": {"digits": {"sha256": "8" * 64}},
+        "metrics": {"accuracy": {"all": 0.5}},
+    }
+    write(tmp_path / "evaluation" / "a.json", result)
+    text = page_of(tmp_path)
+    assert sections_of(text) == ["evaluated"]
+    assert 'class="state finished"' in text
+
+
 def test_images_outside_of_the_workdir_are_not_shown(workdir):
     save_png(workdir.parent / "other.png", np.zeros((4, 4, 3), np.uint8))
     data = {"prompts": ["a"], "columns": [{"name": "x", "images": ["../other.png"]}]}
     write(workdir / "samples" / "comparison.json", data)
     assert read_inputs(workdir).comparison.images == [[None]]
+    for name in ("\0", "\ud800", "a" * 5000):  # no file can have these names
+        data["columns"][0]["images"] = [name]
+        write(workdir / "samples" / "comparison.json", data | {"prompts": [name]})
+        assert "absent" in page_of(workdir)
 
 
 def test_large_images_are_made_smaller(workdir):
@@ -302,6 +332,12 @@ def test_large_images_are_made_smaller(workdir):
         ("samples/comparison.json", '{"prompts": 1}', "must be lists"),
         ("samples/gallery.json", '{"images": 1}', r"gallery\.json: not a gallery \(KeyError"),
         ("status.json", '{"state": "asleep"}', r"status\.json: not a status"),
+        ("status.json", json.dumps(STATUS | {"stage": 3}), r"status\.json: not a status \(stage 3 is no text\)"),
+        ("status.json", json.dumps(STATUS | {"unit": None}), r"status\.json: not a status \(unit None is no text\)"),
+        ("status.json", "[]", r"status\.json: holds a list"),
+        ("config.json", "[" * 100_000, r"config\.json: nested more than 100 deep"),
+        ("config.json", '{"a": ' + "[" * 200 + "]" * 200 + "}", r"config\.json: nested more than 100 deep"),
+        ("result.json", '{"checks": [{"value": ' + "9" * 400 + "}]}", r"result\.json: .*a number of 400 digits"),
         ("samples/images_00000005.png", "no image", r"images_00000005\.png: not a readable image"),
     ],
 )

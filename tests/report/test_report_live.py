@@ -87,6 +87,29 @@ def test_a_page_that_cannot_be_written_stops_nothing_and_is_told_once(tmp_path, 
         finish(tmp_path, 320, "images")
 
 
+def test_no_error_of_the_page_ends_a_job_but_a_signal_does(tmp_path, capsys, monkeypatch):
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "a.json").write_text('{"format": 1, "protocol": "x", "metrics": {"kid": 3}}')
+    with LivePage(tmp_path, 320, "images") as page:
+        page.update("training", 8, at_once=True)
+    assert "a.json: system is missing; evaluate again; the run goes on" in capsys.readouterr().err
+
+    def fail(workdir):
+        raise failure
+
+    monkeypatch.setattr(live, "write_report", fail)
+    failure = OverflowError("int too large")
+    with LivePage(tmp_path, 320, "images") as page:
+        for images in (8, 16):
+            page.update("training", images, at_once=True)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "OverflowError: int too large; the run goes on without its page" in said
+    failure = Terminated()
+    with pytest.raises(Terminated):
+        LivePage(tmp_path, 320, "images").update("training", 8, at_once=True)
+
+
 def test_a_finished_job_given_again_keeps_its_status(tmp_path):
     write_status(tmp_path, Status("finished", "", 320, 320))
     data = json.loads((tmp_path / "status.json").read_text())
