@@ -172,8 +172,9 @@ class Request:
 def sample(model: str | Path, request: Request, out: Path, revision: str | None = None) -> dict[str, float]:
     """Draws and writes 00000.png ..., grid.png, noise.npy, latents.npy and prompts.txt into `out`.
 
-    Returns seconds: "load", "compile" (the first batch, which is drawn again), and "text", "unet" and "vae" apart. Raises
-    `UserError` for bad requests, and before anything is written for latents that are not finite.
+    Returns seconds: "load", "compile" (the first batch, which is drawn again), and "text", "unet" and "vae" apart.
+
+    Raises `UserError` for bad requests, and for latents that are not finite; then nothing is written.
     """
     if not request.prompts:
         raise UserError("no prompts; give --prompt=TEXT or --prompts=FILE")

@@ -1,10 +1,12 @@
 """`d2g sample` against whole diffusers pipelines: same prompts and noise, twenty guided steps, the decoded image."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from d2g_jax import mesh as meshes
 from d2g_jax.__main__ import main
@@ -156,3 +158,18 @@ def test_sigmas_that_are_not_implemented_are_refused(tiny_sd, tmp_path, capsys):
     command = ["sample", f"--model={tmp_path / 'model'}", "--prompt=the cat", f"--out={tmp_path / 'out'}"]
     assert main([*command, "--solver=dpmpp_2m"]) == 2
     assert "use_karras_sigmas" in capsys.readouterr().err
+
+
+def test_a_model_that_draws_nan_writes_nothing(tiny_sd, tmp_path, capsys):
+    """Finite weights whose products are not: every latent overflows."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_sd, model)
+    (file,) = (model / "unet").glob("*.safetensors")
+    weights = load_file(file)
+    weights["conv_out.weight"] = np.full_like(weights["conv_out.weight"], 3e38)
+    save_file(weights, file, {"format": "pt"})
+    assert main(["sample", f"--model={model}", "--prompt=the cat", "--steps=2", f"--out={out}"]) == 2
+    assert (
+        f"{model}: 1 of 1 images are not finite, the first for 'the cat'; check its weights" in capsys.readouterr().err
+    )
+    assert not out.exists()
