@@ -22,6 +22,7 @@ from d2g_jax.bench.measure import (
     Candidate,
     does_not_fit,
     make_report,
+    peaks,
     product_candidate,
     ratio,
     time_in_turns,
@@ -176,7 +177,7 @@ def _iteration(config: ml_collections.ConfigDict, loss: str, batch: int, rows: l
         return None if None in values else sum(share * value for (share, _), value in zip(parts, values, strict=True))
 
     seconds, flops = total("seconds"), total("flops")
-    peak = ratio(by_name[PRODUCT]["flops"], by_name[PRODUCT]["seconds"])
+    peak = peaks(rows).get(config.train.dtype)
     return {
         **dict.fromkeys(by_name[PRODUCT]),
         "name": f"iteration, {loss} x{batch}",
