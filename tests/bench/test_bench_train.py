@@ -90,6 +90,13 @@ def test_another_loss_is_refused():
     train._check_losses(request, [rows[0], {**rows[1], "loss": 1.001}])
 
 
+def test_an_iterations_share_is_of_the_products_best_call():
+    facts = {"compile_seconds": 1.0, "temp_bytes": 0, "peak_bytes": 0}
+    product = {"name": train.PRODUCT, "dtype": "float32", "flops": 100.0, "seconds": 4.0, "best_seconds": 2.0, **facts}
+    g = {"name": "g, mse x8", "dtype": "float32", "flops": 50.0, "seconds": 2.0, "best_seconds": 1.0, **facts}
+    assert train._iteration(regression_only(), "mse", 8, [product, g])["share_of_peak"] == pytest.approx(0.5)
+
+
 def test_bars_are_the_corrected_ones(monkeypatch):
     monkeypatch.setattr(train.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(train.jax, "device_count", lambda: 1)
