@@ -18,7 +18,7 @@ BENCHES = {
     "train": "a whole training iteration by the programs of `d2g train`, on random data; G's step against PyTorch",
     "loss": "regression losses, forward and backward; E-LatentLPIPS against decoding for LPIPS, and PyTorch",
     "input": "reading shuffled batches of pairs, against tf.data through TFDS",
-    "pairs": "the teacher's solutions, against diffusers' pipeline on the same folder",
+    "pairs": "the teacher's solutions, against diffusers' pipeline with the same weights",
 }
 
 MakeParser = Callable[[str, str], argparse.ArgumentParser]
@@ -146,22 +146,38 @@ def _input(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dic
 
 
 def _pairs(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict[str, Any]]:
-    parser.add_argument("--model", help="pipeline folder or hub id; default is the digits teacher")
+    parser.add_argument(
+        "--model",
+        help="sd15, sdxl, digits or a hub id of a known size, with random weights; or a folder, with its own; default "
+        "is the digits teacher",
+    )
     parser.add_argument("--prompt", default="a bold handwritten seven slanted to the right")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of diffusers' UNet")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and noise")
+    parser.add_argument("--no-torch", action="store_true", help="leave out diffusers' pipeline")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile of diffusers' UNet; on GPUs the default"
+    )
     own = parser.parse_args(rest)
 
     def bench() -> dict[str, Any]:
         from d2g_jax.bench.pairs import PairsRequest, run_pairs
         from d2g_jax.digits.config import WEIGHTS
 
-        model = own.model or str(WEIGHTS / "pipeline")
         request = PairsRequest(
-            model, own.prompt, own.batch, own.steps, own.guidance, own.dtype, own.repeats, own.compile
+            model=own.model or str(WEIGHTS / "pipeline"),
+            prompt=own.prompt,
+            batch=own.batch,
+            steps=own.steps,
+            guidance_scale=own.guidance,
+            dtype=own.dtype,
+            repeats=own.repeats,
+            torch=not own.no_torch,
+            compile=own.compile,
+            seed=own.seed,
         )
         return run_pairs(request)
 

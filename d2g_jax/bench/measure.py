@@ -25,7 +25,7 @@ from d2g_jax.progress import Progress
 from d2g_jax.runs import environment
 
 PRODUCT = "matrix product"
-"""Name of the row whose rate counts as the device's peak; see `product_candidate`."""
+"""Name of the row whose best rate counts as the device's peak; see `product_candidate` and `peaks`."""
 
 GIB = 2.0**30
 
@@ -147,8 +147,7 @@ def time_in_turns(candidates: Sequence[Candidate], rounds: int) -> list[dict[str
     Returns:
       Dicts for JSON: `name`, `dtype`, `seconds` (median of a call), `best_seconds` (its minimum, which other work on
       the machine disturbs least), `all_seconds`, `compile_seconds`, `temp_bytes`, `peak_bytes`, `flops`,
-      `share_of_peak` (its rate by that of the `PRODUCT` of its dtype), `not_run`, and what `describe` says. What is
-      unknown or not run is None.
+      `share_of_peak` (see `peaks`), `not_run`, and what `describe` says. What is unknown or not run is None.
     """
     described = []
     with Progress("first calls", len(candidates), "programs") as progress:
@@ -161,11 +160,19 @@ def time_in_turns(candidates: Sequence[Candidate], rounds: int) -> list[dict[str
                 if candidate.call:
                     times += _turn(candidate.call)
     rows = [_row(*row) for row in zip(candidates, seconds, described, strict=True)]
-    peaks = {row["dtype"]: _rate(row) for row in rows if row["name"] == PRODUCT}
+    of_dtype = peaks(rows)
     for row in rows:
-        rate, peak = _rate(row), peaks.get(row["dtype"])
-        row["share_of_peak"] = rate / peak if rate and peak else None
+        row["share_of_peak"] = ratio(ratio(row["flops"] or None, row["seconds"]), of_dtype.get(row["dtype"]))
     return rows
+
+
+def peaks(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """FLOP/s by dtype: what the `PRODUCT` reached in its best call.
+
+    Its median would not do: what disturbs the product would lower the peak, and raise every share of it. So a row's
+    median rate by this is a share that noise can only lower, that of the product too.
+    """
+    return {row["dtype"]: ratio(row["flops"], row["best_seconds"]) for row in rows if row["name"] == PRODUCT}
 
 
 def _turn(call: Callable[[], Any]) -> list[float]:
@@ -192,10 +199,6 @@ def _row(candidate: Candidate, seconds: list[float], described: dict[str, Any]) 
         "not_run": candidate.not_run,
         **described,
     }
-
-
-def _rate(row: dict[str, Any]) -> float | None:
-    return row["flops"] / row["seconds"] if row["flops"] and row["seconds"] else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import string
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,9 +15,10 @@ import numpy as np
 
 from d2g_jax import mesh as meshes
 from d2g_jax.errors import UserError
+from d2g_jax.models import clip
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import Pipeline
-from d2g_jax.plan.architectures import MODELS, abstract_pipeline, computing_in
+from d2g_jax.plan.architectures import KNOWN, MODELS, abstract_pipeline, computing_in
 
 DTYPES = ("float32", "bfloat16")
 
@@ -52,6 +55,36 @@ def random_pipeline(model: str, dtype: str, storage: str, seed: int, mesh: jax.s
     return dataclasses.replace(pipeline, params=params)
 
 
+def known(model: str) -> bool:
+    """Whether a model is one of `MODELS` or, where no folder has its name, another whose shapes are known."""
+    return model in MODELS or (model in KNOWN and not Path(model).exists())
+
+
+def with_spellers(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with tokenizers that know letters alone, for towers whose vocabulary nobody has fetched."""
+    made = {
+        name.replace("text_encoder", "tokenizer"): _speller(tower.config, tokenizer.model_max_length)
+        for (name, tower), tokenizer in zip(pipeline.towers.items(), pipeline.tokenizers, strict=True)
+    }
+    return dataclasses.replace(pipeline, **made)
+
+
+def _speller(config: clip.ClipTextConfig, length: int) -> Any:
+    from transformers import CLIPTokenizer  # 1.5 s to import
+
+    letters = string.ascii_lowercase + string.digits
+    words, end = [*letters, *(f"{letter}</w>" for letter in letters)], _end_of_text(config)
+    vocab = {word: index for index, word in enumerate(words)}
+    return CLIPTokenizer(
+        vocab={**vocab, "<|startoftext|>": end - 1, "<|endoftext|>": end}, merges=[], model_max_length=length
+    )
+
+
+def _end_of_text(config: clip.ClipTextConfig) -> int:
+    """transformers takes 2 for "the largest"."""
+    return config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+
+
 def place_leaf(mesh: jax.sharding.Mesh, storage: Any, path: tuple[Any, ...], leaf: np.ndarray) -> jax.Array:
     """A drawn leaf on the mesh by the rules of `mesh.leaf_spec`; kernels and embeddings in `storage`."""
     stored = leaf.astype(storage) if path[-1].key in ("kernel", "embedding") else leaf
@@ -83,7 +116,7 @@ def random_input_ids(pipeline: Pipeline, batch: int, seed: int) -> np.ndarray:
     rng, ids = np.random.default_rng(seed), []
     for tokenizer, tower in zip(pipeline.tokenizers, pipeline.towers.values(), strict=True):
         config, length = tower.config, tokenizer.model_max_length
-        end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+        end = _end_of_text(config)
         words = rng.integers(3, min(end, config.vocab_size - 2), (batch, length))
         words[:, -1] = end
         ids.append(words)

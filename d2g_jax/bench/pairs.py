@@ -1,14 +1,13 @@
-"""`d2g bench pairs`: the teacher's solutions, side by side with diffusers' own pipeline on the same folder.
+"""`d2g bench pairs`: the teacher's solutions, side by side with diffusers' own pipeline class and the same weights.
 
-In one run and in turns: prompts and noise to latents by the programs of `d2g pairs`, and by diffusers' class for the
-folder with the same steps, guidance, batch, precision and noise. Nothing is decoded.
+In one run and in turns: prompts and noise to latents by the programs of `d2g pairs`, and by diffusers' class with the
+same steps, guidance, batch, precision and noise. Nothing is decoded.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,16 +16,29 @@ import numpy as np
 
 from d2g_jax import mesh as meshes
 from d2g_jax import noise
-from d2g_jax.bench.measure import Bar, Candidate, Facts, make_report, product_candidate, ratio, time_in_turns
-from d2g_jax.bench.networks import check_dtype
+from d2g_jax.bench import torch_pairs, torch_pipeline
+from d2g_jax.bench.measure import (
+    Bar,
+    Candidate,
+    does_not_fit,
+    make_report,
+    product_candidate,
+    ratio,
+    time_in_turns,
+)
+from d2g_jax.bench.networks import check_dtype, default_dtype, known, random_pipeline, with_spellers
+from d2g_jax.bench.programs import Compiled, together
 from d2g_jax.conditioning import tokenize_prompts
 from d2g_jax.draw import Solution, draw, teacher_programs
 from d2g_jax.errors import UserError
-from d2g_jax.pairs.estimate import unet_flops
 from d2g_jax.pipeline import Pipeline
+from d2g_jax.plan.architectures import KNOWN, MODELS
 
 AGREE = 0.02
 """Largest difference of the two sides' latents over the largest latent, in float32: more is not the same work."""
+
+OF_DIFFUSERS = {"cpu": 1.0, "gpu": 1.3}
+"""At least so many times as fast as diffusers, by platform."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +46,16 @@ class PairsRequest:
     """What `d2g bench pairs` is asked for.
 
     Attributes:
-      model: a pipeline folder or hub id.
+      model: a name of `networks.known`, which gets random weights; else a pipeline folder or hub id, with its own.
       prompt: of every image.
       batch: images in a call.
       steps: of DDIM.
       guidance_scale: both halves run above 1.
-      dtype: of the networks, one of `networks.DTYPES`.
+      dtype: of the networks, one of `networks.DTYPES`; None: float32 on a CPU, bfloat16 elsewhere.
       repeats: rounds of turns.
-      compile: torch.compile of diffusers' UNet; on GPUs max-autotune.
+      torch: whether diffusers' pipeline runs too, where it is installed.
+      compile: torch.compile of its UNet; None: on GPUs alone, with max-autotune.
+      seed: of random weights and noise.
     """
 
     model: str
@@ -49,18 +63,23 @@ class PairsRequest:
     batch: int = 64
     steps: int = 50
     guidance_scale: float = 3.0
-    dtype: str = "float32"
+    dtype: str | None = None
     repeats: int = 3
-    compile: bool = False
+    torch: bool = True
+    compile: bool | None = None
+    seed: int = 0
 
-    def check(self) -> None:
-        """Raises `UserError` that names the flag."""
+    def resolved(self) -> PairsRequest:
+        """The request with this device's defaults; raises `UserError` that names the flag."""
         for flag in ("batch", "steps", "repeats"):
             if getattr(self, flag) < 1:
                 raise UserError(f"--{flag}={getattr(self, flag)}: give 1 or more")
         if self.batch % jax.device_count():
             raise UserError(f"--batch={self.batch} is not a multiple of the {jax.device_count()} devices")
-        check_dtype(self.dtype)
+        dtype, compiles = self.dtype or default_dtype(), self.compile
+        check_dtype(dtype)
+        compiles = jax.default_backend() == "gpu" if compiles is None else compiles
+        return dataclasses.replace(self, dtype=dtype, compile=compiles)
 
 
 def run_pairs(request: PairsRequest) -> dict[str, Any]:
@@ -68,25 +87,38 @@ def run_pairs(request: PairsRequest) -> dict[str, Any]:
 
     Raises `UserError` for a bad request, a folder that is no pipeline, and sides that do not draw the same latents.
     """
-    request.check()
+    request = request.resolved()
     mesh = meshes.make_mesh()
-    pipeline = Pipeline.load(request.model, jnp.dtype(request.dtype), mesh)
+    pipeline = load(request, mesh)
     height, width, channels = pipeline.latent_shape
     ids = jnp.arange(request.batch, dtype=jnp.uint32)
-    drawn = np.asarray(noise.record_noise(0, ids, (channels, height, width)))
-    drawn_latents: dict[str, np.ndarray] = {}
-    candidates = [
-        product_candidate(request.dtype),
-        _ours(request, pipeline, mesh, drawn, drawn_latents),
-        _diffusers(request, pipeline, drawn, drawn_latents),
-    ]
+    drawn = np.asarray(noise.record_noise(request.seed, ids, (channels, height, width)))
+    kept: dict[str, np.ndarray] = {}
+    candidates = [product_candidate(request.dtype), _ours(request, pipeline, mesh, drawn, kept)]
+    if request.torch:
+        candidates.append(_diffusers(request, pipeline, drawn, kept))
     rows = time_in_turns(candidates, request.repeats)
     for row in rows[1:]:
-        row["value"] = request.batch / row["seconds"] if row["seconds"] else None
-    if request.dtype == "float32" and len(drawn_latents) == 2:
-        check_same(*drawn_latents.values())
-    bars = [Bar.at_least("ours draws at least as fast as diffusers", ratio(rows[1]["value"], rows[2]["value"]), 1.0)]
-    return make_report("pairs", dataclasses.asdict(request), rows, bars)
+        row["value"] = ratio(request.batch, row["seconds"])
+    if request.dtype == "float32" and len(kept) == 2:
+        check_same(*kept.values())
+    report = make_report("pairs", dataclasses.asdict(request), rows, bars(request, rows) if request.torch else [])
+    if request.torch:
+        report["environment"].update(torch_pipeline.versions())
+    return report
+
+
+def load(request: PairsRequest, mesh: jax.sharding.Mesh) -> Pipeline:
+    """The teacher, stored as `d2g pairs` stores it: float32, whatever it computes in.
+
+    Raises `UserError` for a model that is neither a name, a folder nor a hub id.
+    """
+    if known(request.model):
+        pipeline = random_pipeline(request.model, request.dtype, "float32", request.seed, mesh)
+        return with_spellers(pipeline) if MODELS.get(request.model, request.model) in KNOWN else pipeline
+    if "/" not in request.model and not Path(request.model).exists():
+        raise UserError(f"--model={request.model}: no such folder, and no name; give a folder or {', '.join(MODELS)}")
+    return Pipeline.load(request.model, jnp.dtype(request.dtype), mesh)
 
 
 def check_same(ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -94,6 +126,14 @@ def check_same(ours: np.ndarray, theirs: np.ndarray) -> None:
     error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     if not error <= AGREE:
         raise UserError(f"the two sides draw different latents (by {error:.3g} of the largest): nothing to compare")
+
+
+def bars(request: PairsRequest, rows: list[dict[str, Any]]) -> list[Bar]:
+    """The one of this device, for a resolved request; without a figure on a GPU where diffusers is not compiled."""
+    limit = OF_DIFFUSERS.get(jax.default_backend(), 1.0)
+    _, ours, theirs = rows
+    faster = ratio(ours["value"], theirs["value"]) if torch_pipeline.is_rival(request.compile) else None
+    return [Bar.at_least(f"ours draws at least {limit} times as fast as {torch_pipeline.rival()}", faster, limit)]
 
 
 def _ours(
@@ -106,51 +146,35 @@ def _ours(
     solution = Solution(steps=request.steps, guidance_scale=request.guidance_scale)
     programs = teacher_programs(pipeline, mesh, solution)
     input_ids = tokenize_prompts(pipeline, [request.prompt] * request.batch)
+    placed = meshes.place_batch({"noise": drawn, "ids": input_ids}, mesh)
+    encode = Compiled.of(programs.encode, placed["ids"])
+    solve = Compiled.of(programs.solve, placed["noise"], encode.results)
+    facts = together([encode.facts, solve.facts])
+    if reason := does_not_fit(facts.temp_bytes + facts.output_bytes):
+        return Candidate("d2g_jax", request.dtype, None, facts, reason)
+    compiled = dataclasses.replace(programs, encode=encode.call, solve=solve.call)
 
     def call() -> np.ndarray:
-        (batch,) = draw(programs, mesh, drawn, input_ids, request.batch, images=False)
-        kept["d2g_jax"] = batch.latents
+        (batch,) = draw(compiled, mesh, drawn, input_ids, request.batch, images=False)
         return batch.latents
 
-    start = time.perf_counter()
-    call()
-    seconds = time.perf_counter() - start
-    network = programs.network_calls * unet_flops(pipeline) * request.batch
-    return Candidate("d2g_jax", request.dtype, call, Facts(seconds, None, drawn.nbytes, network))
+    return Candidate("d2g_jax", request.dtype, call, facts, describe=lambda latents: _keep(kept, "d2g_jax", latents))
 
 
 def _diffusers(request: PairsRequest, pipeline: Pipeline, drawn: np.ndarray, kept: dict[str, np.ndarray]) -> Candidate:
-    """diffusers' own class for the folder, on the device that JAX uses."""
-    missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
-    if missing:
-        return Candidate("diffusers", request.dtype, None, not_run=f"{' and '.join(missing)} not installed")
-    import diffusers
-    import torch
+    """diffusers' own class for the pipeline, on the device that JAX uses."""
+    if reason := torch_pairs.missing():
+        return Candidate("diffusers", request.dtype, None, not_run=reason)
+    solution = Solution(steps=request.steps, guidance_scale=request.guidance_scale)
+    prompts = [request.prompt] * request.batch
+    call = torch_pairs.solver(pipeline, solution, prompts, drawn, request.dtype, compiles=request.compile)
 
-    on_gpu = jax.default_backend() == "gpu"
-    if on_gpu and not torch.cuda.is_available():
-        return Candidate("diffusers", request.dtype, None, not_run="this torch sees no GPU, JAX does")
-    device = "cuda" if on_gpu else "cpu"
-    theirs = diffusers.DiffusionPipeline.from_pretrained(
-        pipeline.folder, dtype=getattr(torch, request.dtype), low_cpu_mem_usage=False
-    )
-    theirs.to(device)
-    theirs.set_progress_bar_config(disable=True)
-    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
-    if request.compile:
-        theirs.unet = torch.compile(theirs.unet, mode="max-autotune" if on_gpu else "default")
-    latents = torch.from_numpy(drawn.copy()).to(device, getattr(torch, request.dtype))
+    def describe(latents: np.ndarray) -> dict[str, Any]:
+        return {**_keep(kept, "diffusers", latents), **torch_pipeline.peak(latents)}
 
-    def call() -> np.ndarray:
-        with torch.inference_mode():
-            result = theirs(
-                [request.prompt] * request.batch,
-                num_inference_steps=request.steps,
-                guidance_scale=request.guidance_scale,
-                latents=latents,
-                output_type="latent",
-            ).images
-            kept["diffusers"] = result.float().cpu().numpy()  # waits for the device
-        return kept["diffusers"]
+    return Candidate("diffusers", request.dtype, call, describe=describe)
 
-    return Candidate("diffusers", request.dtype, call)
+
+def _keep(kept: dict[str, np.ndarray], side: str, latents: np.ndarray) -> dict[str, Any]:
+    kept[side] = latents
+    return {"latent_std": float(latents.std())}

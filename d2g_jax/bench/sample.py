@@ -20,8 +20,6 @@ from d2g_jax.bench import torch_pipeline
 from d2g_jax.bench.measure import (
     Bar,
     Candidate,
-    Facts,
-    compile_program,
     does_not_fit,
     make_report,
     product_candidate,
@@ -30,6 +28,7 @@ from d2g_jax.bench.measure import (
 )
 from d2g_jax.bench.networks import check_dtype, default_dtype, random_input_ids, random_pipeline
 from d2g_jax.bench.pairs import check_same
+from d2g_jax.bench.programs import Compiled, together
 from d2g_jax.diffusion import Schedule
 from d2g_jax.draw import Programs, one_step_programs
 from d2g_jax.errors import UserError
@@ -141,33 +140,14 @@ def _name(part: str, batch: int, side: str = "") -> str:
     return f"{part} x{batch}" + (f" ({side})" if side else "")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Compiled:
-    """One of our programs for one batch; `call` takes what its parameters leave open."""
-
-    call: Callable[..., Any]
-    facts: Facts
-    results: Any  # shapes with shardings
-
-    @classmethod
-    def of(cls, program: functools.partial, *args: Any) -> _Compiled:
-        traced, compiled, facts = compile_program(program.func, *program.args, *args)
-        results = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            traced.out_info,
-            compiled.output_shardings,
-        )
-        return cls(functools.partial(compiled, *program.args), facts, results)
-
-
 def _ours(
     request: SampleRequest, programs: Programs, mesh: jax.sharding.Mesh, inputs: _Inputs, kept: dict[Any, np.ndarray]
 ) -> dict[str, Candidate]:
     """A candidate for each of `PARTS`; the UNet's latents are kept under (batch, "ours")."""
     batch, placed = len(inputs.noise), meshes.place_batch({"noise": inputs.noise, "ids": inputs.input_ids}, mesh)
-    text = _Compiled.of(programs.encode, placed["ids"])
-    unet = _Compiled.of(programs.solve, placed["noise"], text.results)
-    vae = _Compiled.of(programs.decode, unet.results)
+    text = Compiled.of(programs.encode, placed["ids"])
+    unet = Compiled.of(programs.solve, placed["noise"], text.results)
+    vae = Compiled.of(programs.decode, unet.results)
     parts = {"text": text, "unet": unet, "vae": vae}
     refused = does_not_fit(max(part.facts.temp_bytes + part.facts.output_bytes for part in parts.values()))
     condition = None if refused else jax.block_until_ready(text.call(placed["ids"]))
@@ -183,7 +163,7 @@ def _ours(
         "vae": lambda: jax.block_until_ready(vae.call(latents)),
         "all": everything,
     }
-    facts = {name: part.facts for name, part in parts.items()} | {"all": _together([p.facts for p in parts.values()])}
+    facts = {name: part.facts for name, part in parts.items()} | {"all": together([p.facts for p in parts.values()])}
     describe = {"unet": functools.partial(_keep, kept, (batch, "ours"))}
     return {
         part: Candidate(
@@ -192,17 +172,6 @@ def _ours(
         )
         for part, call in calls.items()
     }  # fmt: skip
-
-
-def _together(facts: list[Facts]) -> Facts:
-    """Of programs one after another."""
-    return Facts(
-        sum(fact.compile_seconds for fact in facts),
-        max(fact.temp_bytes for fact in facts),
-        facts[-1].output_bytes,
-        sum(fact.flops for fact in facts),
-        max(fact.peak_bytes for fact in facts),
-    )
 
 
 def _torch(
@@ -218,12 +187,12 @@ def _torch(
         return {p: Candidate(_name(p, batch, "torch"), request.dtype, None, not_run=reason) for p in PARTS}
     calls: dict[str, Callable[[], Any]] = theirs.calls(inputs.input_ids, inputs.noise)
     candidates = {
-        part: Candidate(_name(part, batch, "torch"), request.dtype, call, describe=theirs.describe)
+        part: Candidate(_name(part, batch, "torch"), request.dtype, call, describe=torch_pipeline.peak)
         for part, call in calls.items()
     }
 
     def keep(result: Any) -> dict[str, Any]:
-        return {**_keep(kept, (batch, "torch"), result.float().cpu().numpy()), **theirs.describe(result)}
+        return {**_keep(kept, (batch, "torch"), result.float().cpu().numpy()), **torch_pipeline.peak(result)}
 
     return {**candidates, "unet": dataclasses.replace(candidates["unet"], describe=keep)}
 
@@ -246,12 +215,13 @@ def _bars(request: SampleRequest, rows: list[dict[str, Any]]) -> Iterator[Bar]:
     def seconds(part: str, batch: int, side: str = "") -> float | None:
         return by_name.get(_name(part, batch, side), {}).get("seconds")
 
-    limit = OF_DIFFUSERS.get(backend, 1.0)
+    limit, rival = OF_DIFFUSERS.get(backend, 1.0), torch_pipeline.rival()
     for batch in request.batches:
         for part in ("all", "unet"):
             if request.torch and part in request.parts:
                 faster = ratio(seconds(part, batch, "torch"), seconds(part, batch))
-                yield Bar.at_least(f"{part} x{batch}: at least {limit} times as fast as diffusers", faster, limit)
+                comparable = faster if torch_pipeline.is_rival(request.compile) else None
+                yield Bar.at_least(f"{part} x{batch}: at least {limit} times as fast as {rival}", comparable, limit)
     if backend != "cpu" and "unet" in request.parts:
         share = by_name[_name("unet", last)]["share_of_peak"]
         yield Bar.at_least(f"unet x{last}: at least half of the peak", share, 0.5)

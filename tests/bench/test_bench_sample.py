@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from d2g_jax import mesh as meshes
-from d2g_jax.bench import networks
+from d2g_jax.bench import networks, sample
 from d2g_jax.bench.sample import PARTS, SampleRequest, run_sample
 from d2g_jax.errors import UserError
 
@@ -66,6 +66,16 @@ def test_another_sides_weights_are_found_out(tiny_sd, monkeypatch):
     monkeypatch.setattr(torch_pipeline, "to_state_dict", other)
     with pytest.raises(UserError, match="different latents"):
         run_sample(dataclasses.replace(SMALL, model=str(tiny_sd), parts=("unet",)))
+
+
+@pytest.mark.parametrize(("compiles", "met"), [(True, True), (False, None)])
+def test_a_gpus_bar_is_against_compiled_diffusers_alone(monkeypatch, compiles, met):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    request = dataclasses.replace(SMALL, parts=("all",), compile=compiles)
+    rows = [{"name": "all x2", "seconds": 1.0}, {"name": "all x2 (torch)", "seconds": 1.3}]
+    (bar,) = sample._bars(request, rows)
+    assert bar.claim == "all x2: at least 1.2 times as fast as diffusers with torch.compile(max-autotune)"
+    assert bar.met is met
 
 
 def test_without_torch():

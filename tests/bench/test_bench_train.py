@@ -90,6 +90,30 @@ def test_another_loss_is_refused():
     train._check_losses(request, [rows[0], {**rows[1], "loss": 1.001}])
 
 
+def test_an_iterations_share_is_of_the_products_best_call():
+    facts = {"compile_seconds": 1.0, "temp_bytes": 0, "peak_bytes": 0}
+    product = {"name": train.PRODUCT, "dtype": "float32", "flops": 100.0, "seconds": 4.0, "best_seconds": 2.0, **facts}
+    g = {"name": "g, mse x8", "dtype": "float32", "flops": 50.0, "seconds": 2.0, "best_seconds": 1.0, **facts}
+    assert train._iteration(regression_only(), "mse", 8, [product, g])["share_of_peak"] == pytest.approx(0.5)
+
+
+def test_bars_are_the_corrected_ones(monkeypatch):
+    monkeypatch.setattr(train.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(train.jax, "device_count", lambda: 1)
+    config = small_config()
+    with config.unlocked():
+        config.name = "sd15"
+    request = TrainRequest(config, torch=False).resolved()
+    row = lambda loss, seconds: {  # noqa: E731
+        "name": f"iteration, {loss} x8", "seconds": seconds, "value": 8 / seconds, "share_of_peak": 0.41
+    }  # fmt: skip
+    bars = {bar.claim: bar for bar in train._bars(request, [row("mse", 0.25), row("e_latent_lpips", 0.284)])}
+    assert bars["iteration with e_latent_lpips has at least 0.87 of mse's throughput"].met
+    assert bars["an iteration runs at 0.4 of the measured peak at least"].met
+    assert bars["at least 27 images per second and device"].measured == pytest.approx(8 / 0.284)
+    assert bars["at least 27 images per second and device"].met
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_is_compiled_and_not_run(monkeypatch):
     monkeypatch.setattr(train, "does_not_fit", lambda needed: f"needs {needed:.0f}")
