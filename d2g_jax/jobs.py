@@ -200,6 +200,7 @@ def _plan(arguments: list[str]) -> int:
     own, config = cli.parse_with_config(parser, arguments)
     from d2g_jax.plan import command
 
+    _check_plan_out(own)
     target = command.start(own.topology, own.method)
     _print_plan(own, *command.make_report(config, target, own.method, search=not own.no_search))
     return 0
@@ -215,6 +216,14 @@ def _add_plan_flags(parser: cli.Parser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the plan as JSON")
+
+
+def _check_plan_out(own: argparse.Namespace) -> None:
+    """Before an hour's compilation, not after it."""
+    from d2g_jax import atomic
+
+    if own.out:
+        atomic.check_output(own.out, "plan.json")
 
 
 def _print_plan(own: argparse.Namespace, text: str, report: dict[str, Any]) -> None:
@@ -234,6 +243,7 @@ def _plan_sample(arguments: list[str]) -> int:
     own = parser.parse_args(arguments)
     from d2g_jax.plan import command
 
+    _check_plan_out(own)
     target = command.start(own.topology, own.method)
     _print_plan(own, *command.make_sampling_report(own.model, target, own.dtype, own.batches, own.method))
     return 0

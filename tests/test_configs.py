@@ -53,6 +53,11 @@ def test_counts_below_one_are_refused_at_once(flag, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_looks_at_its_file_first(tmp_path, capsys):
+    assert main(["plan", "--topology=gpu:8xH100", f"--out={tmp_path}"]) == 2
+    assert capsys.readouterr().err.startswith(f"d2g: --out={tmp_path}: is a folder; ")
+
+
 def test_a_plan_refuses_them_too(capsys):
     assert main(["plan", "--topology=gpu:8xH100", "--config.adversarial.r1_interval=0"]) == 2
     assert capsys.readouterr().err == "d2g: adversarial.r1_interval=0: give 1 or more\n"
