@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from d2g_jax.base_config import check_counts
 from d2g_jax.errors import UserError
 from d2g_jax.runs import flatten
 
@@ -16,8 +17,8 @@ from d2g_jax.runs import flatten
 def read_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Any:
     """The config of `file` (None: the digits) with flags such as `--config.train.images=1000` applied.
 
-    Raises `UserError` for a file without `get_config()` or with an error in it, an unknown key and a value of the wrong
-    type.
+    Raises `UserError` for a file without `get_config()` or with an error in it, an unknown key, a value of the wrong
+    type and a count below 1.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -34,6 +35,7 @@ def read_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Any:
         values(command)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"config: {' '.join(str(error).split())}") from error
+    check_counts(values.config)
     return values.config
 
 

@@ -62,8 +62,6 @@ def arrange(shape: tuple[int, int], devices: Sequence[Any]) -> np.ndarray:
     try:
         if slices == 1:
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        if shape[1] % outer[1]:
-            raise ValueError(f"{slices} slices or nodes divide neither axis")
         inner = shape[0] // outer[0], shape[1] // outer[1]
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     except (NotImplementedError, ValueError) as error:

@@ -114,7 +114,7 @@ def latent_shape(pipeline: Pipeline, size: tuple[int | None, int | None] = (None
     *native, channels = pipeline.latent_shape
     factor, sides = pipeline.vae.config.downscale, []
     for name, pixels, latent in zip(("height", "width"), size, native, strict=True):
-        if pixels is not None and (pixels not in range(factor, MAX_SIDE + 1) or pixels % factor):
+        if pixels is not None and pixels not in range(factor, MAX_SIDE + 1, factor):
             raise UserError(
                 f"--{name}={pixels} is not a multiple of {factor}, the VAE's factor, from {factor} to {MAX_SIDE}"
             )

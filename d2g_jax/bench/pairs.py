@@ -76,10 +76,9 @@ class PairsRequest:
                 raise UserError(f"--{flag}={getattr(self, flag)}: give 1 or more")
         if self.batch % jax.device_count():
             raise UserError(f"--batch={self.batch} is not a multiple of the {jax.device_count()} devices")
-        dtype, compiles = self.dtype or default_dtype(), self.compile
+        dtype = self.dtype or default_dtype()
         check_dtype(dtype)
-        compiles = jax.default_backend() == "gpu" if compiles is None else compiles
-        return dataclasses.replace(self, dtype=dtype, compile=compiles)
+        return dataclasses.replace(self, dtype=dtype, compile=torch_pipeline.compiles(self.compile))
 
 
 def run_pairs(request: PairsRequest) -> dict[str, Any]:
@@ -130,10 +129,8 @@ def check_same(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 def bars(request: PairsRequest, rows: list[dict[str, Any]]) -> list[Bar]:
     """The one of this device, for a resolved request; without a figure on a GPU where diffusers is not compiled."""
-    limit = OF_DIFFUSERS.get(jax.default_backend(), 1.0)
     _, ours, theirs = rows
-    faster = ratio(ours["value"], theirs["value"]) if torch_pipeline.is_rival(request.compile) else None
-    return [Bar.at_least(f"ours draws at least {limit} times as fast as {torch_pipeline.rival()}", faster, limit)]
+    return [torch_pipeline.bar("ours draws", ratio(ours["value"], theirs["value"]), OF_DIFFUSERS, request.compile)]
 
 
 def _ours(

@@ -73,7 +73,7 @@ class SampleRequest:
         devices = jax.device_count()
         default = (devices, 8 * devices) if accelerator else (devices,)
         batches = default if self.batches is None else self.batches
-        dtype, compiles = self.dtype or default_dtype(), self.compile
+        dtype = self.dtype or default_dtype()
         check_dtype(dtype)
         if not batches or min(batches) < 1 or any(batch % devices for batch in batches):
             listed = ",".join(map(str, batches))
@@ -82,7 +82,7 @@ class SampleRequest:
             raise UserError(f"--repeats={self.repeats}: give 1 or more")
         if not self.parts or not set(self.parts) <= set(PARTS):
             raise UserError(f"--parts={','.join(self.parts)}: give some of {', '.join(PARTS)}")
-        compiles = jax.default_backend() == "gpu" if compiles is None else compiles
+        compiles = torch_pipeline.compiles(self.compile)
         return dataclasses.replace(self, batches=batches, dtype=dtype, compile=compiles)
 
 
@@ -215,13 +215,11 @@ def _bars(request: SampleRequest, rows: list[dict[str, Any]]) -> Iterator[Bar]:
     def seconds(part: str, batch: int, side: str = "") -> float | None:
         return by_name.get(_name(part, batch, side), {}).get("seconds")
 
-    limit, rival = OF_DIFFUSERS.get(backend, 1.0), torch_pipeline.rival()
     for batch in request.batches:
         for part in ("all", "unet"):
             if request.torch and part in request.parts:
                 faster = ratio(seconds(part, batch, "torch"), seconds(part, batch))
-                comparable = faster if torch_pipeline.is_rival(request.compile) else None
-                yield Bar.at_least(f"{part} x{batch}: at least {limit} times as fast as {rival}", comparable, limit)
+                yield torch_pipeline.bar(f"{part} x{batch}:", faster, OF_DIFFUSERS, request.compile)
     if backend != "cpu" and "unet" in request.parts:
         share = by_name[_name("unet", last)]["share_of_peak"]
         yield Bar.at_least(f"unet x{last}: at least half of the peak", share, 0.5)

@@ -11,12 +11,13 @@ import importlib.metadata
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from d2g_jax.bench.measure import Bar
 from d2g_jax.conditioning import size_ids
 from d2g_jax.diffusion import Schedule
 from d2g_jax.models.network import Network, Params
@@ -54,14 +55,21 @@ def device() -> str:
     return "cpu"
 
 
-def rival() -> str:
-    """What the bars of this device speak of: on a GPU nobody would run diffusers' modules as they are."""
-    return "diffusers with torch.compile(max-autotune)" if jax.default_backend() == "gpu" else "diffusers"
+def compiles(asked: bool | None) -> bool:
+    """Whether torch.compile is to have these modules: as asked; None: on GPUs alone."""
+    return jax.default_backend() == "gpu" if asked is None else asked
 
 
-def is_rival(compiles: bool) -> bool:
-    """Whether a bar may be judged by modules that torch.compile has, or has not."""
-    return compiles or jax.default_backend() != "gpu"
+def bar(what: str, faster: float | None, limits: Mapping[str, float], compiled: bool) -> Bar:
+    """`what` is at least so many times as fast as diffusers' modules, by platform.
+
+    On a GPU nobody would run those as they are: the bar has no figure there unless torch.compile has had them.
+    """
+    backend = jax.default_backend()
+    limit = limits.get(backend, 1.0)
+    rival = "diffusers with torch.compile(max-autotune)" if backend == "gpu" else "diffusers"
+    comparable = faster if compiled or backend != "gpu" else None
+    return Bar.at_least(f"{what} at least {limit} times as fast as {rival}", comparable, limit)
 
 
 def compiler() -> Callable[[Any], Any]:

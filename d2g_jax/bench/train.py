@@ -83,7 +83,7 @@ class TrainRequest:
         batches = self.batches or (self.config.train.batch_size,)
         if min(batches) < 1 or len(set(batches)) < len(batches):
             raise UserError(f"--batches={','.join(map(str, batches))}: give numbers of images, each once")
-        compiles = jax.default_backend() == "gpu" if self.compile is None else self.compile
+        compiles = torch_pipeline.compiles(self.compile)
         return dataclasses.replace(self, batches=batches, compile=compiles)
 
     def settings(self) -> dict[str, Any]:

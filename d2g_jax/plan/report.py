@@ -111,7 +111,7 @@ def format_sampling(plans: Sequence[SamplingPlan]) -> str:
     first = plans[0]
     how = "compiled" if first.method == "compiled" else _FORMULA
     headings = ("", "GiB of weights, inputs", "temporaries", "GFLOP", "GB moved", "floor ms", "of peak at most")
-    rows = [(*headings, "images/s at most"), ("---",) * (len(headings) + 1)]
+    rows = [(*headings, "images/s at most")]
     for plan in plans:
         rows += _sampling_rows(plan)
     limit = _gib(first.target.chip.memory_bytes)
@@ -120,7 +120,7 @@ def format_sampling(plans: Sequence[SamplingPlan]) -> str:
         for plan in plans
     ]
     title = f"one-step sampling, {first.model}, {first.dtype}, one device of {first.target.topology}; {how}"
-    return "\n".join([title, "", *("| " + " | ".join(row) + " |" for row in rows), "", *verdicts])
+    return "\n".join([title, "", _markdown(rows), "", *verdicts])
 
 
 def _sampling_rows(plan: SamplingPlan) -> list[tuple[str, ...]]:

@@ -116,7 +116,7 @@ def devices(target: Target) -> Sequence[jax.Device] | None:
     check_libtpu(target)
     try:
         described = topologies.get_topology_desc(target.topology, platform="tpu").devices
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
         raise UserError(f"--topology={target.topology}: libtpu describes no such slice ({reason})") from error
     if len(described) != target.count:

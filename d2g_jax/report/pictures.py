@@ -158,12 +158,8 @@ def image_tag(path: Path | None, alt: str, pixelated: int) -> str:
                 image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
                 image.convert("RGB").save(buffer, format="WEBP", quality=90)
                 data, kind = buffer.getvalue(), "WEBP"
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # all are Pillow's of a damaged file
+    # All are Pillow's of a damaged file.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image; draw it again or remove it") from error
     small = ' class="small"' if size[0] < pixelated else ""
     source = f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode('ascii')}"

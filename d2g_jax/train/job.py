@@ -60,12 +60,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
         opened.enter_context(checkpoints)
         if checkpoints.latest() is not None:
             state = take_up(config, checkpoints, state)
-        first_decides(lambda: runs.truncate_metrics(workdir, int(state.images)))
-        if int(state.images) < t.images:
+        images = int(state.images)
+        first_decides(lambda: runs.truncate_metrics(workdir, images))
+        if images < t.images:
             with LivePage(workdir, t.images, "images") as page:
                 loop(config, d, frozen, state, source, mesh, checkpoints, workdir, pipeline, page)
         else:  # stopped while its last pictures were drawn
-            make_gallery(Painter(d, frozen, source, mesh, pipeline, workdir), state.ema, source, workdir, t.images)
+            make_gallery(Painter(d, frozen, source, mesh, pipeline, workdir), state.ema, source, workdir, images)
         first_decides(lambda: finish(workdir, t.images, "images"))
 
 
