@@ -17,10 +17,15 @@ from jax.errors import JaxRuntimeError
 from d2g_jax.errors import UserError
 from d2g_jax.plan import store
 from d2g_jax.plan.collectives import Collective, parse_collectives
-from d2g_jax.plan.targets import Target, described_tpu
+from d2g_jax.plan.targets import Target, described_tpu, libtpu_version, unpaired_libtpu
 from d2g_jax.plan.trace import Cost
 
-COMPILER_OPTIONS = {"tpu": {"exec_time_optimization_effort": -1.0}}
+_LESS_EFFORT = (
+    {"exec_time_optimization_effort": -1.0}
+    if hasattr(jax.config, "jax_exec_time_optimization_effort")
+    else {"optimization_level": "O1"}  # what it is called from jax 0.11.1 on
+)
+COMPILER_OPTIONS = {"tpu": _LESS_EFFORT}
 """By platform. Memory and FLOPs are those of full effort to within 1%, in a quarter of the time and a third of the
 host's memory."""
 
@@ -110,8 +115,20 @@ def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> dict[st
             "temp_bytes": analysis.temp_size_in_bytes,
             "code_bytes": analysis.generated_code_size_in_bytes,
         }
-        facts = {"needed_bytes": None, "text": _packed(compiled.as_text())}
+        facts = {"needed_bytes": None, "text": _packed(compiled_text(compiled))}
     return {**memory, **facts, "compile_seconds": round(time.monotonic() - start, 1)}
+
+
+def compiled_text(compiled: jax.stages.Compiled) -> str:
+    """The compiler's text; raises `UserError` where it is newer than what this jaxlib reads."""
+    try:
+        return compiled.as_text()
+    except JaxRuntimeError as error:  # seen with libtpu 0.0.52 under jax 0.10.2, for v5p
+        unpaired = unpaired_libtpu(libtpu_version()) or f"libtpu {libtpu_version()}, jax {jax.__version__}"
+        raise UserError(
+            f"{unpaired}: jax cannot read what it compiled ({str(error).splitlines()[0]}); pip install 'jax[tpu]' for "
+            "another pair, or give --method=formula"
+        ) from error
 
 
 def _packed(text: str) -> str:

@@ -7,11 +7,14 @@ Peaks are published ones, dense, without sparsity; none is measured here. TPU: c
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 
 import jax
 
@@ -125,22 +128,34 @@ def devices(target: Target) -> Sequence[jax.Device] | None:
 
 
 def check_libtpu(target: Target) -> None:
-    """Raises `UserError` when the TPU compiler is not installed."""
-    if libtpu_version() is None:
+    """Raises `UserError` when the TPU compiler is not installed; warns of one that this jax was not released with."""
+    version = libtpu_version()
+    if version is None:
         raise UserError(
             f"--topology={target.topology}: compiling for TPUs needs libtpu; pip install 'd2g_jax[tpu]', or give "
             "--method=formula"
         )
+    if (unpaired := unpaired_libtpu(version)) is not None:
+        warnings.warn(f"{unpaired}: what it compiles may be unreadable here; pip install 'jax[tpu]'", stacklevel=2)
 
 
 def libtpu_version() -> str | None:
     """Version of the installed TPU compiler; None without one."""
-    from importlib import metadata
-
     try:
         return metadata.version("libtpu")
     except metadata.PackageNotFoundError:
         return None
+
+
+def unpaired_libtpu(version: str | None) -> str | None:
+    """Says so where jax's extra `tpu` asks for another libtpu than the installed `version`; None where it does not."""
+    asked = next((line for line in metadata.requires("jax") or () if line.startswith("libtpu==")), None)
+    if asked is None or version is None:
+        return None
+    wanted = asked.partition(";")[0].removeprefix("libtpu==").strip()
+    if fnmatch.fnmatchcase(version, wanted):
+        return None
+    return f"libtpu {version} is not the one that jax {jax.__version__} goes with ({wanted})"
 
 
 @contextmanager

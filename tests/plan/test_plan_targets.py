@@ -1,10 +1,14 @@
 """Topologies by name: what they are, and one line for what is none."""
 
+import warnings
+
+import jax
 import pytest
 
 from d2g_jax.__main__ import main
 from d2g_jax.errors import UserError
 from d2g_jax.plan import targets
+from d2g_jax.plan.programs import compiled_text
 from d2g_jax.plan.targets import CHIPS, GIB, parse_topology
 
 
@@ -65,6 +69,28 @@ def line(capsys, *arguments):
 def test_without_libtpu(capsys, monkeypatch):
     monkeypatch.setattr(targets, "libtpu_version", lambda: None)
     assert "pip install 'd2g_jax[tpu]'" in line(capsys, "--topology=v5e:2x2")
+
+
+@pytest.mark.parametrize(("version", "told"), [("0.0.42.1", False), ("0.0.52", True), ("0.0.4", True)])
+def test_a_libtpu_of_another_jax_is_named(version, told, monkeypatch):
+    requirements = ["numpy>=2", 'libtpu==0.0.42.* ; extra == "tpu"']
+    monkeypatch.setattr(targets, "libtpu_version", lambda: version)
+    monkeypatch.setattr(targets.metadata, "requires", lambda name: requirements)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        targets.check_libtpu(parse_topology("v5e:2x2"))
+    assert bool(caught) == told
+    assert all(f"libtpu {version} is not the one" in str(warning.message) for warning in caught)
+
+
+def test_a_compiled_text_that_jax_cannot_read_is_one_line():
+    class Compiled:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\n*** stack")
+
+    with pytest.raises(UserError, match=r"cannot read what it compiled \(INTERNAL: RET_CHECK failure\)") as caught:
+        compiled_text(Compiled())
+    assert "--method=formula" in str(caught.value)
 
 
 def test_an_unknown_topology_on_the_command_line(capsys):
