@@ -128,13 +128,12 @@ def formula_program(name: str, cost: Cost, micro: int, shapes: Shapes) -> Progra
 
 
 def collectives(cost: Cost, data: int, fsdp: int) -> tuple[Collective, ...]:
-    """Parameters gathered over `fsdp`; gradients summed and scattered over it, and their parts summed over `data`."""
+    """Parameters gathered over `fsdp`; gradients summed over all devices in one piece, as XLA does, and then cut."""
     found = []
     if fsdp > 1:
         found.append(Collective("all-gather", cost.gathered_bytes, fsdp))
-        found.append(Collective("reduce-scatter", cost.reduced_bytes, fsdp))
-    if data > 1:
-        found.append(Collective("all-reduce", cost.reduced_bytes / fsdp, data))
+    if data * fsdp > 1:
+        found.append(Collective("all-reduce", cost.reduced_bytes, data * fsdp))
     return tuple(found)
 
 

@@ -46,9 +46,8 @@ _MATERIALISED = [
     *_CUDNN,
 ]
 _PRODUCTS = ("dot_general", "conv_general_dilated")
-_GATHERS = {1: 1, 2: 2, 3: 2}
-"""Uses of a parameter and how often it is gathered for them: a forward pass, a backward pass with its recomputation; a
-second derivative has two of each."""
+_RECOMPUTED = ("checkpoint", "remat2")
+"""Names of `jax.checkpoint` in a backward pass, in different versions of jax."""
 
 _SMALL = 8
 """An input so many times smaller than the result is no reason to keep anything: means, scales, biases."""
@@ -63,7 +62,7 @@ class Cost:
         dtype of their operands; recomputation counts.
       memory_bytes: read and written.
       temp_bytes: the most that is alive at once beside arguments and results.
-      gathered_bytes: of sharded parameters when they are whole, each as often as it is read at another time.
+      gathered_bytes: of sharded parameters when they are whole, each once, and once more where it is computed again.
       reduced_bytes: of parameters' gradients when they are whole, before they are summed over devices.
     """
 
@@ -112,6 +111,15 @@ class _Op:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Gather:
+    """A parameter in one piece, of `whole` bytes, from the operation of one index to that of another."""
+
+    whole: float
+    first_use: int
+    last_use: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Assumptions:
     """What a count takes for granted.
 
@@ -139,36 +147,35 @@ def _cost(jaxpr: core.Jaxpr, given: Assumptions, carried: int) -> Cost:
     results = [environment[var] for var in jaxpr.outvars if not isinstance(var, core.Literal)]
     _fuse(ops, given)
     _set_last_uses(ops, results, carried)
-    total = Cost()
-    live, ends = 0.0, [0.0 for _ in ops]
+    gathers = _gathers(ops)
+    total = Cost(gathered_bytes=sum(gather.whole for gather in gathers))
+    live, starts, ends = 0.0, [0.0 for _ in ops], [0.0 for _ in ops]
+    for gather in gathers:
+        starts[gather.first_use] += gather.whole
+        ends[gather.last_use] += gather.whole
     for index, op in enumerate(ops):
         inside = _own_cost(op, given)
         made = [value for value in op.outputs if value.roots == (value,)]
-        now = live + sum(v.size for v in made) + inside.temp_bytes + _staged(op)
-        total = total.then(dataclasses.replace(inside, temp_bytes=now))
+        live += starts[index] + sum(v.size for v in made)
+        total = total.then(dataclasses.replace(inside, temp_bytes=live + inside.temp_bytes + _staged(op)))
         for value in made:
-            live += value.size
             ends[value.last_use] += value.size
         live -= ends[index]
     # Results that are fused into nothing are written here: an optimiser's update reads and writes every state.
     written = [value for value in results if value.roots != (value,)]
     moved = sum(v.size + sum(root.size for root in v.roots) for v in written)
-    return dataclasses.replace(
-        total,
-        memory_bytes=total.memory_bytes + moved,
-        gathered_bytes=total.gathered_bytes + _gathered_bytes(ops),
-    )
+    return dataclasses.replace(total, memory_bytes=total.memory_bytes + moved)
 
 
-def _gathered_bytes(ops: Iterable[_Op]) -> float:
-    uses: dict[_Value, int] = {}
-    sizes: dict[_Value, float] = {}
-    for op in ops:
+def _gathers(ops: Iterable[_Op]) -> list[_Gather]:
+    """Sharded parameters that products read: each gathered once, and kept until the last product that reads it."""
+    gathers: dict[_Value, _Gather] = {}
+    for index, op in enumerate(ops):
         for value in op.inputs if op.name in _PRODUCTS else ():
-            if value.size < value.whole and len(value.roots) == 1 and not value.roots[0].counted:
-                uses[value.roots[0]] = uses.get(value.roots[0], 0) + 1
-                sizes[value.roots[0]] = value.whole
-    return sum(_GATHERS.get(count, 4) * sizes[root] for root, count in uses.items())
+            if 0 < value.size < value.whole and len(value.roots) == 1 and not value.roots[0].counted:
+                first = gathers.get(value.roots[0], _Gather(value.whole, index, index))
+                gathers[value.roots[0]] = dataclasses.replace(first, last_use=index)
+    return list(gathers.values())
 
 
 def _flatten(jaxpr: core.Jaxpr, environment: dict[core.Var, _Value], shares: Shares) -> Iterator[_Op]:
@@ -186,9 +193,12 @@ def _flatten(jaxpr: core.Jaxpr, environment: dict[core.Var, _Value], shares: Sha
             continue
         inner = inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
         scope = {var: _argument(var.aval, shares) for var in inner.constvars}
+        again = eqn.primitive.name in _RECOMPUTED
         for var, outer in zip(inner.invars, eqn.invars, strict=True):
-            literal = isinstance(outer, core.Literal)
-            scope[var] = _argument(var.aval, shares) if literal else environment[outer]
+            if isinstance(outer, core.Literal) or (again and _is_shared(environment[outer])):
+                scope[var] = _argument(var.aval, shares)  # a parameter that is gathered anew
+            else:
+                scope[var] = environment[outer]
         yield from _flatten(inner, scope, shares)
         for var, outer in zip(inner.outvars, eqn.outvars, strict=True):
             literal = isinstance(var, core.Literal)
@@ -207,6 +217,11 @@ def _argument(aval: Any, shares: Shares) -> _Value:
     value = _value(aval, shares, counted=False)
     value.roots = (value,)
     return value
+
+
+def _is_shared(value: _Value) -> bool:
+    """Whether it is an argument of which a device holds a part."""
+    return value.size < value.whole and not value.counted
 
 
 def _fuse(ops: Iterable[_Op], given: Assumptions) -> None:
@@ -273,17 +288,14 @@ def _own_cost(op: _Op, given: Assumptions) -> Cost:
 
 
 def _staged(op: _Op) -> float:
-    """What a product needs beside its results while it runs: inputs that are not in memory as they are.
-
-    Those are fused arrays, and parameters that are gathered from the devices that share them; what a kernel keeps to
-    itself, of size 0, is neither.
+    """What a product needs beside its results while it runs: fused inputs, which are not in memory as they are, and a
+    parameter's gradient in one piece. What a kernel keeps to itself, of size 0, is neither.
     """
     if op.name not in _PRODUCTS:
         return 0.0
-    gathered = sum(v.whole for v in op.inputs if 0 < v.size < v.whole)
     scattered = sum(v.whole for v in op.outputs if 0 < v.size < v.whole)
     fused = [v for v in op.inputs if v.roots != (v,) and v.size == v.whole and any(root.size for root in v.roots)]
-    return gathered + scattered + sum(v.size for v in fused)
+    return scattered + sum(v.size for v in fused)
 
 
 def _flops(op: _Op) -> float:

@@ -121,6 +121,21 @@ def test_sharded_parameters_are_gathered_and_their_gradients_reduced():
 
     shapes = ((64, 64), F32), ((8, 64), F32)
     whole, counted = 4 * 64 * 64, cost(jax.grad(loss), *shapes, shares={(64, 64): 1 / 4})
-    assert counted.gathered_bytes == 2 * whole  # forward and backward
+    assert counted.gathered_bytes == whole  # once, and kept from the forward to the backward pass
     assert counted.reduced_bytes == 2 * whole  # two products give a part of the gradient
     assert cost(jax.grad(loss), *shapes, shares={(64, 64): 1.0}).gathered_bytes == 0
+
+
+@pytest.mark.parametrize(("checkpoint", "gathers", "kept"), [(False, 1, 6), (True, 2, 1)])
+def test_gathered_parameters_stay_until_the_backward_pass_unless_it_recomputes(checkpoint, gathers, kept):
+    def loss(parameters, x):
+        layer = lambda x, w: jnp.tanh(x @ w.astype(BF16))  # noqa: E731
+        for w in parameters:
+            x = (jax.checkpoint(layer) if checkpoint else layer)(x, w)
+        return jnp.sum(x)
+
+    parameters, x = [jax.ShapeDtypeStruct((64, 64), F32)] * 6, jax.ShapeDtypeStruct((1, 64), BF16)
+    jaxpr = jax.jit(jax.grad(loss)).trace(parameters, x).jaxpr
+    whole, counted = 2 * 64 * 64, program_cost(jaxpr, Assumptions({(64, 64): 1 / 64}))
+    assert counted.gathered_bytes == gathers * 6 * whole
+    assert kept * whole < counted.temp_bytes < (kept + 2) * whole  # one more: a gradient before it is cut
