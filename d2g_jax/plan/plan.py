@@ -13,6 +13,9 @@ from d2g_jax.plan.targets import Chip, Target
 ASSUMED_SHARE = 0.4
 """Of the peak, for predicted images/s; docs/plan.md says where it comes from."""
 
+TPU_TEMPORARIES = 1.8
+"""Times the formula's: what a TPU's compiler took at most of a step with gradients; docs/plan.md has the rows."""
+
 EFFICIENCY_SIZES = (16, 64, 256)
 EFFICIENCY_BAR = 0.9
 """Of weak scaling from the first to the last of these."""
@@ -65,6 +68,12 @@ class Plan:
         beside = max((p.beside_arguments or 0.0 for p in self.programs), default=0.0)
         total = self.arguments_bytes + self.code_bytes + beside
         return max([total, *(p.needed_bytes for p in self.programs if p.needed_bytes is not None)])
+
+    def compiled_bytes(self) -> float | None:
+        """What a compiler may take in place of the total of a formula; None for compiled plans, and beside TPUs."""
+        if self.method == "compiled" or self.target.chip.platform != "tpu":
+            return None
+        return self.total_bytes() + (TPU_TEMPORARIES - 1) * max(p.temp_bytes for p in self.programs)
 
     @property
     def fits(self) -> bool:

@@ -30,6 +30,7 @@ def format_plan(plan: Plan) -> str:
         f"  {'code of all steps':24}{_gib(plan.code_bytes):>9}",
         f"  {'most beside, in a step':24}{_gib(beside):>9}",
         f"  {'total':24}{_gib(total):>9} {verdict}",
+        *([f"  {'a compiler may take':24}{_gib(compiled):>9}"] if (compiled := plan.compiled_bytes()) else []),
         "",
         _programs_table(plan),
         "",

@@ -21,6 +21,7 @@ from d2g_jax.plan.collectives import Collective
 from d2g_jax.plan.plan import from_json, scaled, to_json
 from d2g_jax.plan.planner import find_fit, plan_run
 from d2g_jax.plan.programs import out_of_memory
+from d2g_jax.plan.report import format_plan
 from d2g_jax.plan.settings import settings, with_settings
 from d2g_jax.plan.shapes import run_shapes
 from d2g_jax.plan.targets import CHIPS, Target, parse_topology
@@ -109,6 +110,18 @@ def test_a_formula_counts_micro_batches_as_one_batch():
     assert parts.cost.flops == pytest.approx(whole.cost.flops, rel=1e-2)
     assert parts.temp_bytes < 0.6 * whole.temp_bytes
     assert parts.received_bytes > 3 * whole.received_bytes  # parameters gathered four times
+
+
+def test_a_formula_for_tpus_says_what_a_compiler_may_take():
+    plan = plan_run(alone(), Target("four", CHIPS["v5e"], 4), "formula")
+    (step,) = plan.programs
+    assert plan.compiled_bytes() == pytest.approx(plan.total_bytes() + 0.8 * step.temp_bytes)
+    (line,) = [line for line in format_plan(plan).splitlines() if "a compiler may take" in line]
+    assert line.split()[-1] == f"{plan.compiled_bytes() / 2**30:.2f}"
+    assert plan_run(alone(), parse_topology("gpu:2xH100"), "formula").compiled_bytes() is None
+    compiled = dataclasses.replace(plan, programs=(dataclasses.replace(step, method="compiled"),))
+    assert compiled.compiled_bytes() is None
+    assert "may take" not in format_plan(compiled)
 
 
 @pytest.mark.slow
