@@ -2,7 +2,7 @@
 # Plans of the table in docs/plan.md, one JSON file each; `d2g plan table docs/plans/*.json` prints them.
 #
 #     sh docs/plans/make.sh formula      rows by formula: half an hour on one core
-#     sh docs/plans/make.sh compile      rows compiled for TPUs: half an hour and 14 GB for a row of SD 1.5, more for SDXL
+#     sh docs/plans/make.sh compile      rows compiled for TPUs: on one core half an hour and 14 GB for SD 1.5, an hour and 30 GB for SDXL
 #
 # A file that is there is not made again; what a stopped run has compiled is not compiled again.
 set -eu
