@@ -128,7 +128,7 @@ def devices(target: Target) -> Sequence[jax.Device] | None:
 
 
 def check_libtpu(target: Target) -> None:
-    """Raises `UserError` when the TPU compiler is not installed; warns of one that this jax was not released with."""
+    """Raises `UserError` when the TPU compiler is not installed; warns, once, of one that goes with another jax."""
     version = libtpu_version()
     if version is None:
         raise UserError(
@@ -136,7 +136,7 @@ def check_libtpu(target: Target) -> None:
             "--method=formula"
         )
     if (unpaired := unpaired_libtpu(version)) is not None:
-        warnings.warn(f"{unpaired}: what it compiles may be unreadable here; pip install 'jax[tpu]'", stacklevel=2)
+        warnings.warn(f"{unpaired}: what it compiles may be unreadable here; pip install 'jax[tpu]'", stacklevel=1)
 
 
 def libtpu_version() -> str | None:

@@ -83,6 +83,17 @@ def test_a_libtpu_of_another_jax_is_named(version, told, monkeypatch):
     assert all(f"libtpu {version} is not the one" in str(warning.message) for warning in caught)
 
 
+def test_a_libtpu_of_another_jax_is_named_once(monkeypatch):
+    """`d2g plan` looks when it starts, and again when it compiles."""
+    monkeypatch.setattr(targets, "libtpu_version", lambda: "0.0.1")
+    monkeypatch.setattr(targets.metadata, "requires", lambda name: ['libtpu==0.0.42.*; extra == "tpu"'])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        targets.check_libtpu(parse_topology("v5e:2x2"))
+        targets.check_libtpu(parse_topology("v5e:2x2"))
+    assert len(caught) == 1
+
+
 def test_a_compiled_text_that_jax_cannot_read_is_one_line():
     class Compiled:
         def as_text(self):
