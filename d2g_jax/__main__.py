@@ -11,10 +11,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from d2g_jax.cli import JOBS
+from d2g_jax.commands.common import JOBS
+from d2g_jax.commands.jobs import RUN
 from d2g_jax.errors import UserError
 from d2g_jax.interrupt import Terminated
-from d2g_jax.jobs import RUN
 
 _library_format = warnings.formatwarning
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from d2g_jax.cli import parser
+from d2g_jax.commands import evaluate as command
+from d2g_jax.commands.common import parser
 from d2g_jax.draw import Solution
 from d2g_jax.errors import UserError
-from d2g_jax.evaluate import command
 from d2g_jax.evaluate.protocols import PROTOCOLS
 from d2g_jax.systems import SYSTEMS
 

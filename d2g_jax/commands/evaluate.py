@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from d2g_jax import cli
+from d2g_jax.commands import common as cli
 from d2g_jax.errors import UserError
 from d2g_jax.evaluate import metric_weights
 from d2g_jax.evaluate.protocols import PROTOCOLS

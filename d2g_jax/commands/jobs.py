@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from d2g_jax import cli
+from d2g_jax.commands import common as cli
 from d2g_jax.errors import UserError
 
 
@@ -160,7 +160,7 @@ def _sample(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    from d2g_jax.evaluate import command
+    from d2g_jax.commands import evaluate as command
 
     job = command.read(arguments, cli.parser)
     # The metrics' networks run in PyTorch, on the same device: jax must not take all of its memory at once.
@@ -198,7 +198,7 @@ def _plan(arguments: list[str]) -> int:
     _add_plan_flags(parser)
     parser.add_argument("--no-search", action="store_true", help="if it does not fit, do not look for what would")
     own, config = cli.parse_with_config(parser, arguments)
-    from d2g_jax.plan import command
+    from d2g_jax.commands import plan as command
 
     _check_plan_out(own)
     target = command.start(own.topology, own.method)
@@ -227,7 +227,7 @@ def _check_plan_out(own: argparse.Namespace) -> None:
 
 
 def _print_plan(own: argparse.Namespace, text: str, report: dict[str, Any]) -> None:
-    from d2g_jax.plan import command
+    from d2g_jax.commands import plan as command
 
     print(json.dumps(report, indent=1) if own.json else text)
     if own.out:
@@ -241,7 +241,7 @@ def _plan_sample(arguments: list[str]) -> int:
     parser.add_argument("--batches", type=cli.numbers, default=(1, 8), help="images in a call; default 1,8")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
     own = parser.parse_args(arguments)
-    from d2g_jax.plan import command
+    from d2g_jax.commands import plan as command
 
     _check_plan_out(own)
     target = command.start(own.topology, own.method)
@@ -253,7 +253,7 @@ def _plan_table(arguments: list[str]) -> int:
     parser = cli.parser("plan table", "plans that --out wrote, as one Markdown table")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
     own = parser.parse_args(arguments)
-    from d2g_jax.plan import command
+    from d2g_jax.commands import plan as command
 
     print(command.table(own.files))
     return 0
@@ -317,7 +317,7 @@ def _overfit(arguments: list[str]) -> int:
 
 
 def _ablate(arguments: list[str]) -> int:
-    from d2g_jax.ablate import command
+    from d2g_jax.commands import ablate as command
 
     parser = cli.parser("ablate")
     command.add_flags(parser)
@@ -328,7 +328,7 @@ def _ablate(arguments: list[str]) -> int:
 
 
 def _play(arguments: list[str]) -> int:
-    from d2g_jax.play import command
+    from d2g_jax.commands import play as command
 
     own = command.read(arguments, cli.parser)
     cli.start()
@@ -337,7 +337,7 @@ def _play(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    from d2g_jax.bench import command
+    from d2g_jax.commands import bench as command
 
     if arguments[:1] in (["-h"], ["--help"]):
         print(command.usage())

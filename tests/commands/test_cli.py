@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from d2g_jax.__main__ import main
-from d2g_jax.cli import JOBS
+from d2g_jax.commands.common import JOBS
 from d2g_jax.configuration import read_config
 from d2g_jax.errors import UserError
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from d2g_jax import cli
+from d2g_jax.commands import common as cli
 from d2g_jax.errors import UserError
 
 Parser = Callable[..., argparse.ArgumentParser]

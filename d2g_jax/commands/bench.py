@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from d2g_jax.cli import numbers
+from d2g_jax.commands.common import numbers
 from d2g_jax.errors import UserError
 
 BENCHES = {
