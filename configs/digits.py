@@ -4,7 +4,7 @@
     d2g pairs --config=configs/digits.py --workdir=runs/digits           1,024 pairs
     d2g train --config=configs/digits.py --workdir=runs/digits           the full student
 
-Every field and its meaning: d2g_jax/base_config.py. Measured figures: README.md.
+Every field and its meaning: d2g_jax/config/base_config.py. Measured figures: README.md.
 """
 
 from d2g_jax.digits.config import get_config

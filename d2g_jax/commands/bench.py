@@ -78,7 +78,7 @@ def _sample(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], di
 
 
 def _train(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[Callable[[], dict[str, Any]], Any]:
-    from d2g_jax.configuration import read_config
+    from d2g_jax.config.configuration import read_config
 
     parser.add_argument("--config", type=Path, metavar="FILE.py", help="of the run; --config.KEY=VALUE changes it")
     parser.add_argument("--losses", default="mse,e_latent_lpips", help="each with programs of its own")

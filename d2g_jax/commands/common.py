@@ -65,7 +65,7 @@ def parse_with_config(parser: Parser, arguments: list[str]) -> tuple[argparse.Na
     parser.add_argument("--config", type=Path, metavar="FILE.py")
     own, rest = parser.parse_known_args(arguments)
     overrides = [a for a in rest if a.startswith("--config.")]
-    from d2g_jax.configuration import read_config
+    from d2g_jax.config.configuration import read_config
 
     config = read_config(own.config, overrides)
     if unknown := [a for a in rest if a not in overrides]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from d2g_jax.base_config import base_config
+from d2g_jax.config.base_config import base_config
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Package data, made by `d2g teacher`: pipeline/, metric/, lpips/, classifier.safetensors, prompts.txt."""

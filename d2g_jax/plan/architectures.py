@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from d2g_jax import perceptual
-from d2g_jax.configuration import compute_dtype
+from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.errors import UserError
 from d2g_jax.hub import NETWORKS

@@ -32,7 +32,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
     """Trains until `config.train.images`; the same call goes on where an earlier one stopped.
 
     Args:
-      config: see `d2g_jax/base_config.py` for every field.
+      config: see `d2g_jax/config/base_config.py` for every field.
       workdir: local; gets `checkpoints/`, `metrics.jsonl`, `samples/`, `report.html`, `status.json`, `config.json`.
       pairs_folder: a finished `pairs/1.0.0`.
 

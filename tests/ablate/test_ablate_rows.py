@@ -10,7 +10,7 @@ import pytest
 
 from d2g_jax.ablate.rows import DISCRIMINATOR, LOSSES
 from d2g_jax.ablate.students import check_config, images_per_second, last_phase, student_config
-from d2g_jax.configuration import read_config
+from d2g_jax.config.configuration import read_config
 from d2g_jax.digits.config import get_config
 from d2g_jax.errors import UserError
 from d2g_jax.lpips import DecodedLPIPS

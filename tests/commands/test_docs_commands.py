@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from d2g_jax.__main__ import JOBS, main
-from d2g_jax.configuration import read_config
+from d2g_jax.config.configuration import read_config
 from d2g_jax.play import server
 
 PAGES = ("docs/hardware.md", "docs/play.md")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from d2g_jax.base_config import check_counts
+from d2g_jax.config.base_config import check_counts
 from d2g_jax.errors import UserError
 from d2g_jax.runs import flatten
 
@@ -23,7 +23,7 @@ def read_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Any:
     from absl import flags
     from ml_collections import config_flags
 
-    config = _load_config(file or Path(__file__).parent / "digits" / "config.py")
+    config = _load_config(file or Path(__file__).parents[1] / "digits" / "config.py")
     for override in overrides:
         key, equals, _ = override.removeprefix("--config.").partition("=")
         _check_key(config, key)
