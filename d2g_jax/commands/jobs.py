@@ -18,7 +18,7 @@ def _demo(arguments: list[str]) -> int:
     parser.add_argument("--full", action="store_true", help="also pseudo-Huber and LatentLPIPS students")
     own, config = cli.parse_with_config(parser, arguments)
     cli.start(config)
-    from d2g_jax.digits.demo import demo
+    from d2g_jax.demo.demo import demo
 
     print(demo(config, own.workdir, full=own.full))
     return 0
