@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 
 import d2g_jax
 from d2g_jax import mesh as meshes
-from d2g_jax.diffusion import Schedule
+from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.errors import UserError
 from d2g_jax.hub import NETWORKS
 from d2g_jax.models.network import Params

@@ -21,8 +21,9 @@ import ml_collections
 import numpy as np
 import optax
 
-from d2g_jax import augment, noise, runs, weights
+from d2g_jax import augment, runs, weights
 from d2g_jax.atomic import write_text
+from d2g_jax.diffusion import noise
 from d2g_jax.errors import UserError
 from d2g_jax.grid import grid, save_png
 from d2g_jax.hub import resolve

@@ -21,7 +21,7 @@ from d2g_jax import exported, weights
 from d2g_jax import mesh as meshes
 from d2g_jax import pipeline as pipelines
 from d2g_jax.conditioning import tokenize_prompts
-from d2g_jax.diffusion import Schedule, one_step
+from d2g_jax.diffusion.schedule import Schedule, one_step
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.draw import draw, student_programs
 from d2g_jax.errors import UserError

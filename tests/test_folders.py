@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from d2g_jax import solvers, weights
-from d2g_jax.diffusion import Schedule
+from d2g_jax import weights
+from d2g_jax.diffusion import solvers
+from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.errors import UserError
 from d2g_jax.pipeline import Pipeline, load_tokenizer, tokenize
 

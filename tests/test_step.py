@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import guard, noise
+from d2g_jax import guard
 from d2g_jax import mesh as meshes
 from d2g_jax.conditioning import Conditioning
-from d2g_jax.diffusion import Schedule
+from d2g_jax.diffusion import noise
+from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.digits.config import optimizer
 from d2g_jax.digits.teacher import SCHEDULER
 from d2g_jax.models import clip, discriminator, sharding, unet

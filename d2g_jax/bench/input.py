@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax import noise, records
+from d2g_jax import records
 from d2g_jax.bench.measure import Bar, Candidate, make_report, ratio, time_in_turns
+from d2g_jax.diffusion import noise
 from d2g_jax.errors import UserError
 
 CONSUMPTION = {"digits": 190.0, "sd15": 27.0}

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax import mesh as meshes
-from d2g_jax import noise
 from d2g_jax.bench import torch_pairs, torch_pipeline
 from d2g_jax.bench.measure import (
     Bar,
@@ -29,6 +28,7 @@ from d2g_jax.bench.measure import (
 from d2g_jax.bench.networks import check_dtype, default_dtype, known, random_pipeline, with_spellers
 from d2g_jax.bench.programs import Compiled, together
 from d2g_jax.conditioning import tokenize_prompts
+from d2g_jax.diffusion import noise
 from d2g_jax.draw import Solution, draw, teacher_programs
 from d2g_jax.errors import UserError
 from d2g_jax.pipeline import Pipeline

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from d2g_jax import mesh as meshes
-from d2g_jax import noise
 from d2g_jax.bench import torch_pipeline
 from d2g_jax.bench.measure import (
     Bar,
@@ -29,12 +28,13 @@ from d2g_jax.bench.measure import (
 from d2g_jax.bench.networks import check_dtype, default_dtype, random_input_ids, random_pipeline
 from d2g_jax.bench.pairs import check_same
 from d2g_jax.bench.programs import Compiled, together
-from d2g_jax.diffusion import Schedule
+from d2g_jax.diffusion import noise
+from d2g_jax.diffusion.schedule import Schedule
+from d2g_jax.diffusion.systems import OneStep
 from d2g_jax.draw import Programs, one_step_programs
 from d2g_jax.errors import UserError
 from d2g_jax.pipeline import Pipeline
 from d2g_jax.progress import Progress
-from d2g_jax.systems import OneStep
 
 PARTS = ("text", "unet", "vae", "all")
 """Token ids to conditioning; that and noise to latents; those to uint8 images; all three, the images on the host."""

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax import noise
 from d2g_jax.bench import torch_pipeline
 from d2g_jax.bench.measure import Candidate
 from d2g_jax.bench.training import Run, Training
+from d2g_jax.diffusion import noise
 from d2g_jax.models import clip
 from d2g_jax.plan.architectures import abstract_pipeline
 from d2g_jax.state import ema_decay

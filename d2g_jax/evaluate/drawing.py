@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax import atomic, noise
+from d2g_jax import atomic
 from d2g_jax import mesh as meshes
 from d2g_jax.conditioning import tokenize_prompts
+from d2g_jax.diffusion import noise
 from d2g_jax.draw import Drawn, Programs, Solution, draw
 from d2g_jax.errors import UserError
 from d2g_jax.grid import save_png

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from d2g_jax import exported
-from d2g_jax.diffusion import Schedule
+from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.errors import UserError
 from d2g_jax.export import to_diffusers, to_flax, to_stablehlo
 from d2g_jax.sample import Sampler, latent_shape

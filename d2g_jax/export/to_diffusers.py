@@ -10,7 +10,7 @@ import numpy as np
 
 from d2g_jax import exported, weights
 from d2g_jax.atomic import write_text
-from d2g_jax.diffusion import Schedule
+from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.export import folders
 from d2g_jax.hub import EXTRAS, NETWORKS
 from d2g_jax.models.network import Params

@@ -19,7 +19,7 @@ from jax import export
 from d2g_jax import exported
 from d2g_jax.atomic import replacing
 from d2g_jax.conditioning import encode_text, size_ids
-from d2g_jax.diffusion import Schedule, one_step
+from d2g_jax.diffusion.schedule import Schedule, one_step
 from d2g_jax.export import folders
 from d2g_jax.hub import NETWORKS
 from d2g_jax.models.platform import ANY, compiling_for

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax import mesh as meshes
-from d2g_jax import noise, weights
+from d2g_jax import weights
+from d2g_jax.diffusion import noise
 from d2g_jax.errors import UserError
 from d2g_jax.hub import resolve
 from d2g_jax.lpips_training.classify import batches

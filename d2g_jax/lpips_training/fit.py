@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 from d2g_jax import mesh as meshes
-from d2g_jax import noise, runs, weights
+from d2g_jax import runs, weights
+from d2g_jax.diffusion import noise
 from d2g_jax.errors import UserError
 from d2g_jax.interrupt import StopRequests
 from d2g_jax.progress import Progress

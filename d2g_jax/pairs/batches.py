@@ -20,8 +20,9 @@ import ml_collections
 import numpy as np
 
 from d2g_jax import mesh as meshes
-from d2g_jax import noise, records
+from d2g_jax import records
 from d2g_jax.conditioning import Conditioning, text_fields, tokenize_prompts
+from d2g_jax.diffusion import noise
 from d2g_jax.draw import Programs, Solution, padded, teacher_programs
 from d2g_jax.errors import UserError
 from d2g_jax.pairs.prompts import Prompts

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import ml_collections
 
-from d2g_jax import buckets, noise, records, solvers
+from d2g_jax import buckets, records
 from d2g_jax import mesh as meshes
 from d2g_jax.atomic import TEMPORARY
 from d2g_jax.conditioning import text_shapes
 from d2g_jax.config.configuration import compute_dtype
+from d2g_jax.diffusion import noise, solvers
 from d2g_jax.draw import Solution
 from d2g_jax.errors import UserError
 from d2g_jax.interrupt import terminating

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2g_jax import buckets, noise
+from d2g_jax import buckets
+from d2g_jax.diffusion import noise
 from d2g_jax.errors import UserError
 from d2g_jax.records.files import read_json, write_atomic, write_json
 from d2g_jax.records.schema import LATENT_DTYPES, PairSchema
@@ -39,7 +40,7 @@ class Manifest:
     prediction_type: str
     first_timestep: int  # at which the teacher saw the noise
     scheduler: dict[str, Any]  # the teacher's scheduler_config.json
-    noise_implementation: str  # d2g_jax.noise.IMPLEMENTATION
+    noise_implementation: str  # d2g_jax.diffusion.noise.IMPLEMENTATION
     seed: int  # of the noise
     scaling_factor: float  # latents on disk are multiplied by it
     latent_shape: tuple[int, int, int]  # (C, h, w)

@@ -29,7 +29,7 @@ class PairSchema:
     `id`, `noise_seed`, `noise_hash` int64; `prompt` text; `input_ids` int32 (L,); `latents` (C, h, w) in
     `latent_dtype`, scaled by the VAE's factor; if `store_noise`, `noise` float16 (C, h, w); and what the text towers
     made of the prompt, in `latent_dtype`, under the names and in the shapes of `text`. Bits of the noise are drawn in
-    the shape (C, h, w); `noise_hash` is `d2g_jax.noise.bits_hash` of them.
+    the shape (C, h, w); `noise_hash` is `d2g_jax.diffusion.noise.bits_hash` of them.
     """
 
     latent_shape: tuple[int, int, int]  # (C, h, w)

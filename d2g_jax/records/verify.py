@@ -12,8 +12,9 @@ import google_crc32c
 import jax
 import numpy as np
 
-from d2g_jax import buckets, noise
+from d2g_jax import buckets
 from d2g_jax.atomic import TEMPORARY
+from d2g_jax.diffusion import noise
 from d2g_jax.errors import UserError
 from d2g_jax.records.framing import FrameError, scan, unframe
 from d2g_jax.records.manifest import Manifest

@@ -14,7 +14,7 @@ from d2g_jax import mesh as meshes
 from d2g_jax import records
 from d2g_jax.conditioning import encode_text, from_text_fields
 from d2g_jax.config.configuration import compute_dtype
-from d2g_jax.diffusion import Schedule
+from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.errors import UserError
 from d2g_jax.lpips import LPIPS, DecodedLPIPS
 from d2g_jax.models import discriminator as discriminators

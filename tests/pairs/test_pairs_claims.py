@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from d2g_jax import noise, records
+from d2g_jax import records
+from d2g_jax.diffusion import noise
 from d2g_jax.errors import UserError
 from d2g_jax.pairs.claims import Claim, Claims
 from d2g_jax.records.files import write_json

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from d2g_jax import mesh as meshes
-from d2g_jax import noise, pairs, records
+from d2g_jax import pairs, records
 from d2g_jax import step as steps
 from d2g_jax.__main__ import main
+from d2g_jax.diffusion import noise
 from d2g_jax.digits.config import get_config
 from d2g_jax.errors import UserError
 from d2g_jax.pairs import batches, estimate, resolve

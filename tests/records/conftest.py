@@ -5,7 +5,8 @@ import functools
 import numpy as np
 import pytest
 
-from d2g_jax import noise, records
+from d2g_jax import records
+from d2g_jax.diffusion import noise
 
 SHAPE = (2, 4, 3)  # (C, h, w): three different numbers, so that no transposition goes unseen
 SEED = 7

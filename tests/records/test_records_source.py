@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2g_jax import noise, records
+from d2g_jax import records
+from d2g_jax.diffusion import noise
 from d2g_jax.errors import UserError
 from d2g_jax.records import framing, shards, source
 

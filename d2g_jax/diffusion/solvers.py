@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax.diffusion import Denoiser, Schedule, split_signal_and_noise, to_x0_and_noise
+from d2g_jax.diffusion.schedule import Denoiser, Schedule, split_signal_and_noise, to_x0_and_noise
 from d2g_jax.errors import UserError
 
 Solver = Callable[[Denoiser, Schedule, int, jax.Array], jax.Array]

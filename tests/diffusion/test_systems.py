@@ -12,11 +12,11 @@ from d2g_jax import mesh as meshes
 from d2g_jax import weights
 from d2g_jax.__main__ import main
 from d2g_jax.conditioning import tokenize_prompts
-from d2g_jax.diffusion import Schedule
+from d2g_jax.diffusion.schedule import Schedule
+from d2g_jax.diffusion.systems import SYSTEMS, guidance_embedding
 from d2g_jax.errors import UserError
 from d2g_jax.pipeline import Pipeline
 from d2g_jax.sample import Sampler, draw_noise, latent_shape
-from d2g_jax.systems import SYSTEMS, guidance_embedding
 
 PROMPTS = ["the cat", "the dog the cat"]
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}

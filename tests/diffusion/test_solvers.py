@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import solvers
-from d2g_jax.diffusion import PREDICTION_TYPES, SPACINGS, Schedule
+from d2g_jax.diffusion import solvers
+from d2g_jax.diffusion.schedule import PREDICTION_TYPES, SPACINGS, Schedule
 from d2g_jax.errors import UserError
 
 SD15 = {  # Stable Diffusion 1.5's own scheduler/scheduler_config.json

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import diffusion
+from d2g_jax.diffusion import schedule as diffusion
 from d2g_jax.errors import UserError
 
 SD15 = {

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import noise
+from d2g_jax.diffusion import noise
 
 
 def test_table_is_normal_and_symmetric():
