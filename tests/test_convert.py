@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 
 from d2g_jax.convert import convert, read_torch
 from d2g_jax.errors import UserError
-from d2g_jax.lpips import LPIPS
+from d2g_jax.losses.lpips import LPIPS
+from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.models import vgg
-from d2g_jax.perceptual import LatentLPIPS
 
 torch = pytest.importorskip("torch")
 

@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 
 from d2g_jax import measure as job
-from d2g_jax import perceptual
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.errors import UserError
 from d2g_jax.grid import save_png
-from d2g_jax.lpips import LPIPS, save_lpips
+from d2g_jax.losses import perceptual
+from d2g_jax.losses.lpips import LPIPS, save_lpips
+from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.measure import measure
 from d2g_jax.models import vae, vgg
-from d2g_jax.perceptual import LatentLPIPS
 
 DIGITS = WEIGHTS / "metric"
 DOCS = Path(__file__).parent.parent / "docs" / "metric.md"

@@ -16,8 +16,8 @@ from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.digits.config import optimizer
 from d2g_jax.digits.teacher import SCHEDULER
+from d2g_jax.losses.perceptual import mse
 from d2g_jax.models import clip, discriminator, sharding, unet
-from d2g_jax.perceptual import mse
 from d2g_jax.state import create_state, discriminator_optimizer, ema_decay, generator_optimizer
 from d2g_jax.step import Distillation, Frozen, condition, d_step, g_step, generate, r1_step
 
@@ -117,7 +117,7 @@ def test_condition_redraws_the_noise_of_the_records():
 def test_g_step_follows_the_gradient_of_the_whole_loss():
     """The output-gradient construction equals plain differentiation of the summed loss."""
     d, frozen, state, batch = problem()
-    from d2g_jax import adversarial
+    from d2g_jax.losses import adversarial
 
     def loss(params):
         c = condition(d, frozen, batch)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax import augment, lpips, perceptual
 from d2g_jax.bench import torch_metric
 from d2g_jax.bench.measure import (
     Bar,
@@ -30,6 +29,7 @@ from d2g_jax.bench.measure import (
 )
 from d2g_jax.bench.networks import DTYPES, random_params
 from d2g_jax.errors import UserError
+from d2g_jax.losses import augment, lpips, perceptual
 from d2g_jax.models import vae, vgg
 from d2g_jax.models.network import Params
 from d2g_jax.progress import Progress

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from d2g_jax import perceptual
 from d2g_jax.bench.measure import Candidate
+from d2g_jax.losses import perceptual
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
 from d2g_jax.weights import to_state_dict

@@ -15,7 +15,7 @@ import numpy as np
 from d2g_jax import mesh as meshes
 from d2g_jax.bench.measure import Facts, facts_of
 from d2g_jax.bench.networks import place_leaf, random_input_ids, random_params
-from d2g_jax.perceptual import LatentLPIPS
+from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.plan.architectures import MODELS, abstract_pipeline
 from d2g_jax.plan.shapes import Shapes, run_shapes
 from d2g_jax.state import TrainState, create_state

@@ -22,7 +22,7 @@ from d2g_jax.atomic import write_text
 from d2g_jax.digits import data, distortions
 from d2g_jax.digits.fit import adamw_recipe
 from d2g_jax.digits.metric import HEAD, labelled_latents
-from d2g_jax.lpips import LPIPS, SCALE, SHIFT, save_lpips
+from d2g_jax.losses.lpips import LPIPS, SCALE, SHIFT, save_lpips
 from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.lpips_training.fit import Recipe
 from d2g_jax.models import vgg

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from d2g_jax.losses.perceptual import LatentLPIPS, LatentSpace
 from d2g_jax.lpips_training.fit import Recipe, fit, sampled_rows
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
-from d2g_jax.perceptual import LatentLPIPS, LatentSpace
 
 JUDGE_WIDTH = 32
 """Of the small network that turns two distances into a verdict; LPIPS' own."""

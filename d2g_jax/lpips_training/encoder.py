@@ -18,10 +18,10 @@ from d2g_jax import weights
 from d2g_jax.diffusion import noise
 from d2g_jax.errors import UserError
 from d2g_jax.hub import resolve
+from d2g_jax.losses.perceptual import LatentSpace
 from d2g_jax.lpips_training.classify import batches
 from d2g_jax.models import vae
 from d2g_jax.models.network import Params
-from d2g_jax.perceptual import LatentSpace
 from d2g_jax.pipeline import read_json
 
 POSTERIORS = ("mean", "sample")

@@ -17,6 +17,7 @@ import optax
 from d2g_jax import runs, weights
 from d2g_jax.atomic import write_text
 from d2g_jax.errors import UserError
+from d2g_jax.losses.perceptual import LatentLPIPS, save_metric
 from d2g_jax.lpips_training import cache, calibrate, classify
 from d2g_jax.lpips_training.encoder import Encoder, check_posterior, sha256_of
 from d2g_jax.lpips_training.fit import CHECKPOINT, Recipe
@@ -25,7 +26,6 @@ from d2g_jax.lpips_training.latents import cached, in_threads, on_the_fly
 from d2g_jax.lpips_training.triplets import TripletFolder, open_triplets
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
-from d2g_jax.perceptual import LatentLPIPS, save_metric
 
 TRIPLETS_PER_SHARD = 200
 SCORES = "scores.json"

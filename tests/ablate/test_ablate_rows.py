@@ -13,8 +13,8 @@ from d2g_jax.ablate.students import check_config, images_per_second, last_phase,
 from d2g_jax.config.configuration import read_config
 from d2g_jax.digits.config import get_config
 from d2g_jax.errors import UserError
-from d2g_jax.lpips import DecodedLPIPS
-from d2g_jax.perceptual import LatentLPIPS
+from d2g_jax.losses.lpips import DecodedLPIPS
+from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.pipeline import Pipeline
 from d2g_jax.runs import flatten
 from d2g_jax.state import create_state

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import perceptual
 from d2g_jax.bench import loss, measure, torch_metric
 from d2g_jax.errors import UserError
+from d2g_jax.losses import perceptual
 from d2g_jax.models import vae, vgg
 
 TINY = loss.Networks(

@@ -4,7 +4,7 @@ import pytest
 
 from d2g_jax.__main__ import main
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.perceptual import LatentLPIPS
+from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.pipeline import Pipeline
 
 SHORT = [

@@ -27,7 +27,7 @@ def tiny_lpips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A narrow pixel LPIPS at random."""
     import jax
 
-    from d2g_jax.lpips import save_lpips
+    from d2g_jax.losses.lpips import save_lpips
     from d2g_jax.models import vgg
 
     widths = (4, 4, 8, 8, 8)

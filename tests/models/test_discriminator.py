@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import adversarial
 from d2g_jax.errors import UserError
+from d2g_jax.losses import adversarial
 from d2g_jax.models import attention, discriminator, unet
 from d2g_jax.models.discriminator import DiscriminatorConfig
 from d2g_jax.models.unet_config import UNetConfig

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from d2g_jax import perceptual
 from d2g_jax.digits.config import get_config
 from d2g_jax.errors import UserError
+from d2g_jax.losses import perceptual
+from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.models import vgg
-from d2g_jax.perceptual import LatentLPIPS
 from d2g_jax.weights import to_state_dict
 
 NARROW = vgg.VGGConfig(widths=(8, 8, 16, 16, 16), convs=(1, 1, 1, 1, 1))
@@ -401,7 +401,7 @@ def test_broken_folders(folder, trunk, tmp_path):
 
 def test_the_readmes_three_lines(monkeypatch):
     """As printed there, in a step under jit that differentiates by the generated latents."""
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(Path(__file__).parents[2])
     text = Path("README.md").read_text()
     section = text[text.index("## The loss in your own training") :]
     code = compile(section[section.index("```python\n") + 10 : section.index("```\n\nWeights")], "README.md", "exec")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from d2g_jax import perceptual
 from d2g_jax.digits.config import get_config
 from d2g_jax.errors import UserError
-from d2g_jax.lpips import LPIPS, DecodedLPIPS, decoded_lpips, save_lpips
+from d2g_jax.losses import perceptual
+from d2g_jax.losses.lpips import LPIPS, DecodedLPIPS, decoded_lpips, save_lpips
+from d2g_jax.losses.perceptual import regression_loss
 from d2g_jax.models import vae, vgg
-from d2g_jax.perceptual import regression_loss
 from d2g_jax.pipeline import Pipeline
 from d2g_jax.train.setup import load_metric
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import adversarial
+from d2g_jax.losses import adversarial
 
 RNG = np.random.default_rng(0)
 
