@@ -272,7 +272,7 @@ def _metric(arguments: list[str]) -> int:
     parser.add_argument("--raw", action="store_true", help="the latents have not been through the VAE's scaling")
     own = parser.parse_args(arguments)
     cli.start()
-    from d2g_jax.measure import measure
+    from d2g_jax.metric.measure import measure
 
     measured = measure(own.weights, own.a, own.b, draws=own.draws, seed=own.seed, preset=own.preset, scaled=not own.raw)
     print(json.dumps(measured, indent=2))
@@ -286,7 +286,7 @@ def _convert(arguments: list[str]) -> int:
     parser.add_argument("--space", help="of a LatentLPIPS: sd15, sd21, sdxl, sd3 or flux")
     parser.add_argument("--heads", type=Path, help="of pixel LPIPS: the lpips package's weights/v0.1/vgg.pth")
     own = parser.parse_args(arguments)
-    from d2g_jax.convert import convert
+    from d2g_jax.metric.convert import convert
 
     print(convert(own.file, own.out, own.space, own.heads))
     return 0
@@ -310,7 +310,7 @@ def _overfit(arguments: list[str]) -> int:
     parser.add_argument("--workdir", type=Path, required=True)
     own, config = cli.parse_with_config(parser, arguments)
     cli.start(config)
-    from d2g_jax.overfit import overfit
+    from d2g_jax.metric.overfit import overfit
 
     print(overfit(config, own.workdir))
     return 0

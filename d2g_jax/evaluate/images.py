@@ -17,7 +17,7 @@ from PIL import Image
 
 from d2g_jax.errors import UserError
 from d2g_jax.evaluate.protocols import Protocol
-from d2g_jax.measure import CONTACT_SHEET, IMAGES
+from d2g_jax.metric.measure import CONTACT_SHEET, IMAGES
 
 _MODES = ("RGB", "L")
 _FILTERS = {"lanczos": Image.Resampling.LANCZOS}

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2g_jax import measure as job
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.errors import UserError
 from d2g_jax.grid import save_png
 from d2g_jax.losses import perceptual
 from d2g_jax.losses.lpips import LPIPS, save_lpips
 from d2g_jax.losses.perceptual import LatentLPIPS
-from d2g_jax.measure import measure
+from d2g_jax.metric import measure as job
+from d2g_jax.metric.measure import measure
 from d2g_jax.models import vae, vgg
 
 DIGITS = WEIGHTS / "metric"
-DOCS = Path(__file__).parent.parent / "docs" / "metric.md"
+DOCS = Path(__file__).parents[2] / "docs" / "metric.md"
 
 
 def random_tree(abstract, seed=0):
