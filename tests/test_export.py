@@ -17,18 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import exported, weights
+from d2g_jax import exported
 from d2g_jax import mesh as meshes
-from d2g_jax import pipeline as pipelines
-from d2g_jax.conditioning import tokenize_prompts
 from d2g_jax.diffusion.schedule import Schedule, one_step
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.draw import draw, student_programs
 from d2g_jax.errors import UserError
 from d2g_jax.export import export_student, load_flax
 from d2g_jax.export.to_diffusers import one_step_scheduler
 from d2g_jax.models import attention, layers, platform
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline import folder as pipelines
+from d2g_jax.pipeline import weights
+from d2g_jax.pipeline.conditioning import tokenize_prompts
+from d2g_jax.pipeline.draw import draw, student_programs
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.sample import Sampler
 
 PROMPTS = ["the cat", "the dog the cat"]

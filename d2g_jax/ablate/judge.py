@@ -11,10 +11,10 @@ from d2g_jax import mesh as meshes
 from d2g_jax import pairs, sample
 from d2g_jax.demo.held_out import HeldOut, cached, latents_of_pairs
 from d2g_jax.digits import classifier, data, scores
-from d2g_jax.draw import decode_all
 from d2g_jax.errors import UserError
 from d2g_jax.frechet import frechet_distance
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.draw import decode_all
+from d2g_jax.pipeline.folder import Pipeline
 
 
 class DigitsJudge:

@@ -17,7 +17,7 @@ from d2g_jax import mesh as meshes
 from d2g_jax.errors import UserError
 from d2g_jax.models import clip
 from d2g_jax.models.network import Params
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.plan.architectures import KNOWN, MODELS, abstract_pipeline, computing_in
 
 DTYPES = ("float32", "bfloat16")

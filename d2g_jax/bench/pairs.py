@@ -27,11 +27,11 @@ from d2g_jax.bench.measure import (
 )
 from d2g_jax.bench.networks import check_dtype, default_dtype, known, random_pipeline, with_spellers
 from d2g_jax.bench.programs import Compiled, together
-from d2g_jax.conditioning import tokenize_prompts
 from d2g_jax.diffusion import noise
-from d2g_jax.draw import Solution, draw, teacher_programs
 from d2g_jax.errors import UserError
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.conditioning import tokenize_prompts
+from d2g_jax.pipeline.draw import Solution, draw, teacher_programs
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.plan.architectures import KNOWN, MODELS
 
 AGREE = 0.02

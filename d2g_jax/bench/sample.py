@@ -31,9 +31,9 @@ from d2g_jax.bench.programs import Compiled, together
 from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.diffusion.systems import OneStep
-from d2g_jax.draw import Programs, one_step_programs
 from d2g_jax.errors import UserError
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.draw import Programs, one_step_programs
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.progress import Progress
 
 PARTS = ("text", "unet", "vae", "all")

@@ -20,7 +20,7 @@ from d2g_jax.bench.measure import Candidate
 from d2g_jax.losses import perceptual
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
-from d2g_jax.weights import to_state_dict
+from d2g_jax.pipeline.weights import to_state_dict
 
 OFFICIAL = "elatentlpips"
 """The package of the paper's authors, under licences that allow no commercial use; called, where it is installed."""

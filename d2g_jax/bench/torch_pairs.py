@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from d2g_jax.bench import torch_pipeline
-from d2g_jax.draw import Solution
-from d2g_jax.pipeline import SDXL, Pipeline
+from d2g_jax.pipeline.draw import Solution
+from d2g_jax.pipeline.folder import SDXL, Pipeline
 
 
 def missing() -> str | None:

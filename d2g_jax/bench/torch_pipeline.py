@@ -18,11 +18,11 @@ import jax
 import numpy as np
 
 from d2g_jax.bench.measure import Bar
-from d2g_jax.conditioning import size_ids
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.models.network import Network, Params
-from d2g_jax.pipeline import Pipeline
-from d2g_jax.weights import to_state_dict
+from d2g_jax.pipeline.conditioning import size_ids
+from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.pipeline.weights import to_state_dict
 
 PACKAGES = ("torch", "diffusers", "transformers")
 

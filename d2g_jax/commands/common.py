@@ -128,7 +128,7 @@ def add_solution_flags(teacher: Any) -> None:
 
 def given_solution(own: argparse.Namespace) -> dict[str, Any]:
     """The fields of `draw.Solution` that were given by flag."""
-    from d2g_jax.draw import Solution
+    from d2g_jax.pipeline.draw import Solution
 
     given = {field.name: getattr(own, field.name) for field in dataclasses.fields(Solution)}
     return {name: value for name, value in given.items() if value is not None}

@@ -116,11 +116,11 @@ def _misfit(flag: argparse.Action, value: object) -> str | None:
 
 
 def _run(own: argparse.Namespace) -> str:
-    from d2g_jax.draw import Solution
     from d2g_jax.evaluate.drawing import Model
     from d2g_jax.evaluate.job import evaluate
     from d2g_jax.evaluate.metric_weights import MetricWeights
     from d2g_jax.evaluate.plan import Request
+    from d2g_jax.pipeline.draw import Solution
 
     given = cli.given_solution(own)
     if own.images is not None and (given or own.system or own.unet or own.drawn):

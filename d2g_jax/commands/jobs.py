@@ -136,8 +136,8 @@ def _sample(arguments: list[str]) -> int:
     cli.add_solution_flags(teacher)
     own = parser.parse_args(arguments)
     cli.start()
-    from d2g_jax.draw import Solution
     from d2g_jax.pairs import read_prompts
+    from d2g_jax.pipeline.draw import Solution
     from d2g_jax.sample import Request, sample
 
     given = cli.given_solution(own)

@@ -20,9 +20,9 @@ from d2g_jax import atomic, pairs, runs, sample
 from d2g_jax import mesh as meshes
 from d2g_jax.demo import evaluation
 from d2g_jax.demo.held_out import HeldOut, cached, latents_of_pairs
-from d2g_jax.draw import decode_all
 from d2g_jax.grid import grid, save_png
 from d2g_jax.lock import locked
+from d2g_jax.pipeline.draw import decode_all
 from d2g_jax.report import LivePage, finish
 from d2g_jax.train import train
 

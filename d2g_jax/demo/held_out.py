@@ -11,10 +11,10 @@ import ml_collections
 import numpy as np
 
 from d2g_jax import atomic, records, sample
-from d2g_jax.conditioning import tokenize_prompts
 from d2g_jax.digits import captions
-from d2g_jax.draw import Programs, draw
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.conditioning import tokenize_prompts
+from d2g_jax.pipeline.draw import Programs, draw
+from d2g_jax.pipeline.folder import Pipeline
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from d2g_jax import weights
 from d2g_jax.digits import data
 from d2g_jax.models.network import Network, Params
+from d2g_jax.pipeline import weights
 
 WEIGHTS_FILE = Path(__file__).parent / "weights" / "classifier.safetensors"
 FEATURES = 64

@@ -15,12 +15,12 @@ import numpy as np
 
 from d2g_jax import atomic
 from d2g_jax import mesh as meshes
-from d2g_jax.conditioning import tokenize_prompts
 from d2g_jax.diffusion import noise
-from d2g_jax.draw import Drawn, Programs, Solution, draw
 from d2g_jax.errors import UserError
 from d2g_jax.grid import save_png
 from d2g_jax.models.network import Params
+from d2g_jax.pipeline.conditioning import tokenize_prompts
+from d2g_jax.pipeline.draw import Drawn, Programs, Solution, draw
 from d2g_jax.progress import Progress
 from d2g_jax.sample import Sampler, latent_shape
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from d2g_jax import exported
 from d2g_jax.export import folders
-from d2g_jax.hub import EXTRAS, SETTINGS
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.pipeline.hub import EXTRAS, SETTINGS
 
 _PARTS = {
     "params": "Orbax StandardCheckpointer tree {network: parameters}; NHWC and HWIO layout, '/' joins the paths",

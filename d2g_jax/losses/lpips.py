@@ -24,7 +24,7 @@ from d2g_jax.errors import UserError
 from d2g_jax.losses import perceptual
 from d2g_jax.models import vae, vgg
 from d2g_jax.models.network import Network, Params
-from d2g_jax.weights import load_state_dict, save_state_dict, to_params, to_state_dict
+from d2g_jax.pipeline.weights import load_state_dict, save_state_dict, to_params, to_state_dict
 
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)

@@ -25,7 +25,7 @@ from d2g_jax.errors import UserError
 from d2g_jax.losses import augment
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Network, Params
-from d2g_jax.weights import load_state_dict, save_state_dict, to_params, to_state_dict
+from d2g_jax.pipeline.weights import load_state_dict, save_state_dict, to_params, to_state_dict
 
 UNIT_EPS = 1e-8  # inside the root, in float32: it would underflow in half precision
 

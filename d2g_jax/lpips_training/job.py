@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from d2g_jax import runs, weights
+from d2g_jax import runs
 from d2g_jax.atomic import write_text
 from d2g_jax.errors import UserError
 from d2g_jax.losses.perceptual import LatentLPIPS, save_metric
@@ -26,6 +26,7 @@ from d2g_jax.lpips_training.latents import cached, in_threads, on_the_fly
 from d2g_jax.lpips_training.triplets import TripletFolder, open_triplets
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
+from d2g_jax.pipeline import weights
 
 TRIPLETS_PER_SHARD = 200
 SCORES = "scores.json"

@@ -21,12 +21,11 @@ import ml_collections
 import numpy as np
 import optax
 
-from d2g_jax import runs, weights
+from d2g_jax import runs
 from d2g_jax.atomic import write_text
 from d2g_jax.diffusion import noise
 from d2g_jax.errors import UserError
 from d2g_jax.grid import grid, save_png
-from d2g_jax.hub import resolve
 from d2g_jax.interrupt import StopRequests
 from d2g_jax.losses import augment
 from d2g_jax.losses.lpips import LPIPS
@@ -34,7 +33,9 @@ from d2g_jax.losses.perceptual import LatentLPIPS, mse, regression_loss
 from d2g_jax.lpips_training.images import SUFFIXES, Crop, read_rgb, to_floats
 from d2g_jax.models import vae
 from d2g_jax.models.network import Network, Params
-from d2g_jax.pipeline import read_json, to_uint8
+from d2g_jax.pipeline import weights
+from d2g_jax.pipeline.folder import read_json, to_uint8
+from d2g_jax.pipeline.hub import resolve
 from d2g_jax.progress import Progress
 from d2g_jax.report import write_report
 

@@ -16,16 +16,16 @@ import ml_collections
 from d2g_jax import buckets, records
 from d2g_jax import mesh as meshes
 from d2g_jax.atomic import TEMPORARY
-from d2g_jax.conditioning import text_shapes
 from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.diffusion import noise, solvers
-from d2g_jax.draw import Solution
 from d2g_jax.errors import UserError
 from d2g_jax.interrupt import terminating
 from d2g_jax.pairs.batches import Batch, Teacher, check_batch_size, one_ahead
 from d2g_jax.pairs.claims import Claims
 from d2g_jax.pairs.prompts import Prompts, read_prompts
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.conditioning import text_shapes
+from d2g_jax.pipeline.draw import Solution
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.progress import Progress
 from d2g_jax.records.schema import LATENT_DTYPES
 

@@ -16,10 +16,10 @@ from d2g_jax import exported
 from d2g_jax import mesh as meshes
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.diffusion.systems import OneStep
-from d2g_jax.draw import one_step_programs
 from d2g_jax.errors import UserError
 from d2g_jax.models.platform import ANY, compiling_for
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.draw import one_step_programs
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.plan.architectures import MODELS, abstract_pipeline, computing_in
 from d2g_jax.plan.formula import CODE_BYTES, FUSED_FROM
 from d2g_jax.plan.plan import program_seconds

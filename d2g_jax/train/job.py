@@ -17,7 +17,7 @@ from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.errors import UserError
 from d2g_jax.interrupt import leaving_at_once
 from d2g_jax.lock import locked
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.processes import first_decides
 from d2g_jax.report import LivePage, finish
 from d2g_jax.state import TrainState

@@ -15,7 +15,7 @@ from d2g_jax import records
 from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.interrupt import StopRequests
 from d2g_jax.maintenance import maintenance_notices
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.processes import Vote
 from d2g_jax.progress import Progress
 from d2g_jax.report import LivePage

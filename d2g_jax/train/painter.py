@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from d2g_jax import mesh as meshes
 from d2g_jax import records
-from d2g_jax.draw import padded
 from d2g_jax.grid import grid, save_png
-from d2g_jax.pipeline import Pipeline, decode
+from d2g_jax.pipeline.draw import padded
+from d2g_jax.pipeline.folder import Pipeline, decode
 from d2g_jax.processes import is_first
 from d2g_jax.step import Distillation, Frozen, condition, generate
 

@@ -15,7 +15,7 @@ from d2g_jax.digits.config import get_config
 from d2g_jax.errors import UserError
 from d2g_jax.losses.lpips import DecodedLPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runs import flatten
 from d2g_jax.state import create_state
 from d2g_jax.step import d_step

@@ -99,7 +99,7 @@ import d2g_jax
 for module in pkgutil.walk_packages(d2g_jax.__path__, "d2g_jax."):
     if not module.name.endswith("__main__"):
         __import__(module.name)
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.digits.config import get_config
 Pipeline.load(get_config().pipeline)
 loaded = {"torch", "tensorflow", "diffusers"} & set(sys.modules)

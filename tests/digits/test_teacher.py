@@ -5,7 +5,7 @@ import pytest
 from d2g_jax.__main__ import main
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.losses.perceptual import LatentLPIPS
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.folder import Pipeline
 
 SHORT = [
     "--config.teacher.autoencoder.steps=3",

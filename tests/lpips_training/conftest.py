@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from d2g_jax.models import vae
-from d2g_jax.weights import save_state_dict, to_state_dict
+from d2g_jax.pipeline.weights import save_state_dict, to_state_dict
 
 VAE = vae.VaeConfig(
     down_block_types=("DownEncoderBlock2D",) * 2,

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from d2g_jax import weights
 from d2g_jax.models.network import Network, Params
+from d2g_jax.pipeline import weights
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -23,7 +23,7 @@ from d2g_jax.digits.config import get_config
 from d2g_jax.errors import UserError
 from d2g_jax.pairs import batches, estimate, resolve
 from d2g_jax.pairs.job import load_teacher
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.records import framing
 from d2g_jax.train import setup
 

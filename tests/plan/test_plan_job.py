@@ -14,7 +14,7 @@ from d2g_jax.__main__ import main
 from d2g_jax.digits.config import get_config
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.pairs.job import planned_manifest
-from d2g_jax.pipeline import Pipeline
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.plan import architectures, planner
 from d2g_jax.plan.architectures import Architecture
 from d2g_jax.plan.collectives import Collective

@@ -75,7 +75,7 @@ def config_of(spec: Spec) -> Any:
 
 
 def digits(config: Any) -> tuple[Any, Any, Any, dict[str, np.ndarray]]:
-    from d2g_jax.pipeline import Pipeline
+    from d2g_jax.pipeline.folder import Pipeline
     from d2g_jax.train.setup import build, initial_state
 
     pipeline, size = Pipeline.load(config.pipeline), config.train.batch_size

@@ -11,8 +11,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from d2g_jax import hub
 from d2g_jax.errors import UserError
+from d2g_jax.pipeline import hub
 
 REPO = "runwayml/stable-diffusion-v1-5"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax.models.network import Params
-from d2g_jax.pipeline import Pipeline, tokenize
+from d2g_jax.pipeline.folder import Pipeline, tokenize
 
 
 class Conditioning(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from d2g_jax.errors import UserError
-from d2g_jax.weights import STEMS
+from d2g_jax.pipeline.weights import STEMS
 
 NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 """Folders with a config and weights."""

@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from d2g_jax import pipeline as pipelines
-from d2g_jax import weights
-from d2g_jax.conditioning import encode_text, tokenize_prompts
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.errors import UserError
 from d2g_jax.models import vae
-from d2g_jax.pipeline import Pipeline, tokenize
+from d2g_jax.pipeline import folder as pipelines
+from d2g_jax.pipeline import weights
+from d2g_jax.pipeline.conditioning import encode_text, tokenize_prompts
+from d2g_jax.pipeline.folder import Pipeline, tokenize
 
 PROMPTS = ["the cat", "the dog the cat", ""]
 
@@ -172,7 +172,7 @@ def test_our_tokenizer_files_are_clip(tiny_vocabulary, tmp_path: Path):
 
 def test_neither_torch_nor_tensorflow(tiny_sd: Path):
     code = (
-        "import sys; from pathlib import Path; import d2g_jax.pipeline as p; "
+        "import sys; from pathlib import Path; import d2g_jax.pipeline.folder as p; "
         f"p.tokenize(p.load_tokenizer(Path({str(tiny_sd / 'tokenizer')!r})), ['the cat']); "
         "print([m for m in ('torch', 'tensorflow', 'diffusers') if m in sys.modules])"
     )
