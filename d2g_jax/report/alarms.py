@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 
-from d2g_jax.health import explain
 from d2g_jax.report.charts import format_number
+from d2g_jax.report.health import explain
 from d2g_jax.report.inputs import Inputs, Row
 
 

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from d2g_jax.health import Band
 from d2g_jax.report.charts import COLOURS, MISSING, Series, format_number, line_chart
+from d2g_jax.report.health import Band
 from d2g_jax.report.inputs import Inputs, Row
 from d2g_jax.report.values import definitions, duration, is_number, label, part
 

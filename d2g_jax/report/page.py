@@ -10,10 +10,9 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from d2g_jax import health
 from d2g_jax.atomic import write_bytes
 from d2g_jax.errors import UserError
-from d2g_jax.report import curves, measured, overview, pictures
+from d2g_jax.report import curves, health, measured, overview, pictures
 from d2g_jax.report.alarms import alarms
 from d2g_jax.report.charts import format_number
 from d2g_jax.report.inputs import Inputs, read_inputs

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2g_jax import health
 from d2g_jax.guard import OUTCOME
+from d2g_jax.report import health
 
 
 def line(steps):
@@ -63,7 +63,7 @@ def test_every_open_side_has_no_cause_and_every_closed_one_has():
 
 
 def test_the_documentation_has_these_bands():
-    text = (Path(__file__).parents[1] / "docs" / "healthy.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "healthy.md").read_text()
     for band in health.BANDS:
         low, high = (f"{end:g}" if np.isfinite(end) else "" for end in (band.low, band.high))
         extent = f"{low} to {high}" if low and high else f"above {low}" if low else f"below {high}"
