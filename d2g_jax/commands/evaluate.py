@@ -9,8 +9,8 @@ from pathlib import Path
 
 from d2g_jax.commands import common as cli
 from d2g_jax.errors import UserError
-from d2g_jax.evaluate import metric_weights
 from d2g_jax.evaluate.protocols import PROTOCOLS
+from d2g_jax.results import metric_weights
 
 Parser = Callable[..., argparse.ArgumentParser]
 """(job, description) -> a parser with one-line errors."""
@@ -118,9 +118,9 @@ def _misfit(flag: argparse.Action, value: object) -> str | None:
 def _run(own: argparse.Namespace) -> str:
     from d2g_jax.evaluate.drawing import Model
     from d2g_jax.evaluate.job import evaluate
-    from d2g_jax.evaluate.metric_weights import MetricWeights
     from d2g_jax.evaluate.plan import Request
     from d2g_jax.pipeline.draw import Solution
+    from d2g_jax.results.metric_weights import MetricWeights
 
     given = cli.given_solution(own)
     if own.images is not None and (given or own.system or own.unet or own.drawn):
@@ -190,8 +190,8 @@ def _table(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str]:
     own = parser.parse_args(arguments)
 
     def run() -> str:
-        from d2g_jax.evaluate.results import read_result
-        from d2g_jax.evaluate.table import table
+        from d2g_jax.results.results import read_result
+        from d2g_jax.results.table import table
 
         return table([read_result(file) for file in own.results])
 

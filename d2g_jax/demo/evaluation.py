@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from d2g_jax.digits import captions, classifier, data, scores
-from d2g_jax.frechet import frechet_distance
+from d2g_jax.results.frechet import frechet_distance
 
 REAL = "real test images"
 FLOOR_ROUNDS = 5

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from d2g_jax import frechet
 from d2g_jax.digits import data
 from d2g_jax.digits.classifier import features
 from d2g_jax.models.network import Params
+from d2g_jax.results import frechet
 
 
 def prompt_accuracy(

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from d2g_jax.errors import UserError
-from d2g_jax.evaluate import metrics
 from d2g_jax.evaluate.drawing import Model, prompts_digest, read_description
-from d2g_jax.evaluate.metric_weights import MetricWeights
 from d2g_jax.evaluate.protocols import DIGITS, DIGITS_PROMPTS_SEED, Protocol, find_protocol
 from d2g_jax.pairs.prompts import read_prompts
+from d2g_jax.results import metrics
+from d2g_jax.results.metric_weights import MetricWeights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,7 +172,7 @@ def _read_evaluations(folder: Path) -> list[dict[str, Any]]:
     files = sorted(folder.glob("*.json"))
     if not files:
         return []
-    from d2g_jax.evaluate.results import read_result  # of another job; a page seldom needs it
+    from d2g_jax.results.results import read_result  # of another job; a page seldom needs it
 
     return [read_result(file) for file in files]
 

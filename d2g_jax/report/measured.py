@@ -103,8 +103,8 @@ def evaluated(inputs: Inputs) -> str:
     """Results of `d2g evaluate` in evaluation/, one row each; a column holds only what was measured the same way."""
     if not inputs.evaluations:
         return ""
-    from d2g_jax.evaluate.metrics import METRICS
-    from d2g_jax.evaluate.table import comparable
+    from d2g_jax.results.metrics import METRICS
+    from d2g_jax.results.table import comparable
 
     results = inputs.evaluations
     columns: list[tuple[str, dict[str, Any]]] = []
@@ -131,7 +131,7 @@ def evaluated(inputs: Inputs) -> str:
 
 
 def _measured_cell(result: dict[str, Any], metric: str, key: dict[str, Any]) -> str:
-    from d2g_jax.evaluate.table import comparable
+    from d2g_jax.results.table import comparable
 
     if metric not in result["metrics"] or comparable(result, metric) != key:
         return MISSING

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from d2g_jax.errors import UserError
-from d2g_jax.evaluate import metric_weights
-from d2g_jax.evaluate.metric_weights import MetricWeights
+from d2g_jax.results import metric_weights
+from d2g_jax.results.metric_weights import MetricWeights
 
 REFERENCE, PROMPTS, LABELS, DIVERSITY, TEACHER = "reference", "prompts", "labels", "diversity", "teacher"
 

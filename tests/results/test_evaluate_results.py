@@ -7,8 +7,8 @@ import pytest
 
 from d2g_jax.__main__ import main
 from d2g_jax.errors import UserError
-from d2g_jax.evaluate.results import read_result
-from d2g_jax.evaluate.table import table
+from d2g_jax.results.results import read_result
+from d2g_jax.results.table import table
 
 RESULT = {
     "format": 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from d2g_jax.evaluate.metrics import DIVERSITY, METRICS, REFERENCE, TEACHER, weights_of
+from d2g_jax.results.metrics import DIVERSITY, METRICS, REFERENCE, TEACHER, weights_of
 
 _SHORT = 12  # hexadecimal digits of a hash
 
