@@ -13,8 +13,8 @@ from typing import Any
 
 from d2g_jax.commands.common import JOBS
 from d2g_jax.commands.jobs import RUN
-from d2g_jax.errors import UserError
-from d2g_jax.interrupt import Terminated
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.interrupt import Terminated
 
 _library_format = warnings.formatwarning
 
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Terminated:
         return _finish(143, "terminated; the same command goes on from here")
     except Exception:
-        if "d2g_jax.distributed" in sys.modules:
-            from d2g_jax import distributed
+        if "d2g_jax.runtime.distributed" in sys.modules:
+            from d2g_jax.runtime import distributed
 
             distributed.crash()
         raise
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _finish(code: int, message: str = "") -> int:
     """Says how it ended, once for all processes of a job."""
-    if "d2g_jax.distributed" in sys.modules:  # else this process has joined no others, and need not import jax
-        from d2g_jax import distributed
+    if "d2g_jax.runtime.distributed" in sys.modules:  # else this process has joined no others, and need not import jax
+        from d2g_jax.runtime import distributed
 
         return distributed.finish(code, message)
     if message:
@@ -55,7 +55,9 @@ def _format_warning(message: Warning | str, category: type[Warning], *place: Any
     if category is not UserWarning:
         return _library_format(message, category, *place)
     # Which process, where there are several: it may be about that one's share of the data.
-    process = sys.modules["d2g_jax.distributed"].process_id() if "d2g_jax.distributed" in sys.modules else 0
+    process = (
+        sys.modules["d2g_jax.runtime.distributed"].process_id() if "d2g_jax.runtime.distributed" in sys.modules else 0
+    )
     return f"d2g: {f'process {process}: ' if process else ''}warning: {message}\n"
 
 

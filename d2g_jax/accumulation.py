@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from d2g_jax import mesh as meshes
 from d2g_jax.models.network import Params
-from d2g_jax.models.sharding import by_sample, shards
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.sharding import by_sample, shards
 
 
 def count_parts(samples: int, micro_batch: int | None) -> int:

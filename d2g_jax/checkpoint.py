@@ -18,8 +18,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from d2g_jax.errors import UserError
 from d2g_jax.models.network import Params
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.state import TrainState
 
 _NAMED = 3  # differing leaves in a message

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 import d2g_jax
-from d2g_jax import mesh as meshes
 from d2g_jax.diffusion.schedule import Schedule
-from d2g_jax.errors import UserError
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 
 DESCRIPTION = "d2g.json"
 """The description's file name."""

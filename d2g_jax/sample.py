@@ -10,17 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax import atomic, exported
-from d2g_jax import mesh as meshes
+from d2g_jax import exported
 from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.systems import OneStep, find_system
-from d2g_jax.errors import UserError
-from d2g_jax.grid import grid, save_png
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Programs, Solution, draw, one_step_programs, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import resolve
+from d2g_jax.runtime import atomic
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.grid import grid, save_png
 
 MAX_SIDE = 8192
 """Pixels of an image: a mistyped side must not take the machine's memory."""

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from d2g_jax.errors import UserError
 from d2g_jax.models.network import Params
+from d2g_jax.runtime.errors import UserError
 
 UPDATES = ("generator", "discriminator", "r1")
 """The kinds of update, in the order in which an iteration makes them."""

@@ -20,8 +20,8 @@ from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.schedule import Schedule, one_step
 from d2g_jax.losses import adversarial
 from d2g_jax.models.network import Network, Params
-from d2g_jax.models.sharding import shards
 from d2g_jax.pipeline.conditioning import Conditioning
+from d2g_jax.runtime.sharding import shards
 from d2g_jax.state import TrainState, ema_decay, update_ema
 
 Batch = dict[str, jax.Array]

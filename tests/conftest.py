@@ -29,7 +29,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax
 import pytest
 
-from d2g_jax import mesh
+from d2g_jax.runtime import mesh
 
 mesh.use_cpu_devices(2)  # as the demo has
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import mesh as meshes
 from d2g_jax.checkpoint import Checkpoints
-from d2g_jax.errors import UserError
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.state import UPDATES, TrainState
 
 
@@ -113,7 +113,7 @@ FULL = """
 import resource, sys
 sys.path.insert(0, sys.argv[2])
 from test_checkpoint import meshes, state, Checkpoints
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 try:
     with Checkpoints(sys.argv[1], keep=2) as checkpoints:
         checkpoints.save(meshes.place(state(8), meshes.make_mesh()), {"images": 8})

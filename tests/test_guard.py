@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from d2g_jax import guard
-from d2g_jax import mesh as meshes
+from d2g_jax.runtime import mesh as meshes
 from d2g_jax.state import UPDATES, TrainState
 
 

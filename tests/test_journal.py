@@ -10,9 +10,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from d2g_jax import guard
-from d2g_jax import mesh as meshes
 from d2g_jax.checkpoint import Checkpoints
-from d2g_jax.errors import UserError
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.state import UPDATES, TrainState
 from d2g_jax.train.journal import Journal, NotFinite
 

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from d2g_jax import mesh as meshes
 from d2g_jax.__main__ import main
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.runtime import mesh as meshes
 from d2g_jax.sample import Sampler
 
 PROMPTS = ["the cat", "the dog the cat"]

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from d2g_jax.digits.config import optimizer
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.state import discriminator_optimizer, generator_optimizer
 
 PARAMS = {"unet": {"kernel": jnp.linspace(-1, 1, 50)}, "heads": {"kernel": jnp.linspace(1, 2, 50)}}

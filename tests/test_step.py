@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 from d2g_jax import guard
-from d2g_jax import mesh as meshes
 from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.digits.config import optimizer
 from d2g_jax.digits.teacher import SCHEDULER
 from d2g_jax.losses.perceptual import mse
-from d2g_jax.models import clip, discriminator, sharding, unet
+from d2g_jax.models import clip, discriminator, unet
 from d2g_jax.pipeline.conditioning import Conditioning
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime import sharding
 from d2g_jax.state import create_state, discriminator_optimizer, ema_decay, generator_optimizer
 from d2g_jax.step import Distillation, Frozen, condition, d_step, g_step, generate, r1_step
 

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from test_journal import metrics, opened, state
 
 from d2g_jax.digits.config import get_config
-from d2g_jax.errors import UserError
-from d2g_jax.grid import save_png
 from d2g_jax.records.framing import scan, unframe
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.grid import save_png
 from d2g_jax.train import train
 from d2g_jax.train.trackers import check_trackers, open_trackers
 

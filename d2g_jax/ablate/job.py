@@ -15,14 +15,15 @@ from typing import Any
 import jax
 import ml_collections
 
-from d2g_jax import atomic, pairs, records, runs
+from d2g_jax import pairs, records
 from d2g_jax.ablate.judge import DigitsJudge, check_digits
 from d2g_jax.ablate.rows import Ablation, Row
 from d2g_jax.ablate.students import check_config, images_per_second, last_phase, student_config
 from d2g_jax.ablate.table import progress_line, summarize, table
-from d2g_jax.errors import UserError
-from d2g_jax.interrupt import terminating
-from d2g_jax.lock import locked
+from d2g_jax.runtime import atomic, runs
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.interrupt import terminating
+from d2g_jax.runtime.lock import locked
 from d2g_jax.train import train
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 
 from d2g_jax.ablate.rows import Ablation, Row
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 
 def student_config(config: ml_collections.ConfigDict, row: Row, seed: int) -> ml_collections.ConfigDict:

@@ -19,7 +19,7 @@ import numpy as np
 from d2g_jax import records
 from d2g_jax.bench.measure import Bar, Candidate, make_report, ratio, time_in_turns
 from d2g_jax.diffusion import noise
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 CONSUMPTION = {"digits": 190.0, "sd15": 27.0}
 """Images per second that training takes: the digits' fastest student on two CPU cores (README), and SD 1.5 at 40% of an

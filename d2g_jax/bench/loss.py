@@ -28,11 +28,11 @@ from d2g_jax.bench.measure import (
     time_in_turns,
 )
 from d2g_jax.bench.networks import DTYPES, random_params
-from d2g_jax.errors import UserError
 from d2g_jax.losses import augment, lpips, perceptual
 from d2g_jax.models import vae, vgg
 from d2g_jax.models.network import Params
-from d2g_jax.progress import Progress
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from d2g_jax import atomic
 from d2g_jax.plan.trace import program_cost
-from d2g_jax.progress import Progress
-from d2g_jax.runs import environment
+from d2g_jax.runtime import atomic
+from d2g_jax.runtime.progress import Progress
+from d2g_jax.runtime.runs import environment
 
 PRODUCT = "matrix product"
 """Name of the row whose best rate counts as the device's peak; see `product_candidate` and `peaks`."""

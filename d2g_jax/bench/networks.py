@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax import mesh as meshes
-from d2g_jax.errors import UserError
 from d2g_jax.models import clip
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.plan.architectures import KNOWN, MODELS, abstract_pipeline, computing_in
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
 

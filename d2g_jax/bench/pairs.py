@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax import mesh as meshes
 from d2g_jax.bench import torch_pairs, torch_pipeline
 from d2g_jax.bench.measure import (
     Bar,
@@ -28,11 +27,12 @@ from d2g_jax.bench.measure import (
 from d2g_jax.bench.networks import check_dtype, default_dtype, known, random_pipeline, with_spellers
 from d2g_jax.bench.programs import Compiled, together
 from d2g_jax.diffusion import noise
-from d2g_jax.errors import UserError
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Solution, draw, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.plan.architectures import KNOWN, MODELS
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 
 AGREE = 0.02
 """Largest difference of the two sides' latents over the largest latent, in float32: more is not the same work."""

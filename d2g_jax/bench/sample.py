@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from d2g_jax import mesh as meshes
 from d2g_jax.bench import torch_pipeline
 from d2g_jax.bench.measure import (
     Bar,
@@ -31,10 +30,11 @@ from d2g_jax.bench.programs import Compiled, together
 from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.diffusion.systems import OneStep
-from d2g_jax.errors import UserError
 from d2g_jax.pipeline.draw import Programs, one_step_programs
 from d2g_jax.pipeline.folder import Pipeline
-from d2g_jax.progress import Progress
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.progress import Progress
 
 PARTS = ("text", "unet", "vae", "all")
 """Token ids to conditioning; that and noise to latents; those to uint8 images; all three, the images on the host."""

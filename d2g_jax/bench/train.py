@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import ml_collections
 
-from d2g_jax import mesh as meshes
 from d2g_jax.bench import torch_pipeline, torch_train
 from d2g_jax.bench.measure import (
     PRODUCT,
@@ -28,8 +27,9 @@ from d2g_jax.bench.measure import (
     time_in_turns,
 )
 from d2g_jax.bench.training import Run, Training, compile_run, state_bytes, with_loss_and_batch
-from d2g_jax.errors import UserError
-from d2g_jax.progress import Progress
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.progress import Progress
 from d2g_jax.step import Frozen
 
 AGREE = 0.02

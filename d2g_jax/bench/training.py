@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from d2g_jax import mesh as meshes
 from d2g_jax.bench.measure import Facts, facts_of
 from d2g_jax.bench.networks import place_leaf, random_input_ids, random_params
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.plan.architectures import MODELS, abstract_pipeline
 from d2g_jax.plan.shapes import Shapes, run_shapes
+from d2g_jax.runtime import mesh as meshes
 from d2g_jax.state import TrainState, create_state
 from d2g_jax.step import Frozen, Metrics
 from d2g_jax.train.programs import Programs, iteration, trace_programs, without_adversary

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from d2g_jax.commands.common import numbers
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 BENCHES = {
     "sample": "one-step sampling at full size with random weights, against diffusers' modules",

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 JOBS = {
     "demo": "pairs, three students, figures and a report on the embedded digits teacher",
@@ -55,7 +55,7 @@ def parser(job: str, text: str | None = None) -> Parser:
 def join(arguments: list[str]) -> None:
     """Joins the other processes of a job that several do together, before anything can fail in one of them alone."""
     if not {"-h", "--help"} & set(arguments):
-        from d2g_jax import distributed
+        from d2g_jax.runtime import distributed
 
         distributed.join()
 
@@ -82,7 +82,7 @@ def start(config: Any = None, *, cache: bool = True, same: dict[str, Any] | None
     import jax
     from ml_collections import ConfigDict
 
-    from d2g_jax import mesh
+    from d2g_jax.runtime import mesh
 
     config = ConfigDict({"mesh": {}}) if config is None else config
     if config.mesh.get("cpu_devices"):
@@ -97,15 +97,15 @@ def start(config: Any = None, *, cache: bool = True, same: dict[str, Any] | None
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if same is not None:
-        from d2g_jax import distributed
-        from d2g_jax.runs import flatten
+        from d2g_jax.runtime import distributed
+        from d2g_jax.runtime.runs import flatten
 
         distributed.start({**same, **flatten(config.to_dict())})
 
 
 def print_once(result: object) -> None:
     """Where a job's result is, from the first of its processes."""
-    from d2g_jax import distributed
+    from d2g_jax.runtime import distributed
 
     if distributed.process_id() == 0:
         print(result)

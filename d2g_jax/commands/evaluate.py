@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from d2g_jax.commands import common as cli
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate.protocols import PROTOCOLS
 from d2g_jax.results import metric_weights
+from d2g_jax.runtime.errors import UserError
 
 Parser = Callable[..., argparse.ArgumentParser]
 """(job, description) -> a parser with one-line errors."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2g_jax.commands import common as cli
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 
 def _demo(arguments: list[str]) -> int:
@@ -39,7 +39,7 @@ def _teacher(arguments: list[str]) -> int:
 def _pairs(arguments: list[str]) -> int:
     if arguments[:1] == ["verify"]:
         return _verify(arguments[1:])
-    from d2g_jax.buckets import as_path
+    from d2g_jax.runtime.buckets import as_path
 
     cli.join(arguments)
     parser = cli.parser("pairs")
@@ -59,7 +59,7 @@ def _pairs(arguments: list[str]) -> int:
 
 
 def _verify(arguments: list[str]) -> int:
-    from d2g_jax.buckets import as_path
+    from d2g_jax.runtime.buckets import as_path
 
     parser = cli.parser("pairs verify", "re-read every record: checksums, ids, shapes, finite values, noise redrawn")
     parser.add_argument("folder", type=as_path)
@@ -180,8 +180,8 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument("--width", type=int, help="of a StableHLO file's images; default is the model's own")
     own = parser.parse_args(arguments)
     cli.start()
-    from d2g_jax import mesh
     from d2g_jax.export import export_student
+    from d2g_jax.runtime import mesh
     from d2g_jax.sample import Sampler
 
     sampler = Sampler.load(own.model, mesh.make_mesh())
@@ -220,7 +220,7 @@ def _add_plan_flags(parser: cli.Parser) -> None:
 
 def _check_plan_out(own: argparse.Namespace) -> None:
     """Before an hour's compilation, not after it."""
-    from d2g_jax import atomic
+    from d2g_jax.runtime import atomic
 
     if own.out:
         atomic.check_output(own.out, "plan.json")
@@ -344,8 +344,8 @@ def _bench(arguments: list[str]) -> int:
         raise SystemExit(0)
     bench, start, out = command.read(arguments, cli.parser)
     cli.start(start, cache=False)
-    from d2g_jax.atomic import check_output
     from d2g_jax.bench.measure import format_report, write_report
+    from d2g_jax.runtime.atomic import check_output
 
     if out:
         check_output(out, "bench.json")

@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import ml_collections
 
-from d2g_jax import atomic
-from d2g_jax import mesh as meshes
-from d2g_jax.errors import UserError
 from d2g_jax.plan import sampling, store
 from d2g_jax.plan.plan import Plan, from_json, to_json
 from d2g_jax.plan.planner import find_fit, plan_run
 from d2g_jax.plan.report import format_plan, format_sampling, format_search, format_table
 from d2g_jax.plan.targets import Target, check_libtpu, parse_topology
+from d2g_jax.runtime import atomic
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 
 
 def start(topology: str, method: str) -> Target:

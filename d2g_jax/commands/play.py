@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from d2g_jax.commands import common as cli
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 Parser = Callable[..., argparse.ArgumentParser]
 """(job, description) -> a parser with one-line errors."""
@@ -55,9 +55,9 @@ def read(arguments: Sequence[str], make_parser: Parser) -> argparse.Namespace:
 
 def play(own: argparse.Namespace) -> None:
     """Serves the page until Ctrl-C, which is how it ends; SIGTERM raises `Terminated`."""
-    from d2g_jax.interrupt import terminating
     from d2g_jax.play import server
     from d2g_jax.play.opening import Choice, open_studio
+    from d2g_jax.runtime.interrupt import terminating
 
     given = cli.given_solution(own)
     size = (own.height, own.width)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict, config_dict
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 COUNTS = (
     "mesh.cpu_devices", "pairs.pairs_per_prompt", "pairs.count", "pairs.records_per_shard", "pairs.steps",

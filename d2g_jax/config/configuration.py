@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from d2g_jax.config.base_config import check_counts
-from d2g_jax.errors import UserError
-from d2g_jax.runs import flatten
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.runs import flatten
 
 
 def read_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Any:

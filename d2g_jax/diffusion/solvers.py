@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax.diffusion.schedule import Denoiser, Schedule, split_signal_and_noise, to_x0_and_noise
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 Solver = Callable[[Denoiser, Schedule, int, jax.Array], jax.Array]
 """(denoise, schedule, num_steps, noise (B, h, w, C)) -> float32 scaled latents (B, h, w, C)."""

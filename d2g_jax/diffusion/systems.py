@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from d2g_jax.diffusion.schedule import Denoiser, Schedule, one_step
-from d2g_jax.errors import UserError
 from d2g_jax.models.layers import sinusoidal_embedding
+from d2g_jax.runtime.errors import UserError
 
 FLOW = "flow"
 

@@ -11,8 +11,8 @@ import json
 import re
 from pathlib import Path
 
-from d2g_jax import atomic
 from d2g_jax.digits import captions
+from d2g_jax.runtime import atomic
 
 MODEL_MAX_LENGTH = 16
 START, END = "<|startoftext|>", "<|endoftext|>"

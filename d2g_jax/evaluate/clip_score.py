@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate.features import best_device
 from d2g_jax.results import metric_weights
+from d2g_jax.runtime.errors import UserError
 
 PATCHES = {"clip_b32": 32, "clip_g14": 14}
 """Patch size of each model's image tower: a folder under the wrong flag is found out."""

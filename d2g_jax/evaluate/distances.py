@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 _ROWS = 1024  # of a block of distances: 1024 x 40,000 in float64 are 328 MB
 

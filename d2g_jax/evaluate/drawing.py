@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax import atomic
-from d2g_jax import mesh as meshes
 from d2g_jax.diffusion import noise
-from d2g_jax.errors import UserError
-from d2g_jax.grid import save_png
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Drawn, Programs, Solution, draw
-from d2g_jax.progress import Progress
+from d2g_jax.runtime import atomic
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.grid import save_png
+from d2g_jax.runtime.progress import Progress
 from d2g_jax.sample import Sampler, latent_shape
 
 DESCRIPTION = "drawing.json"

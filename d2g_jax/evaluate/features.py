@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate.protocols import DIGITS, Protocol
 from d2g_jax.results import metric_weights
+from d2g_jax.runtime.errors import UserError
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 """What clean-fid looks for in the folder that it is given."""

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate.protocols import Protocol
 from d2g_jax.metric.measure import CONTACT_SHEET, IMAGES
+from d2g_jax.runtime.errors import UserError
 
 _MODES = ("RGB", "L")
 _FILTERS = {"lanczos": Image.Resampling.LANCZOS}

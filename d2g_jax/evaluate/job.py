@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax import atomic, runs
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate import distances, pairwise, reference
 from d2g_jax.evaluate.drawing import SAME_DRAWING, Painter, prompts_digest, read_description
 from d2g_jax.evaluate.features import make_extractor
@@ -23,9 +21,11 @@ from d2g_jax.evaluate.images import Survey, batches, survey
 from d2g_jax.evaluate.opening import Opened, open_all, survey_several, wants_diversity
 from d2g_jax.evaluate.plan import Plan, Request, check_counts, make_plan
 from d2g_jax.evaluate.protocols import find_protocol
-from d2g_jax.progress import Progress
 from d2g_jax.results import frechet, metrics
 from d2g_jax.results.results import FORMAT
+from d2g_jax.runtime import atomic, runs
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.progress import Progress
 
 _LIBRARIES = ("clean-fid", "torch", "transformers", "dreamsim", "pillow", "numpy")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate import clip_score, distances, pairwise, reference
 from d2g_jax.evaluate.clip_score import ClipScore
 from d2g_jax.evaluate.features import Extractor, make_extractor
@@ -15,6 +14,7 @@ from d2g_jax.evaluate.images import Survey, survey
 from d2g_jax.evaluate.pairwise import PairDistance
 from d2g_jax.evaluate.plan import Plan
 from d2g_jax.evaluate.reference import Reference
+from d2g_jax.runtime.errors import UserError
 
 PAIRWISE = ("lpips", "dreamsim")
 """Distances between two images; each may be a metric of diversity and of fidelity."""

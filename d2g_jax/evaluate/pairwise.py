@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate.features import best_device
 from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.results import metric_weights
+from d2g_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate.drawing import Model, prompts_digest, read_description
 from d2g_jax.evaluate.protocols import DIGITS, DIGITS_PROMPTS_SEED, Protocol, find_protocol
 from d2g_jax.pairs.prompts import read_prompts
 from d2g_jax.results import metrics
 from d2g_jax.results.metric_weights import MetricWeights
+from d2g_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

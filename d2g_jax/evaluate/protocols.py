@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 INCEPTION, DIGITS = "inception", "digits"
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax import atomic
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate.features import Extractor
 from d2g_jax.evaluate.images import Survey, batches, survey
 from d2g_jax.evaluate.protocols import Protocol
-from d2g_jax.progress import Progress
+from d2g_jax.runtime import atomic
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.progress import Progress
 
 _FIELDS = ("protocol", "protocol_sha256", "extractor", "weights_sha256", "images_sha256", "formats")
 

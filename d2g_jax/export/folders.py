@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from d2g_jax.atomic import TEMPORARY, replacing, write_bytes
-from d2g_jax.errors import UserError
 from d2g_jax.pipeline.hub import needed_files
+from d2g_jax.runtime.atomic import TEMPORARY, replacing, write_bytes
+from d2g_jax.runtime.errors import UserError
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _LICENSE = re.compile(r"(licen[cs]e|notice)([.-].*)?", re.IGNORECASE)

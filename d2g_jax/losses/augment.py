@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 PRESETS = ("none", "b", "g", "c", "o", "n", "co", "bg", "bgc", "bgo", "bgco", "bgcn", "bgcon")
 """b: blit, g: geometry, c: colour, o: cutout, n: noise. `bgo` is the set of the paper's main text, `bg` the release's

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax.atomic import write_text
-from d2g_jax.errors import UserError
 from d2g_jax.losses import perceptual
 from d2g_jax.models import vae, vgg
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline.weights import load_state_dict, save_state_dict, to_params, to_state_dict
+from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.errors import UserError
 
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)

@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax.atomic import write_text
-from d2g_jax.errors import UserError
 from d2g_jax.losses import augment
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline.weights import load_state_dict, save_state_dict, to_params, to_state_dict
+from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.errors import UserError
 
 UNIT_EPS = 1e-8  # inside the root, in float32: it would underflow in half precision
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax import atomic
-from d2g_jax.errors import UserError
-from d2g_jax.progress import Progress
+from d2g_jax.runtime import atomic
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.progress import Progress
 
 MADE_FROM = "made_from.json"
 

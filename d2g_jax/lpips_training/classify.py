@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from d2g_jax import mesh as meshes
 from d2g_jax.lpips_training.fit import Batch, Recipe, fit, sampled_rows
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
+from d2g_jax.runtime import mesh as meshes
 
 STATISTICS_BATCHES = 64
 """Batches that the final statistics of the batch norms are averaged over."""

@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax import mesh as meshes
 from d2g_jax.diffusion import noise
-from d2g_jax.errors import UserError
 from d2g_jax.losses.perceptual import LatentSpace
 from d2g_jax.lpips_training.classify import batches
 from d2g_jax.models import vae
@@ -23,6 +21,8 @@ from d2g_jax.models.network import Params
 from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.folder import read_json
 from d2g_jax.pipeline.hub import resolve
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 
 POSTERIORS = ("mean", "sample")
 

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from d2g_jax import mesh as meshes
-from d2g_jax import runs
 from d2g_jax.diffusion import noise
-from d2g_jax.errors import UserError
-from d2g_jax.interrupt import StopRequests
 from d2g_jax.pipeline import weights
-from d2g_jax.progress import Progress
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime import runs
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.interrupt import StopRequests
+from d2g_jax.runtime.progress import Progress
 
 CHECKPOINT = "checkpoint.safetensors"
 

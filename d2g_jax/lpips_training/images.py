@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 

@@ -14,9 +14,6 @@ import ml_collections
 import numpy as np
 import optax
 
-from d2g_jax import runs
-from d2g_jax.atomic import write_text
-from d2g_jax.errors import UserError
 from d2g_jax.losses.perceptual import LatentLPIPS, save_metric
 from d2g_jax.lpips_training import cache, calibrate, classify
 from d2g_jax.lpips_training.encoder import Encoder, check_posterior, sha256_of
@@ -27,6 +24,9 @@ from d2g_jax.lpips_training.triplets import TripletFolder, open_triplets
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import weights
+from d2g_jax.runtime import runs
+from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.errors import UserError
 
 TRIPLETS_PER_SHARD = 200
 SCORES = "scores.json"

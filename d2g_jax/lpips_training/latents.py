@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from d2g_jax.errors import UserError
 from d2g_jax.lpips_training import cache
 from d2g_jax.lpips_training.classify import LabelledLatents
 from d2g_jax.lpips_training.encoder import Encoder
 from d2g_jax.lpips_training.fit import Batch
 from d2g_jax.lpips_training.images import Crop, Images
+from d2g_jax.runtime.errors import UserError
 
 IMAGES_PER_SHARD = 512
 

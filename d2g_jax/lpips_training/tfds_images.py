@@ -15,9 +15,9 @@ from google.protobuf.message import DecodeError
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from d2g_jax.errors import UserError
 from d2g_jax.lpips_training.images import Images, read_rgb
 from d2g_jax.records.framing import FrameError, scan, unframe
+from d2g_jax.runtime.errors import UserError
 
 IMAGE, LABEL = "image", "label"
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"

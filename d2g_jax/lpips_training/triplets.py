@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from d2g_jax.errors import UserError
 from d2g_jax.lpips_training.images import SUFFIXES, read_rgb
+from d2g_jax.runtime.errors import UserError
 
 SIDES = ("ref", "p0", "p1")
 JUDGE = "judge"

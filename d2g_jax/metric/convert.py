@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax.errors import UserError
 from d2g_jax.losses.lpips import LPIPS, save_lpips
 from d2g_jax.losses.perceptual import LATENT_SPACES, LatentLPIPS, LatentSpace, latent_space, save_metric
 from d2g_jax.models import vgg
 from d2g_jax.pipeline.weights import to_params, torch_shapes
+from d2g_jax.runtime.errors import UserError
 
 StateDict = dict[str, np.ndarray]
 

@@ -17,11 +17,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from d2g_jax.errors import UserError
 from d2g_jax.losses import augment
 from d2g_jax.losses.lpips import KIND, LPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, check_latents, e_latent_lpips
-from d2g_jax.progress import Progress
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.progress import Progress
 
 LATENTS = ".npy"
 IMAGES = (".png", ".jpg", ".jpeg")

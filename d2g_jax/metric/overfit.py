@@ -21,12 +21,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from d2g_jax import runs
-from d2g_jax.atomic import write_text
 from d2g_jax.diffusion import noise
-from d2g_jax.errors import UserError
-from d2g_jax.grid import grid, save_png
-from d2g_jax.interrupt import StopRequests
 from d2g_jax.losses import augment
 from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, mse, regression_loss
@@ -36,8 +31,13 @@ from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.folder import read_json, to_uint8
 from d2g_jax.pipeline.hub import resolve
-from d2g_jax.progress import Progress
 from d2g_jax.report import write_report
+from d2g_jax.runtime import runs
+from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.grid import grid, save_png
+from d2g_jax.runtime.interrupt import StopRequests
+from d2g_jax.runtime.progress import Progress
 
 TITLES = {
     "mse": "MSE of latents",

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from d2g_jax.errors import UserError
 from d2g_jax.models.platform import platform
-from d2g_jax.models.sharding import shards
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.sharding import shards
 
 ATTENTIONS = ("auto", "xla", "cudnn", "flash", "blocked", "plain", "twice")
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from d2g_jax.errors import UserError
 from d2g_jax.models.layers import LayerNorm, Linear
 from d2g_jax.models.network import Network
+from d2g_jax.runtime.errors import UserError
 
 _ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _ACTIVATIONS = {

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from d2g_jax.errors import UserError
 from d2g_jax.models import initializers
 from d2g_jax.models.layers import Conv, GroupNorm, remat_call
 from d2g_jax.models.network import Keys, Network, Params
 from d2g_jax.models.unet import UNetBackbone, UNetConfig
+from d2g_jax.runtime.errors import UserError
 
 BACKBONE = "unet"
 """First part of the path of every parameter that came from the teacher; all others are new."""

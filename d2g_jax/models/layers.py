@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from d2g_jax.errors import UserError
 from d2g_jax.models.initializers import Initializer, full, torch_uniform
 from d2g_jax.models.network import Keys
 from d2g_jax.models.platform import platform
-from d2g_jax.models.sharding import by_sample, whole
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.sharding import by_sample, whole
 
 Padding = int | tuple[tuple[int, int], tuple[int, int]]
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from d2g_jax.errors import UserError
 from d2g_jax.models.layers import (
     Conv,
     Downsample2D,
@@ -26,6 +25,7 @@ from d2g_jax.models.layers import (
 from d2g_jax.models.network import Keys, Network
 from d2g_jax.models.transformer import Transformer2DModel
 from d2g_jax.models.unet_config import UNetConfig
+from d2g_jax.runtime.errors import UserError
 
 __all__ = ["UNet2DConditionModel", "UNetBackbone", "UNetConfig", "build"]
 

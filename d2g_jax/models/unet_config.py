@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 PerLevel = int | tuple[int, ...]
 

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from d2g_jax.errors import UserError
 from d2g_jax.models.attention import dot_product_attention
 from d2g_jax.models.layers import (
     Conv,
@@ -27,6 +26,7 @@ from d2g_jax.models.layers import (
     Upsample2D,
 )
 from d2g_jax.models.network import Network
+from d2g_jax.runtime.errors import UserError
 
 _EPS = 1e-6
 _BELOW_RIGHT = ((0, 1), (0, 1))

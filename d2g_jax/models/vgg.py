@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from d2g_jax.errors import UserError
 from d2g_jax.models.layers import Conv
 from d2g_jax.models.network import Network, Params
+from d2g_jax.runtime.errors import UserError
 
 TAPS = ("slice_end", "pre_pool")
 BATCH_NORM_EPS = 1e-5

@@ -19,15 +19,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from d2g_jax import mesh as meshes
 from d2g_jax import records
 from d2g_jax.diffusion import noise
-from d2g_jax.errors import UserError
 from d2g_jax.pairs.prompts import Prompts
 from d2g_jax.pipeline.conditioning import Conditioning, text_fields, tokenize_prompts
 from d2g_jax.pipeline.draw import Programs, Solution, padded, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.records.schema import LATENT_DTYPES
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 
 T = TypeVar("T")
 

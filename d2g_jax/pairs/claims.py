@@ -19,9 +19,10 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from d2g_jax import buckets, records
-from d2g_jax.errors import UserError
+from d2g_jax import records
 from d2g_jax.records.files import read_json, write_json
+from d2g_jax.runtime import buckets
+from d2g_jax.runtime.errors import UserError
 
 FOLDER = "claims"
 _RENEWALS = 4  # in the time of one lease

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from d2g_jax import buckets, records
-from d2g_jax import mesh as meshes
+from d2g_jax import records
 from d2g_jax.models.network import Params
 from d2g_jax.models.platform import ANY, compiling_for
 from d2g_jax.pairs.batches import Teacher
@@ -23,6 +22,8 @@ from d2g_jax.pairs.job import FOLDER, load_teacher
 from d2g_jax.pipeline.conditioning import encode_text
 from d2g_jax.pipeline.draw import teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.runtime import buckets
+from d2g_jax.runtime import mesh as meshes
 
 PUBLISHED_PEAKS = {"H100 SXM": 989.4e12, "TPU v5p": 459e12}
 """Dense bf16 FLOP/s of one chip, as published by their makers; not measured here."""

@@ -13,21 +13,22 @@ from typing import Any
 import jax
 import ml_collections
 
-from d2g_jax import buckets, records
-from d2g_jax import mesh as meshes
-from d2g_jax.atomic import TEMPORARY
+from d2g_jax import records
 from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.diffusion import noise, solvers
-from d2g_jax.errors import UserError
-from d2g_jax.interrupt import terminating
 from d2g_jax.pairs.batches import Batch, Teacher, check_batch_size, one_ahead
 from d2g_jax.pairs.claims import Claims
 from d2g_jax.pairs.prompts import Prompts, read_prompts
 from d2g_jax.pipeline.conditioning import text_shapes
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
-from d2g_jax.progress import Progress
 from d2g_jax.records.schema import LATENT_DTYPES
+from d2g_jax.runtime import buckets
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.atomic import TEMPORARY
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.interrupt import terminating
+from d2g_jax.runtime.progress import Progress
 
 FOLDER = Path("pairs", "1.0.0")
 """Where the job writes below its workdir."""

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from d2g_jax.errors import UserError
 from d2g_jax.records.framing import FrameError, read_frames
+from d2g_jax.runtime.errors import UserError
 
 _COLUMN = "pairs.prompts_column"
 

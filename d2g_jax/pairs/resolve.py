@@ -8,10 +8,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from d2g_jax import buckets, records
-from d2g_jax.errors import UserError
+from d2g_jax import records
 from d2g_jax.pairs.batches import Teacher
 from d2g_jax.pairs.job import load_teacher
+from d2g_jax.runtime import buckets
+from d2g_jax.runtime.errors import UserError
 
 TOLERANCE = 0.05
 """Root mean square of the difference over that of the stored latents, where bits cannot be expected to agree."""

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax import mesh as meshes
 from d2g_jax.diffusion import solvers
 from d2g_jax.diffusion.schedule import Schedule, guided
 from d2g_jax.diffusion.systems import OneStep, guidance_embedding
-from d2g_jax.errors import UserError
 from d2g_jax.models import vae
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline.conditioning import Conditioning, encode_negative, encode_text, size_ids
 from d2g_jax.pipeline.folder import Pipeline, decode, to_uint8
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 
 _OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from d2g_jax import mesh as meshes
-from d2g_jax.atomic import write_bytes
-from d2g_jax.errors import UserError
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.hub import resolve
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.atomic import write_bytes
+from d2g_jax.runtime.errors import UserError
 
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 SKIPPED = ("safety_checker", "feature_extractor", "image_encoder")

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from d2g_jax.errors import UserError
 from d2g_jax.pipeline.weights import STEMS
+from d2g_jax.runtime.errors import UserError
 
 NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 """Folders with a config and weights."""

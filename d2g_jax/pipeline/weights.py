@@ -18,9 +18,9 @@ import jax
 import ml_dtypes  # noqa: F401  (teaches numpy the bfloat16 that safetensors returns)
 import numpy as np
 
-from d2g_jax.atomic import replacing
-from d2g_jax.errors import UserError
 from d2g_jax.models.network import Params
+from d2g_jax.runtime.atomic import replacing
+from d2g_jax.runtime.errors import UserError
 
 STEMS = ("diffusion_pytorch_model", "model")
 """File stems that diffusers and transformers write, looked for in this order."""

@@ -10,12 +10,12 @@ import ml_collections
 
 from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.errors import UserError
 from d2g_jax.losses import perceptual
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.models import clip, unet, vae, vgg
 from d2g_jax.pipeline.folder import SD, SDXL, Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.train.setup import PERCEPTUAL
 
 _CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import ml_collections
 
-from d2g_jax import mesh as meshes
 from d2g_jax.models.attention import MANY_KEYS
 from d2g_jax.models.platform import ANY
 from d2g_jax.plan import store
@@ -25,6 +24,7 @@ from d2g_jax.plan.settings import with_settings
 from d2g_jax.plan.shapes import Shapes, device_bytes, run_shapes
 from d2g_jax.plan.targets import Target
 from d2g_jax.plan.trace import Assumptions, Cost, program_cost
+from d2g_jax.runtime import mesh as meshes
 
 CODE_BYTES = 200 * 2**20
 """Assumed of one compiled step."""

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import ml_collections
 
-from d2g_jax import mesh as meshes
 from d2g_jax.models.layers import REMATS
 from d2g_jax.plan import store
 from d2g_jax.plan.formula import CODE_BYTES, formula_program, formula_programs, interpolate, micro_batch_costs
@@ -21,6 +20,7 @@ from d2g_jax.plan.settings import MOMENTS, settings, with_settings
 from d2g_jax.plan.shapes import Shapes, run_shapes
 from d2g_jax.plan.targets import Target, described_tpu, devices
 from d2g_jax.plan.trace import Cost
+from d2g_jax.runtime import mesh as meshes
 from d2g_jax.state import MOMENT_DTYPES
 
 METHODS = ("compile", "formula")

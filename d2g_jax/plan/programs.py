@@ -14,11 +14,11 @@ from typing import Any
 import jax
 from jax.errors import JaxRuntimeError
 
-from d2g_jax.errors import UserError
 from d2g_jax.plan import store
 from d2g_jax.plan.collectives import Collective, parse_collectives
 from d2g_jax.plan.targets import Target, described_tpu, libtpu_version, unpaired_libtpu
 from d2g_jax.plan.trace import Cost
+from d2g_jax.runtime.errors import UserError
 
 _LESS_EFFORT = (
     {"exec_time_optimization_effort": -1.0}

@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from d2g_jax import exported
-from d2g_jax import mesh as meshes
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.diffusion.systems import OneStep
-from d2g_jax.errors import UserError
 from d2g_jax.models.platform import ANY, compiling_for
 from d2g_jax.pipeline.draw import one_step_programs
 from d2g_jax.pipeline.folder import Pipeline
@@ -26,6 +24,8 @@ from d2g_jax.plan.plan import program_seconds
 from d2g_jax.plan.programs import Program, compile_program
 from d2g_jax.plan.targets import Chip, Target, described_tpu, devices
 from d2g_jax.plan.trace import Assumptions, program_cost
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 
 DTYPES = ("bfloat16", "float32")
 

@@ -13,8 +13,8 @@ import jax
 import jaxlib
 
 import d2g_jax
-from d2g_jax import atomic
 from d2g_jax.plan.targets import libtpu_version
+from d2g_jax.runtime import atomic
 
 
 def folder() -> Path:

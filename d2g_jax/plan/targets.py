@@ -18,7 +18,7 @@ from importlib import metadata
 
 import jax
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 GIB = 2**30
 

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from d2g_jax import mesh as meshes
-from d2g_jax.errors import UserError
 from d2g_jax.pairs.job import solution as pairs_solution
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.play.studio import Studio, System
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import Sampler, latent_shape
 
 NONE = "none"

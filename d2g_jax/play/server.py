@@ -22,9 +22,9 @@ from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from d2g_jax.errors import UserError
 from d2g_jax.play import pad
 from d2g_jax.play.studio import Asked, Studio
+from d2g_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -16,12 +16,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from d2g_jax import mesh as meshes
-from d2g_jax.errors import UserError
 from d2g_jax.pipeline.conditioning import Conditioning, tokenize_prompts
 from d2g_jax.pipeline.draw import Programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.play import pad
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 
 _CACHED_PROMPTS = 64
 

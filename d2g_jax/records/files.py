@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import google_crc32c
 
-from d2g_jax import atomic
-from d2g_jax.errors import UserError
+from d2g_jax.runtime import atomic
+from d2g_jax.runtime.errors import UserError
 
 T = TypeVar("T")
 

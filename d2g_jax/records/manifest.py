@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2g_jax import buckets
 from d2g_jax.diffusion import noise
-from d2g_jax.errors import UserError
 from d2g_jax.records.files import read_json, write_atomic, write_json
 from d2g_jax.records.schema import LATENT_DTYPES, PairSchema
 from d2g_jax.records.shards import DATASET, SPLIT, VERSION, ShardInfo, read_shard_info
+from d2g_jax.runtime import buckets
+from d2g_jax.runtime.errors import UserError
 
 FILE = "manifest.json"
 

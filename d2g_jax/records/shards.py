@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import d2g_jax
-from d2g_jax import buckets
-from d2g_jax.errors import UserError
 from d2g_jax.records.files import read_json, write_atomic, write_json
 from d2g_jax.records.framing import frame
 from d2g_jax.records.schema import PairSchema
+from d2g_jax.runtime import buckets
+from d2g_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from d2g_jax.records.manifest import Manifest

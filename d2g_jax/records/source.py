@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax import buckets
-from d2g_jax.errors import UserError
 from d2g_jax.records.framing import FrameError, scan, unframe
 from d2g_jax.records.manifest import Manifest
 from d2g_jax.records.shards import index_path, read_shard_info, repair_command, shard_range, write_index
+from d2g_jax.runtime import buckets
+from d2g_jax.runtime.errors import UserError
 
 _MAX_OPEN_FILES = 64  # per process; a folder may have more shards than a process may have open files
 

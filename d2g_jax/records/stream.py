@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import grain

@@ -12,10 +12,7 @@ import google_crc32c
 import jax
 import numpy as np
 
-from d2g_jax import buckets
-from d2g_jax.atomic import TEMPORARY
 from d2g_jax.diffusion import noise
-from d2g_jax.errors import UserError
 from d2g_jax.records.framing import FrameError, scan, unframe
 from d2g_jax.records.manifest import Manifest
 from d2g_jax.records.shards import (
@@ -27,6 +24,9 @@ from d2g_jax.records.shards import (
     shard_name,
     shard_range,
 )
+from d2g_jax.runtime import buckets
+from d2g_jax.runtime.atomic import TEMPORARY
+from d2g_jax.runtime.errors import UserError
 
 _REDRAWN = 128  # records whose noise is drawn in one call
 _LEFTOVER_SECONDS = 3600  # a temporary file that nobody wrote to for so long belongs to a dead process

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 _DEEPEST = 100  # objects in objects; whoever walks them goes no deeper than Python's stack
 _MOST_DIGITS = 300  # of a whole number; a longer one is no float

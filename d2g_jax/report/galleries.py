@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2g_jax.errors import UserError
 from d2g_jax.report.files import inside, read_object
+from d2g_jax.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from d2g_jax.errors import UserError
 from d2g_jax.report.files import inside, read_object
 from d2g_jax.report.galleries import Gallery, find_galleries
 from d2g_jax.report.status import Status, read_status
+from d2g_jax.runtime.errors import UserError
 
 T = TypeVar("T")
 _NOT_METRICS = ("run", "images", "step", "seconds")

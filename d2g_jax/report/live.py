@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from d2g_jax.errors import UserError
-from d2g_jax.interrupt import Terminated
-from d2g_jax.processes import is_first
 from d2g_jax.report.page import write_report
 from d2g_jax.report.status import FINISHED, RUNNING, STOPPED, Status, read_status, write_status
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.interrupt import Terminated
+from d2g_jax.runtime.processes import is_first
 
 _REST = 50  # a page that took one second to write is written again after fifty at the earliest: 2% of the time
 

@@ -10,13 +10,13 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from d2g_jax.atomic import write_bytes
-from d2g_jax.errors import UserError
 from d2g_jax.report import curves, health, measured, overview, pictures
 from d2g_jax.report.alarms import alarms
 from d2g_jax.report.charts import format_number
 from d2g_jax.report.inputs import Inputs, read_inputs
 from d2g_jax.report.status import FINISHED, RUNNING, STOPPED, Status
+from d2g_jax.runtime.atomic import write_bytes
+from d2g_jax.runtime.errors import UserError
 
 _REFRESH = 30  # seconds after which an open page of a running job loads itself again
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from d2g_jax.errors import UserError
 from d2g_jax.report.charts import MISSING, format_number
 from d2g_jax.report.galleries import Gallery, Walk
 from d2g_jax.report.inputs import Inputs
+from d2g_jax.runtime.errors import UserError
 
 _LARGEST_PLAIN = 96 * 1024  # bytes; a larger image is embedded as WebP, so that a page of SDXL grids stays sendable
 _LONGEST_SIDE = 1024

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import jax
 
-from d2g_jax.atomic import write_text
-from d2g_jax.errors import UserError
 from d2g_jax.report.files import read_object
+from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.errors import UserError
 
 FILE = "status.json"
 RUNNING, STOPPED, FINISHED = "running", "stopped", "finished"

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from typing import Any
 
-from d2g_jax.errors import UserError
 from d2g_jax.report.charts import MISSING, format_number
 from d2g_jax.report.inputs import Inputs
+from d2g_jax.runtime.errors import UserError
 
 _TITLES = {
     "frechet_to_teacher": "Fréchet to teacher",

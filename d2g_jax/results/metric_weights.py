@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

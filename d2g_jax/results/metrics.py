@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from d2g_jax.errors import UserError
 from d2g_jax.results import metric_weights
 from d2g_jax.results.metric_weights import MetricWeights
+from d2g_jax.runtime.errors import UserError
 
 REFERENCE, PROMPTS, LABELS, DIVERSITY, TEACHER = "reference", "prompts", "labels", "diversity", "teacher"
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from d2g_jax.errors import UserError
 from d2g_jax.results.metrics import DIVERSITY, METRICS, REFERENCE, TEACHER, weights_of
+from d2g_jax.runtime.errors import UserError
 
 FORMAT = 1
 """Of the result file: raised when a reader of the old one would go wrong."""

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from d2g_jax import atomic, records
-from d2g_jax.grid import save_png
-from d2g_jax.processes import is_first
+from d2g_jax import records
+from d2g_jax.runtime import atomic
+from d2g_jax.runtime.grid import save_png
+from d2g_jax.runtime.processes import is_first
 from d2g_jax.train.painter import Mix, Painter, Pictures, Record
 
 STEPS = 8  # pictures of a walk, its ends included

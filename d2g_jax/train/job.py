@@ -11,15 +11,16 @@ from pathlib import Path
 
 import ml_collections
 
-from d2g_jax import guard, records, runs
-from d2g_jax import mesh as meshes
+from d2g_jax import guard, records
 from d2g_jax.checkpoint import Checkpoints
-from d2g_jax.errors import UserError
-from d2g_jax.interrupt import leaving_at_once
-from d2g_jax.lock import locked
 from d2g_jax.pipeline.folder import Pipeline
-from d2g_jax.processes import first_decides
 from d2g_jax.report import LivePage, finish
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime import runs
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.interrupt import leaving_at_once
+from d2g_jax.runtime.lock import locked
+from d2g_jax.runtime.processes import first_decides
 from d2g_jax.state import TrainState
 from d2g_jax.train.gallery import is_drawn, make_gallery
 from d2g_jax.train.loop import loop

@@ -10,15 +10,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from d2g_jax import mesh as meshes
 from d2g_jax import records
 from d2g_jax.checkpoint import Checkpoints
-from d2g_jax.interrupt import StopRequests
-from d2g_jax.maintenance import maintenance_notices
 from d2g_jax.pipeline.folder import Pipeline
-from d2g_jax.processes import Vote
-from d2g_jax.progress import Progress
 from d2g_jax.report import LivePage
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.interrupt import StopRequests
+from d2g_jax.runtime.maintenance import maintenance_notices
+from d2g_jax.runtime.processes import Vote
+from d2g_jax.runtime.progress import Progress
 from d2g_jax.state import TrainState
 from d2g_jax.step import Distillation, Frozen
 from d2g_jax.train.gallery import make_gallery

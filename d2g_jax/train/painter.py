@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from d2g_jax import mesh as meshes
 from d2g_jax import records
-from d2g_jax.grid import grid, save_png
 from d2g_jax.pipeline.draw import padded
 from d2g_jax.pipeline.folder import Pipeline, decode
-from d2g_jax.processes import is_first
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.grid import grid, save_png
+from d2g_jax.runtime.processes import is_first
 from d2g_jax.step import Distillation, Frozen, condition, generate
 
 SAMPLES_IN_GRID = 32

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from d2g_jax import mesh as meshes
+from d2g_jax.runtime import mesh as meshes
 from d2g_jax.state import TrainState
 from d2g_jax.step import Distillation, Frozen, Metrics, d_step, g_step, r1_step
 

@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from d2g_jax import mesh as meshes
 from d2g_jax import records
 from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.diffusion.schedule import Schedule
-from d2g_jax.errors import UserError
 from d2g_jax.losses.lpips import LPIPS, DecodedLPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, regression_loss
 from d2g_jax.models import discriminator as discriminators
@@ -22,6 +20,8 @@ from d2g_jax.models import unet as unets
 from d2g_jax.models.layers import check_remat
 from d2g_jax.pipeline.conditioning import encode_text, from_text_fields
 from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.state import TrainState, create_state, discriminator_optimizer, generator_optimizer
 from d2g_jax.step import Distillation, Frozen
 

@@ -15,8 +15,8 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from d2g_jax import runs
-from d2g_jax.errors import UserError
+from d2g_jax.runtime import runs
+from d2g_jax.runtime.errors import UserError
 
 FOLDER = "tensorboard"
 _NEEDS = {"tensorboard": "tensorboardX", "wandb": "wandb"}

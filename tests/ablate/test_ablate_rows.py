@@ -12,11 +12,11 @@ from d2g_jax.ablate.rows import DISCRIMINATOR, LOSSES
 from d2g_jax.ablate.students import check_config, images_per_second, last_phase, student_config
 from d2g_jax.config.configuration import read_config
 from d2g_jax.digits.config import get_config
-from d2g_jax.errors import UserError
 from d2g_jax.losses.lpips import DecodedLPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.pipeline.folder import Pipeline
-from d2g_jax.runs import flatten
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.runs import flatten
 from d2g_jax.state import create_state
 from d2g_jax.step import d_step
 from d2g_jax.train import setup

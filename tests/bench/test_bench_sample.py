@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from d2g_jax import mesh as meshes
 from d2g_jax.bench import networks, sample
 from d2g_jax.bench.sample import PARTS, SampleRequest, run_sample
-from d2g_jax.errors import UserError
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 
 SMALL = SampleRequest("digits", batches=(2,), repeats=1)
 TORCH = all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "transformers"))

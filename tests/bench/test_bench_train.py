@@ -9,7 +9,7 @@ import pytest
 from d2g_jax.bench import train, training
 from d2g_jax.bench.train import TrainRequest, run_train
 from d2g_jax.digits.config import get_config
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 TORCH = all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "transformers"))
 

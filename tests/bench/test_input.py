@@ -7,7 +7,7 @@ import pytest
 from d2g_jax import records
 from d2g_jax.__main__ import main
 from d2g_jax.bench.input import InputRequest, make_folder, run_input
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 SMALL = InputRequest(shape="digits", records=68, batch=8, repeats=2)
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from d2g_jax.bench import loss, measure, torch_metric
-from d2g_jax.errors import UserError
 from d2g_jax.losses import perceptual
 from d2g_jax.models import vae, vgg
+from d2g_jax.runtime.errors import UserError
 
 TINY = loss.Networks(
     perceptual.latent_space("sd15"),

@@ -7,15 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from d2g_jax import mesh as meshes
 from d2g_jax.__main__ import main
 from d2g_jax.bench import networks, pairs, torch_pairs
 from d2g_jax.bench.pairs import PairsRequest, run_pairs
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.errors import UserError
 from d2g_jax.pairs.estimate import unet_flops
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.plan.architectures import MODELS, abstract_pipeline
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 
 SMALL = PairsRequest(str(WEIGHTS / "pipeline"), batch=4, steps=2, repeats=1)
 

@@ -11,7 +11,7 @@ import pytest
 from d2g_jax.__main__ import main
 from d2g_jax.commands.common import JOBS
 from d2g_jax.config.configuration import read_config
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 
 def run(capsys, *arguments):

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from d2g_jax import mesh
 from d2g_jax.__main__ import main
 from d2g_jax.config.base_config import COUNTS
 from d2g_jax.config.configuration import read_config
-from d2g_jax.errors import UserError
-from d2g_jax.runs import flatten
+from d2g_jax.runtime import mesh
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.runs import flatten
 
 FOLDER = Path(__file__).parents[2] / "configs"
 TEACHERS = ("sd15", "sd21", "sdxl")

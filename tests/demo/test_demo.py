@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from d2g_jax import runs
 from d2g_jax.__main__ import main
 from d2g_jax.demo import demo, evaluation
 from d2g_jax.digits.config import get_config
 from d2g_jax.report.status import read_status
+from d2g_jax.runtime import runs
 from d2g_jax.train import job
 
 SMALL = (

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from d2g_jax.diffusion import schedule as diffusion
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 SD15 = {
     "beta_schedule": "scaled_linear",

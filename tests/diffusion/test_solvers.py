@@ -14,7 +14,7 @@ import pytest
 
 from d2g_jax.diffusion import solvers
 from d2g_jax.diffusion.schedule import PREDICTION_TYPES, SPACINGS, Schedule
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 SD15 = {  # Stable Diffusion 1.5's own scheduler/scheduler_config.json
     "_class_name": "PNDMScheduler",

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import mesh as meshes
 from d2g_jax.__main__ import main
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.diffusion.systems import SYSTEMS, guidance_embedding
-from d2g_jax.errors import UserError
 from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import Sampler, draw_noise, latent_shape
 
 PROMPTS = ["the cat", "the dog the cat"]

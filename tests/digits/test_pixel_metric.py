@@ -9,10 +9,10 @@ import pytest
 
 from d2g_jax.digits import data, distortions, pixel_metric
 from d2g_jax.digits.config import WEIGHTS, get_config
-from d2g_jax.errors import UserError
 from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.lpips_training import calibrate
 from d2g_jax.models import vgg
+from d2g_jax.runtime.errors import UserError
 
 FOLDER = WEIGHTS / "lpips"
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate import clip_score
+from d2g_jax.runtime.errors import UserError
 
 TEXTS = ["a photo depicts the cat", "the dog the cat the dog the cat the dog the cat the dog the cat the dog"]
 

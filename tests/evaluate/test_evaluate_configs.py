@@ -9,9 +9,9 @@ import pytest
 from d2g_jax.commands import evaluate as command
 from d2g_jax.commands.common import parser
 from d2g_jax.diffusion.systems import SYSTEMS
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate.protocols import PROTOCOLS
 from d2g_jax.pipeline.draw import Solution
+from d2g_jax.runtime.errors import UserError
 
 CONFIGS = sorted(Path("configs/evaluate").glob("*.py"))
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate import distances
+from d2g_jax.runtime.errors import UserError
 
 
 def features(seed, count, shift=0.0, size=6):

@@ -9,11 +9,11 @@ import pytest
 
 from d2g_jax.__main__ import main
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate import drawing, features, job, pairwise, reference
 from d2g_jax.evaluate.protocols import PROTOCOLS
 from d2g_jax.results import metric_weights
 from d2g_jax.results.results import read_result
+from d2g_jax.runtime.errors import UserError
 
 N = 80
 MODEL = ["evaluate", "--protocol=digits", f"--model={WEIGHTS / 'pipeline'}", "--steps=1", "--guidance=1"]

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate import features
 from d2g_jax.evaluate.images import batches, survey
 from d2g_jax.evaluate.protocols import PROTOCOLS
 from d2g_jax.evaluate.reference import open_reference
 from d2g_jax.results import frechet
+from d2g_jax.runtime.errors import UserError
 
 COCO = dataclasses.replace(PROTOCOLS["coco2014-30k"], size=64)
 

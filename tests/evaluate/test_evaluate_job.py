@@ -12,13 +12,13 @@ import pytest
 from d2g_jax.__main__ import main
 from d2g_jax.digits import classifier, data
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.errors import UserError
 from d2g_jax.evaluate import pairwise
 from d2g_jax.evaluate.images import survey
 from d2g_jax.evaluate.protocols import PROTOCOLS
 from d2g_jax.results import frechet
 from d2g_jax.results.results import read_result
 from d2g_jax.results.table import comparable, table
+from d2g_jax.runtime.errors import UserError
 
 N = 80
 PIPELINE = WEIGHTS / "pipeline"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy.special import erfinv
 
-from d2g_jax.errors import UserError
 from d2g_jax.losses import augment
 from d2g_jax.losses.augment import Transform
+from d2g_jax.runtime.errors import UserError
 
 apply = jax.jit(augment.apply, static_argnames="stream")
 draw = jax.jit(augment.draw, static_argnames=("preset", "n"))

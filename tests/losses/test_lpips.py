@@ -9,12 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from d2g_jax.digits.config import get_config
-from d2g_jax.errors import UserError
 from d2g_jax.losses import perceptual
 from d2g_jax.losses.lpips import LPIPS, DecodedLPIPS, decoded_lpips, save_lpips
 from d2g_jax.losses.perceptual import regression_loss
 from d2g_jax.models import vae, vgg
 from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.train.setup import load_metric
 
 NARROW = vgg.VGGConfig(3, (4, 6, 6, 8, 8), (1, 1, 1, 1, 1), vgg.PIXELS.pools, batch_norm=False, tap="pre_pool")

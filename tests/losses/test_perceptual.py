@@ -12,11 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from d2g_jax.digits.config import get_config
-from d2g_jax.errors import UserError
 from d2g_jax.losses import perceptual
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.models import vgg
 from d2g_jax.pipeline.weights import to_state_dict
+from d2g_jax.runtime.errors import UserError
 
 NARROW = vgg.VGGConfig(widths=(8, 8, 16, 16, 16), convs=(1, 1, 1, 1, 1))
 SPACE = perceptual.LatentSpace("digits", 4, 0.5)

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from d2g_jax.errors import UserError
-from d2g_jax.interrupt import Terminated
 from d2g_jax.lpips_training.fit import CHECKPOINT, Recipe, fit, sampled_rows
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.interrupt import Terminated
 
 DATA = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2g_jax.errors import UserError
 from d2g_jax.lpips_training.images import Crop, hold_out, open_images, random_box, to_floats
 from d2g_jax.records.framing import frame
+from d2g_jax.runtime.errors import UserError
 
 
 def test_class_folders_in_order(class_folders):

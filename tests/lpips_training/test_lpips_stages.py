@@ -6,12 +6,12 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from d2g_jax.errors import UserError
 from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.lpips_training.fit import Recipe
 from d2g_jax.lpips_training.job import classification_optimizer
 from d2g_jax.lpips_training.triplets import open_triplets
 from d2g_jax.models import vgg
+from d2g_jax.runtime.errors import UserError
 
 NARROW = vgg.VGGConfig(widths=(8, 8, 8, 8, 8), convs=(1, 1, 1, 1, 1))
 

@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.errors import UserError
-from d2g_jax.grid import save_png
 from d2g_jax.losses import perceptual
 from d2g_jax.losses.lpips import LPIPS, save_lpips
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.metric import measure as job
 from d2g_jax.metric.measure import measure
 from d2g_jax.models import vae, vgg
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.grid import save_png
 
 DIGITS = WEIGHTS / "metric"
 DOCS = Path(__file__).parents[2] / "docs" / "metric.md"

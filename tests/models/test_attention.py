@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from d2g_jax import mesh as meshes
-from d2g_jax.errors import UserError
 from d2g_jax.models import attention
 from d2g_jax.models.platform import ANY, compiling_for
 from d2g_jax.pipeline.draw import Solution, student_programs, teacher_programs
@@ -17,6 +15,8 @@ from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.plan.collectives import parse_collectives
 from d2g_jax.plan.programs import COMPILER_OPTIONS
 from d2g_jax.plan.targets import described_tpu, devices, parse_topology
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("upcast", [False, True])

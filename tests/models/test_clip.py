@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.errors import UserError
 from d2g_jax.models import clip
 from d2g_jax.pipeline import weights
+from d2g_jax.runtime.errors import UserError
 
 SOURCE = "text_encoder/config.json"
 FULL = {

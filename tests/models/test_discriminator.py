@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.errors import UserError
 from d2g_jax.losses import adversarial
 from d2g_jax.models import attention, discriminator, unet
 from d2g_jax.models.discriminator import DiscriminatorConfig
 from d2g_jax.models.unet_config import UNetConfig
 from d2g_jax.plan.architectures import MODELS, abstract_pipeline
+from d2g_jax.runtime.errors import UserError
 
 UNET = UNetConfig(
     block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=6, attention_head_dim=2,

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.errors import UserError
 from d2g_jax.models import initializers, layers, transformer
 from d2g_jax.models.network import Network
+from d2g_jax.runtime.errors import UserError
 
 SHAPE = (2, 5, 6, 16)
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.errors import UserError
 from d2g_jax.models.layers import REMATS, check_remat
 from d2g_jax.models.network import Network
 from d2g_jax.models.transformer import Transformer2DModel
+from d2g_jax.runtime.errors import UserError
 
 X = np.random.default_rng(0).standard_normal((2, 4, 4, 8)).astype(np.float32)
 CONTEXT = np.random.default_rng(1).standard_normal((2, 3, 6)).astype(np.float32)

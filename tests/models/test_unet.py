@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.errors import UserError
 from d2g_jax.models import unet
 from d2g_jax.models.unet_config import UNetConfig
 from d2g_jax.pipeline import weights
+from d2g_jax.runtime.errors import UserError
 
 SOURCE = "unet/config.json"
 BFLOAT16_BOUND = 0.05  # max |a - b| / max |b| of a whole small UNet; measured below

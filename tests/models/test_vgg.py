@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.errors import UserError
 from d2g_jax.models import vgg
 from d2g_jax.pipeline.weights import to_state_dict
+from d2g_jax.runtime.errors import UserError
 
 NARROW = vgg.VGGConfig(widths=(4, 6, 6, 8, 8))
 

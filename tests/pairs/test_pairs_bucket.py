@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from d2g_jax import atomic, buckets, pairs, records
+from d2g_jax import pairs, records
 from d2g_jax.digits.config import get_config
-from d2g_jax.errors import UserError
 from d2g_jax.pairs.claims import Claims
+from d2g_jax.runtime import atomic, buckets
+from d2g_jax.runtime.errors import UserError
 
 
 class Bucket(MemoryFileSystem):

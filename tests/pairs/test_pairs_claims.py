@@ -11,9 +11,9 @@ import pytest
 
 from d2g_jax import records
 from d2g_jax.diffusion import noise
-from d2g_jax.errors import UserError
 from d2g_jax.pairs.claims import Claim, Claims
 from d2g_jax.records.files import write_json
+from d2g_jax.runtime.errors import UserError
 
 MANIFEST = records.Manifest(
     teacher="none", teacher_hash="", solver="ddim", num_inference_steps=1, guidance_scale=1.0,

@@ -14,17 +14,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from d2g_jax import mesh as meshes
 from d2g_jax import pairs, records
 from d2g_jax import step as steps
 from d2g_jax.__main__ import main
 from d2g_jax.diffusion import noise
 from d2g_jax.digits.config import get_config
-from d2g_jax.errors import UserError
 from d2g_jax.pairs import batches, estimate, resolve
 from d2g_jax.pairs.job import load_teacher
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.records import framing
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.train import setup
 
 

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from d2g_jax.errors import UserError
 from d2g_jax.pairs import read_prompts
 from d2g_jax.records import framing
+from d2g_jax.runtime.errors import UserError
 
 PROMPTS = ("a cat", "“ein Hund”, größer", "a cat", "two\u2028lines")
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.errors import UserError
 from d2g_jax.models import vae
 from d2g_jax.pipeline import folder as pipelines
 from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.conditioning import encode_text, tokenize_prompts
 from d2g_jax.pipeline.folder import Pipeline, tokenize
+from d2g_jax.runtime.errors import UserError
 
 PROMPTS = ["the cat", "the dog the cat", ""]
 

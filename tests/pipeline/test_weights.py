@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from d2g_jax.errors import UserError
 from d2g_jax.models import clip, vae
 from d2g_jax.pipeline import weights
+from d2g_jax.runtime.errors import UserError
 
 
 def leaf(*shape: int) -> jax.ShapeDtypeStruct:

@@ -4,9 +4,9 @@ import jax
 import pytest
 
 from d2g_jax.digits.config import WEIGHTS, get_config
-from d2g_jax.errors import UserError
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.plan.architectures import abstract_metric, abstract_pipeline
+from d2g_jax.runtime.errors import UserError
 
 
 def count(tree):

@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from d2g_jax.errors import UserError
-from d2g_jax.mesh import make_mesh
 from d2g_jax.plan.collectives import Collective, by_kind, parse_collectives, ring_bytes
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.mesh import make_mesh
 
 GATHER = "  %all-gather.1 = f32[1024,8]{1,0:T(8,128)} all-gather(%p), channel_id=1, replica_groups=%s, dimensions={0}"
 GROUPS = {"{{0,1,2,3},{4,5,6,7}}": 4, "[2,4]<=[8]": 4, "mesh['a'=2,'b'=4] {'b'}": 4, "mesh['a'=8] {'a':(2)4}": 4}

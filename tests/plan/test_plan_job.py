@@ -9,7 +9,6 @@ import sys
 import jax
 import pytest
 
-from d2g_jax import mesh as meshes
 from d2g_jax.__main__ import main
 from d2g_jax.digits.config import get_config
 from d2g_jax.models import clip, unet, vae
@@ -25,6 +24,7 @@ from d2g_jax.plan.report import format_plan
 from d2g_jax.plan.settings import settings, with_settings
 from d2g_jax.plan.shapes import run_shapes
 from d2g_jax.plan.targets import CHIPS, Target, parse_topology
+from d2g_jax.runtime import mesh as meshes
 from d2g_jax.train.setup import build, initial_state
 
 TINY = Architecture(

@@ -6,10 +6,10 @@ import jax
 import pytest
 
 from d2g_jax.__main__ import main
-from d2g_jax.errors import UserError
 from d2g_jax.plan import targets
 from d2g_jax.plan.programs import compiled_text
 from d2g_jax.plan.targets import CHIPS, GIB, parse_topology
+from d2g_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(

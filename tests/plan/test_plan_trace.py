@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from d2g_jax import mesh as meshes
 from d2g_jax.models.attention import dot_product_attention
 from d2g_jax.models.platform import ANY, compiling_for
 from d2g_jax.plan.trace import Assumptions, program_cost
+from d2g_jax.runtime import mesh as meshes
 
 
 def cost(function, *shapes, **assumptions):

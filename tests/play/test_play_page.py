@@ -17,9 +17,9 @@ import pytest
 
 from d2g_jax.__main__ import main
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.errors import UserError
 from d2g_jax.play import server
 from d2g_jax.play.studio import Asked, Drawing, Studio, System
+from d2g_jax.runtime.errors import UserError
 
 TEACHER = WEIGHTS / "pipeline"
 FLAGS = ("--steps=10", "--guidance=2", "--prompt=the digit 3, bold strokes", "--prompt=the digit 4")

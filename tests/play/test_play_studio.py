@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from d2g_jax import export
-from d2g_jax import mesh as meshes
 from d2g_jax.__main__ import main
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.errors import UserError
 from d2g_jax.play.opening import NONE, Choice, open_studio
 from d2g_jax.play.studio import Asked, Studio
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import Sampler
 
 TEACHER = WEIGHTS / "pipeline"

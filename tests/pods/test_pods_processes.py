@@ -17,8 +17,8 @@ TRAIN = ["-m", "d2g_jax", "train", "--config.mesh.cpu_devices=4", "--workdir=WOR
 LOOP = """
 import sys, time, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from d2g_jax import distributed, mesh
-from d2g_jax.errors import UserError
+from d2g_jax.runtime import distributed, mesh
+from d2g_jax.runtime.errors import UserError
 mesh.use_cpu_devices(1)
 distributed.start({})
 m = mesh.make_mesh()
@@ -110,7 +110,7 @@ def test_one_that_fails_before_it_has_a_config_takes_the_others_along(tmp_path):
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_one_that_waits_in_vain_says_so_and_ends(process):
-    script = "from d2g_jax import distributed as d; d._CONNECT_SECONDS = 3; d.join()"
+    script = "from d2g_jax.runtime import distributed as d; d._CONNECT_SECONDS = 3; d.join()"
     ((code, _, errors),) = ends([start(["-c", script], process, 2, port := free_port())])
     assert code == 75
     assert errors.splitlines()[-1].startswith(

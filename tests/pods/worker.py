@@ -25,12 +25,11 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from d2g_jax import distributed
-from d2g_jax import mesh as meshes
 from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.digits.config import get_config
-from d2g_jax.errors import UserError
-from d2g_jax.models import sharding
+from d2g_jax.runtime import distributed, sharding
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.state import create_state
 from d2g_jax.train.programs import compile_programs, iteration
 

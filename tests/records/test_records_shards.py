@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from d2g_jax import records
-from d2g_jax.errors import UserError
 from d2g_jax.records import framing
+from d2g_jax.runtime.errors import UserError
 
 
 def contents(folder):

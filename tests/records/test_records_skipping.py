@@ -3,7 +3,7 @@
 import pytest
 
 from d2g_jax import records
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 
 def corrupt(folder, manifest, *record_ids):

@@ -12,8 +12,8 @@ import pytest
 
 from d2g_jax import records
 from d2g_jax.diffusion import noise
-from d2g_jax.errors import UserError
 from d2g_jax.records import framing, shards, source
+from d2g_jax.runtime.errors import UserError
 
 NAMES = [records.shard_name(shard, 3) for shard in range(3)]
 

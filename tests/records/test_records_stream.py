@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from d2g_jax import records
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 
 def ids_of(source, batches, **options):

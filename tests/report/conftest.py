@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from d2g_jax.grid import grid, save_png
+from d2g_jax.runtime.grid import grid, save_png
 
 
 def write(path, data):

@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from d2g_jax.errors import UserError
-from d2g_jax.grid import save_png
 from d2g_jax.report import write_report
 from d2g_jax.report.charts import LEFT, RIGHT, WIDTH, Axis, Series, format_number, line_chart
 from d2g_jax.report.curves import image_rates
 from d2g_jax.report.inputs import read_inputs, read_metrics
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.grid import save_png
 
 HOSTILE = """a <script>alert("1")</script> 'three' & </style><img src=x onerror=alert(2)>"""
 STATUS = {"state": "running", "stage": "training", "unit": "images", "written": "2026-11-22T10:00:00+00:00"}

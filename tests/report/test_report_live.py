@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from d2g_jax.errors import UserError
-from d2g_jax.interrupt import Terminated
 from d2g_jax.report import LivePage, finish, live, write_report
 from d2g_jax.report.status import Status, peak_memory, read_status, write_status
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.interrupt import Terminated
 
 
 def page_of(folder):

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from d2g_jax.__main__ import main
-from d2g_jax.errors import UserError
 from d2g_jax.results.results import read_result
 from d2g_jax.results.table import table
+from d2g_jax.runtime.errors import UserError
 
 RESULT = {
     "format": 1,

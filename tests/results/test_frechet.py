@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from d2g_jax.errors import UserError
 from d2g_jax.results import frechet
+from d2g_jax.runtime.errors import UserError
 
 
 def random_gaussian(rng, size):

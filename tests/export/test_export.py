@@ -18,10 +18,8 @@ import numpy as np
 import pytest
 
 from d2g_jax import exported
-from d2g_jax import mesh as meshes
 from d2g_jax.diffusion.schedule import Schedule, one_step
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.errors import UserError
 from d2g_jax.export import export_student, load_flax
 from d2g_jax.export.to_diffusers import one_step_scheduler
 from d2g_jax.models import attention, layers, platform
@@ -30,6 +28,8 @@ from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import draw, student_programs
 from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import Sampler
 
 PROMPTS = ["the cat", "the dog the cat"]
@@ -257,7 +257,7 @@ def test_flax_to_diffusers(flax_sd: Path, tiny_sd: Path, tmp_path: Path):
 
 
 def test_the_example_in_the_readme(flax_sd: Path, tiny_sd: Path, tmp_path: Path, monkeypatch):
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     (code,) = (code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_flax" in code)
     assert len(code.strip().splitlines()) <= 20
     monkeypatch.chdir(tmp_path)

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from d2g_jax.errors import UserError
-from d2g_jax.lock import LOCK, locked
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.lock import LOCK, locked
 
 HOLD = """
 import sys, time, pathlib
-from d2g_jax.lock import locked
+from d2g_jax.runtime.lock import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 LOCK = ".lock"
 

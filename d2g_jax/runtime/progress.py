@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from d2g_jax import distributed
+from d2g_jax.runtime import distributed
 
 T = TypeVar("T")
 

@@ -5,8 +5,8 @@ import stat
 import numpy as np
 import pytest
 
-from d2g_jax import atomic
-from d2g_jax.errors import UserError
+from d2g_jax.runtime import atomic
+from d2g_jax.runtime.errors import UserError
 
 
 def test_a_body_that_raises_leaves_the_old_file_and_nothing_beside(tmp_path):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from d2g_jax import buckets
-from d2g_jax.errors import UserError
+from d2g_jax.runtime import buckets
+from d2g_jax.runtime.errors import UserError
 
 TEMPORARY = ".tmp"  # ends the name of every file that is not whole yet
 

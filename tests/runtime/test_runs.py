@@ -5,8 +5,8 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
-from d2g_jax import runs
-from d2g_jax.errors import UserError
+from d2g_jax.runtime import runs
+from d2g_jax.runtime.errors import UserError
 
 
 def config(images=10, rate=0.5):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from d2g_jax import progress
+from d2g_jax.runtime import progress
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from d2g_jax.errors import UserError
-from d2g_jax.processes import Vote, first_decides, is_first
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.processes import Vote, first_decides, is_first
 
 # Process 1 hears of a stop at step 3, process 0 never does: both must leave after the same step. A refusal on process 0
 # must reach both.
@@ -16,8 +16,8 @@ import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]), initialization_timeout=60)
-from d2g_jax.errors import UserError
-from d2g_jax.processes import Vote, first_decides, is_first
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.processes import Vote, first_decides, is_first
 assert is_first() == (sys.argv[2] == "0")
 vote = Vote()
 stop = next(step for step in range(1, 100) if vote(15 if step >= 3 and not is_first() else 0) == 15)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from d2g_jax.distributed import Place, find_place
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.distributed import Place, find_place
+from d2g_jax.runtime.errors import UserError
 
 ADDRESS, COUNT, ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "7"}

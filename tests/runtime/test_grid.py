@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2g_jax.errors import UserError
-from d2g_jax.grid import grid, save_png
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.grid import grid, save_png
 
 
 def test_images_stand_row_by_row_on_white():

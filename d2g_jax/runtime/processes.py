@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 _LONGEST = 1000  # bytes of a message
 

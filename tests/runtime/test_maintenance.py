@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from d2g_jax import interrupt, maintenance
+from d2g_jax.runtime import interrupt, maintenance
 
 
 class Server(http.server.BaseHTTPRequestHandler):

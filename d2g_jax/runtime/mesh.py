@@ -18,8 +18,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from d2g_jax.errors import UserError
-from d2g_jax.models.sharding import kernel_spec
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.sharding import kernel_spec
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ import os
 import numpy as np
 from PIL import Image
 
-from d2g_jax.atomic import replacing
+from d2g_jax.runtime.atomic import replacing
 
 
 def grid(images: np.ndarray, columns: int, padding: int = 2) -> np.ndarray:

@@ -14,9 +14,9 @@ import jax
 import ml_collections
 
 import d2g_jax
-from d2g_jax import atomic
-from d2g_jax.errors import UserError
-from d2g_jax.processes import is_first
+from d2g_jax.runtime import atomic
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.processes import is_first
 
 _PLACE_KEYS = ("environment",)
 

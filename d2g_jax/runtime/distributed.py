@@ -27,7 +27,7 @@ import jax
 from jax._src import distributed as runtime
 
 import d2g_jax
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 CLUSTERS = ("slurm", "gketpu", "gcetpu", "k8s", "ompi", "mpi4py")
 """What `D2G_CLUSTER` may be: JAX's names of its detectors."""

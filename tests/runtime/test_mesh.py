@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from d2g_jax import mesh
-from d2g_jax.errors import UserError
+from d2g_jax.runtime import mesh
+from d2g_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from d2g_jax.errors import UserError
+from d2g_jax.runtime.errors import UserError
 
 _SCHEMES = ("gs://", "s3://", "az://")
 
