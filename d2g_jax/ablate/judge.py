@@ -7,7 +7,7 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 
-from d2g_jax import pairs, sample
+from d2g_jax import pairs
 from d2g_jax.demo.held_out import HeldOut, cached, latents_of_pairs
 from d2g_jax.digits import classifier, data, scores
 from d2g_jax.pipeline.draw import decode_all
@@ -15,6 +15,7 @@ from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.results.frechet import frechet_distance
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.sample import sampler as sample
 
 
 class DigitsJudge:

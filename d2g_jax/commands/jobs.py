@@ -138,7 +138,7 @@ def _sample(arguments: list[str]) -> int:
     cli.start()
     from d2g_jax.pairs import read_prompts
     from d2g_jax.pipeline.draw import Solution
-    from d2g_jax.sample import Request, sample
+    from d2g_jax.sample.sampler import Request, sample
 
     given = cli.given_solution(own)
     request = Request(
@@ -182,7 +182,7 @@ def _export(arguments: list[str]) -> int:
     cli.start()
     from d2g_jax.export import export_student
     from d2g_jax.runtime import mesh
-    from d2g_jax.sample import Sampler
+    from d2g_jax.sample.sampler import Sampler
 
     sampler = Sampler.load(own.model, mesh.make_mesh())
     print(export_student(sampler, own.to, own.out, dtype=own.dtype, size=(own.height, own.width)))

@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from d2g_jax import pairs, sample
+from d2g_jax import pairs
 from d2g_jax.demo import evaluation
 from d2g_jax.demo.held_out import HeldOut, cached, latents_of_pairs
 from d2g_jax.pipeline.draw import decode_all
@@ -25,6 +25,7 @@ from d2g_jax.runtime import atomic, runs
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.grid import grid, save_png
 from d2g_jax.runtime.lock import locked
+from d2g_jax.sample import sampler as sample
 from d2g_jax.train import train
 
 TEACHER, ONE_STEP = "teacher, 50 steps", "teacher, 1 step"

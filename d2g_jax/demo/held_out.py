@@ -10,12 +10,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from d2g_jax import records, sample
+from d2g_jax import records
 from d2g_jax.digits import captions
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Programs, draw
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import atomic
+from d2g_jax.sample import sampler as sample
 
 
 @dataclasses.dataclass(frozen=True)

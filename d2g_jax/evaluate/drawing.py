@@ -22,7 +22,7 @@ from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.grid import save_png
 from d2g_jax.runtime.progress import Progress
-from d2g_jax.sample import Sampler, latent_shape
+from d2g_jax.sample.sampler import Sampler, latent_shape
 
 DESCRIPTION = "drawing.json"
 """What a folder's images are; beside them."""

@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from d2g_jax import exported
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.export import to_diffusers, to_flax, to_stablehlo
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.sample import Sampler, latent_shape
+from d2g_jax.sample import exported
+from d2g_jax.sample.sampler import Sampler, latent_shape
 
 DTYPES = ("float32", "float16", "bfloat16")
 

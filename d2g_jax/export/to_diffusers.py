@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax import exported
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.export import folders
 from d2g_jax.models.network import Params
@@ -16,6 +15,7 @@ from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import EXTRAS, NETWORKS
 from d2g_jax.runtime.atomic import write_text
+from d2g_jax.sample import exported
 
 _BETA_DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 """diffusers' own, written out because they are part of the model."""

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from d2g_jax import exported
 from d2g_jax.export import folders
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import EXTRAS, SETTINGS
+from d2g_jax.sample import exported
 
 _PARTS = {
     "params": "Orbax StandardCheckpointer tree {network: parameters}; NHWC and HWIO layout, '/' joins the paths",

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from d2g_jax import exported
 from d2g_jax.diffusion.schedule import Schedule, one_step
 from d2g_jax.export import folders
 from d2g_jax.models.platform import ANY, compiling_for
@@ -24,6 +23,7 @@ from d2g_jax.pipeline.conditioning import encode_text, size_ids
 from d2g_jax.pipeline.folder import Pipeline, decode
 from d2g_jax.pipeline.hub import NETWORKS
 from d2g_jax.runtime.atomic import replacing
+from d2g_jax.sample import exported
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

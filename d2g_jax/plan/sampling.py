@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from d2g_jax import exported
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.diffusion.systems import OneStep
 from d2g_jax.models.platform import ANY, compiling_for
@@ -26,6 +25,7 @@ from d2g_jax.plan.targets import Chip, Target, described_tpu, devices
 from d2g_jax.plan.trace import Assumptions, program_cost
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.sample import exported
 
 DTYPES = ("bfloat16", "float32")
 

@@ -18,7 +18,7 @@ from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.play.studio import Studio, System
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.sample import Sampler, latent_shape
+from d2g_jax.sample.sampler import Sampler, latent_shape
 
 NONE = "none"
 """As a teacher: there is to be none."""

@@ -17,7 +17,7 @@ import math
 import numpy as np
 from scipy.special import ndtr
 
-from d2g_jax.sample import draw_noise
+from d2g_jax.sample.sampler import draw_noise
 
 SEEDS = 2**31
 """Seeds are 0 to this, exclusive."""

@@ -16,7 +16,7 @@ from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.sample import Sampler, draw_noise, latent_shape
+from d2g_jax.sample.sampler import Sampler, draw_noise, latent_shape
 
 PROMPTS = ["the cat", "the dog the cat"]
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}

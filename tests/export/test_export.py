@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import exported
 from d2g_jax.diffusion.schedule import Schedule, one_step
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.export import export_student, load_flax
@@ -30,7 +29,8 @@ from d2g_jax.pipeline.draw import draw, student_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.sample import Sampler
+from d2g_jax.sample import exported
+from d2g_jax.sample.sampler import Sampler
 
 PROMPTS = ["the cat", "the dog the cat"]
 SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

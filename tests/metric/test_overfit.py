@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2g_jax import sample
 from d2g_jax.digits import data
 from d2g_jax.digits.config import WEIGHTS, get_config
 from d2g_jax.metric import overfit as job
 from d2g_jax.runtime import runs
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.sample import sampler as sample
 
 
 def config(**settings):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from d2g_jax.play import pad
-from d2g_jax.sample import draw_noise
+from d2g_jax.sample.sampler import draw_noise
 
 SHAPE = (4, 32, 32)
 

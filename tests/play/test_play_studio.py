@@ -16,7 +16,7 @@ from d2g_jax.play.opening import NONE, Choice, open_studio
 from d2g_jax.play.studio import Asked, Studio
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.sample import Sampler
+from d2g_jax.sample.sampler import Sampler
 
 TEACHER = WEIGHTS / "pipeline"
 PROMPT = "a bold handwritten seven slanted to the right"

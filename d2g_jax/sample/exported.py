@@ -1,6 +1,6 @@
 """What `d2g export` leaves in a folder for us to read again: its description, and Flax parameters.
 
-Apart from `d2g_jax.export`, which writes these folders, because `d2g_jax.sample` reads them.
+Apart from `d2g_jax.export`, which writes these folders, because `d2g_jax.sample.sampler` reads them.
 """
 
 from __future__ import annotations

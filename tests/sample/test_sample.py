@@ -13,7 +13,7 @@ from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import mesh as meshes
-from d2g_jax.sample import Sampler
+from d2g_jax.sample.sampler import Sampler
 
 PROMPTS = ["the cat", "the dog the cat"]
 

@@ -1,0 +1,1 @@
+"""Drawing from a teacher, a student or an export."""
