@@ -13,7 +13,6 @@ from d2g_jax import guard
 from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.digits.config import optimizer
-from d2g_jax.digits.teacher import SCHEDULER
 from d2g_jax.losses.perceptual import mse
 from d2g_jax.models import clip, discriminator, unet
 from d2g_jax.pipeline.conditioning import Conditioning
@@ -21,6 +20,7 @@ from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime import sharding
 from d2g_jax.state import create_state, discriminator_optimizer, ema_decay, generator_optimizer
 from d2g_jax.step import Distillation, Frozen, condition, d_step, g_step, generate, r1_step
+from d2g_jax.teacher.teacher import SCHEDULER
 
 BATCH, GROUPS = 20, 10
 UNET = unet.UNetConfig(

@@ -29,7 +29,7 @@ def _teacher(arguments: list[str]) -> int:
     parser.add_argument("--workdir", type=Path, required=True)
     own, config = cli.parse_with_config(parser, arguments)
     cli.start(config)
-    from d2g_jax.digits.teacher import make_teacher
+    from d2g_jax.teacher.teacher import make_teacher
 
     make_teacher(config.teacher, own.workdir)
     print(own.workdir)

@@ -10,10 +10,10 @@ from PIL import Image
 
 from d2g_jax.digits import data, distortions
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.digits.metric import TRUNK
 from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.lpips_training.job import train_lpips
 from d2g_jax.runtime.interrupt import Terminated
+from d2g_jax.teacher.metric import TRUNK
 
 
 def save(image, file):

@@ -11,7 +11,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from d2g_jax.digits import data, distortions
-from d2g_jax.digits import metric as digits_metric
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.lpips_training import job as jobs
@@ -19,6 +18,7 @@ from d2g_jax.lpips_training.job import train_lpips
 from d2g_jax.models import vgg
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.interrupt import Terminated
+from d2g_jax.teacher import metric as digits_metric
 
 
 @pytest.fixture

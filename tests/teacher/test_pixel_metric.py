@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.digits import data, distortions, pixel_metric
+from d2g_jax.digits import data, distortions
 from d2g_jax.digits.config import WEIGHTS, get_config
 from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.lpips_training import calibrate
 from d2g_jax.models import vgg
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.teacher import pixel_metric
 
 FOLDER = WEIGHTS / "lpips"
 

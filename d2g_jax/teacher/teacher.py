@@ -19,13 +19,14 @@ import ml_collections
 import numpy as np
 
 from d2g_jax.diffusion.schedule import Schedule, add_noise, training_target
-from d2g_jax.digits import captions, classifier, data, metric, pixel_metric, tokenizer
-from d2g_jax.digits.fit import fit, sampled_rows
+from d2g_jax.digits import captions, classifier, data, tokenizer
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import folder as pipelines
 from d2g_jax.pipeline import weights
 from d2g_jax.runtime.atomic import write_text
+from d2g_jax.teacher import metric, pixel_metric
+from d2g_jax.teacher.fit import fit, sampled_rows
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",

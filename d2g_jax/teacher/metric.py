@@ -16,12 +16,12 @@ import ml_collections
 import numpy as np
 
 from d2g_jax.digits import classifier, data, distortions
-from d2g_jax.digits.fit import adamw_recipe
 from d2g_jax.losses.perceptual import LatentLPIPS, LatentSpace, save_metric
 from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.lpips_training.fit import Recipe
 from d2g_jax.models import vgg
 from d2g_jax.runtime.atomic import write_text
+from d2g_jax.teacher.fit import adamw_recipe
 
 TRUNK = vgg.VGGConfig(in_channels=4, widths=(16, 32, 32, 48, 48))
 HEAD = classify.Head(10 * len(data.WEIGHTS) * len(data.SLANTS))  # linear, on the whole last tap

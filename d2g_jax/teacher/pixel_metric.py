@@ -19,14 +19,14 @@ import ml_collections
 import numpy as np
 
 from d2g_jax.digits import data, distortions
-from d2g_jax.digits.fit import adamw_recipe
-from d2g_jax.digits.metric import HEAD, labelled_latents
 from d2g_jax.losses.lpips import LPIPS, SCALE, SHIFT, save_lpips
 from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.lpips_training.fit import Recipe
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
 from d2g_jax.runtime.atomic import write_text
+from d2g_jax.teacher.fit import adamw_recipe
+from d2g_jax.teacher.metric import HEAD, labelled_latents
 
 TRUNK = dataclasses.replace(vgg.PIXELS, widths=(16, 32, 32, 48, 48), batch_norm=True)
 """Four pools: the last tap of a 32x32 image has 2x2 locations."""

@@ -1,0 +1,1 @@
+"""`d2g teacher`: the embedded world's autoencoder, denoiser, metrics and judge, trained from nothing."""
