@@ -20,7 +20,7 @@ from d2g_jax.bench.training import Run, Training
 from d2g_jax.diffusion import noise
 from d2g_jax.models import clip
 from d2g_jax.plan.architectures import abstract_pipeline
-from d2g_jax.state import ema_decay
+from d2g_jax.train.state import ema_decay
 
 
 def candidate(

@@ -30,7 +30,7 @@ from d2g_jax.bench.training import Run, Training, compile_run, state_bytes, with
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.progress import Progress
-from d2g_jax.step import Frozen
+from d2g_jax.train.step import Frozen
 
 AGREE = 0.02
 """Largest difference of the two sides' first losses, over theirs, in float32: more is not the same work."""

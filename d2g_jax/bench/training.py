@@ -18,9 +18,9 @@ from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.plan.architectures import MODELS, abstract_pipeline
 from d2g_jax.plan.shapes import Shapes, run_shapes
 from d2g_jax.runtime import mesh as meshes
-from d2g_jax.state import TrainState, create_state
-from d2g_jax.step import Frozen, Metrics
 from d2g_jax.train.programs import Programs, iteration, trace_programs, without_adversary
+from d2g_jax.train.state import TrainState, create_state
+from d2g_jax.train.step import Frozen, Metrics
 
 _PLAIN_LOOP = 8
 """Iterations of a loop in a run without R1."""

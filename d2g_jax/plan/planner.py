@@ -21,7 +21,7 @@ from d2g_jax.plan.shapes import Shapes, run_shapes
 from d2g_jax.plan.targets import Target, described_tpu, devices
 from d2g_jax.plan.trace import Cost
 from d2g_jax.runtime import mesh as meshes
-from d2g_jax.state import MOMENT_DTYPES
+from d2g_jax.train.state import MOMENT_DTYPES
 
 METHODS = ("compile", "formula")
 PROBES = (1, 2)

@@ -15,10 +15,10 @@ from d2g_jax.models.platform import compiling_for
 from d2g_jax.pairs.job import planned_manifest
 from d2g_jax.plan.architectures import abstract_metric, abstract_pipeline
 from d2g_jax.runtime import mesh as meshes
-from d2g_jax.state import TrainState, create_state
-from d2g_jax.step import Distillation, Frozen
 from d2g_jax.train.programs import trace_programs
 from d2g_jax.train.setup import build
+from d2g_jax.train.state import TrainState, create_state
+from d2g_jax.train.step import Distillation, Frozen
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax.guard import OUTCOME
+from d2g_jax.train.guard import OUTCOME
 
 Values = dict[str, float | None]
 

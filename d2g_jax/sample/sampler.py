@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.systems import OneStep, find_system
 from d2g_jax.pipeline.conditioning import tokenize_prompts
@@ -22,6 +21,7 @@ from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.grid import grid, save_png
 from d2g_jax.sample import exported
+from d2g_jax.train.checkpoint import Checkpoints
 
 MAX_SIDE = 8192
 """Pixels of an image: a mistyped side must not take the machine's memory."""

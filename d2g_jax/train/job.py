@@ -11,8 +11,7 @@ from pathlib import Path
 
 import ml_collections
 
-from d2g_jax import guard, records
-from d2g_jax.checkpoint import Checkpoints
+from d2g_jax import records
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.report import LivePage, finish
 from d2g_jax.runtime import mesh as meshes
@@ -21,11 +20,13 @@ from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.interrupt import leaving_at_once
 from d2g_jax.runtime.lock import locked
 from d2g_jax.runtime.processes import first_decides
-from d2g_jax.state import TrainState
+from d2g_jax.train import guard
+from d2g_jax.train.checkpoint import Checkpoints
 from d2g_jax.train.gallery import is_drawn, make_gallery
 from d2g_jax.train.loop import loop
 from d2g_jax.train.painter import Painter
 from d2g_jax.train.setup import TOWERS, build, check_pairs, initial_state, open_pairs
+from d2g_jax.train.state import TrainState
 from d2g_jax.train.trackers import check_trackers
 
 

@@ -10,13 +10,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from d2g_jax import guard
-from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.report import health
 from d2g_jax.runtime import runs
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.processes import is_first
-from d2g_jax.state import TrainState
+from d2g_jax.train import guard
+from d2g_jax.train.checkpoint import Checkpoints
+from d2g_jax.train.state import TrainState
 from d2g_jax.train.trackers import open_trackers
 
 Steps = list[tuple[int, dict[str, dict[str, Any]]]]

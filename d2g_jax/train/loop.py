@@ -11,7 +11,6 @@ import ml_collections
 import numpy as np
 
 from d2g_jax import records
-from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.report import LivePage
 from d2g_jax.runtime import mesh as meshes
@@ -19,12 +18,13 @@ from d2g_jax.runtime.interrupt import StopRequests
 from d2g_jax.runtime.maintenance import maintenance_notices
 from d2g_jax.runtime.processes import Vote
 from d2g_jax.runtime.progress import Progress
-from d2g_jax.state import TrainState
-from d2g_jax.step import Distillation, Frozen
+from d2g_jax.train.checkpoint import Checkpoints
 from d2g_jax.train.gallery import make_gallery
 from d2g_jax.train.journal import Journal
 from d2g_jax.train.painter import Painter
 from d2g_jax.train.programs import compile_programs, iteration
+from d2g_jax.train.state import TrainState
+from d2g_jax.train.step import Distillation, Frozen
 
 
 def loop(

@@ -18,7 +18,7 @@ from d2g_jax.pipeline.folder import Pipeline, decode
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.grid import grid, save_png
 from d2g_jax.runtime.processes import is_first
-from d2g_jax.step import Distillation, Frozen, condition, generate
+from d2g_jax.train.step import Distillation, Frozen, condition, generate
 
 SAMPLES_IN_GRID = 32
 COLUMNS = 8

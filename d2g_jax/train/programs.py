@@ -14,8 +14,8 @@ import ml_collections
 import numpy as np
 
 from d2g_jax.runtime import mesh as meshes
-from d2g_jax.state import TrainState
-from d2g_jax.step import Distillation, Frozen, Metrics, d_step, g_step, r1_step
+from d2g_jax.train.state import TrainState
+from d2g_jax.train.step import Distillation, Frozen, Metrics, d_step, g_step, r1_step
 
 
 @dataclasses.dataclass(frozen=True)

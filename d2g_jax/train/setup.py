@@ -22,8 +22,8 @@ from d2g_jax.pipeline.conditioning import encode_text, from_text_fields
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.state import TrainState, create_state, discriminator_optimizer, generator_optimizer
-from d2g_jax.step import Distillation, Frozen
+from d2g_jax.train.state import TrainState, create_state, discriminator_optimizer, generator_optimizer
+from d2g_jax.train.step import Distillation, Frozen
 
 PERCEPTUAL = ("latent_lpips", "e_latent_lpips")
 """Losses that take a `LatentLPIPS`."""

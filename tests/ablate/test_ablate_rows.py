@@ -17,10 +17,10 @@ from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.runs import flatten
-from d2g_jax.state import create_state
-from d2g_jax.step import d_step
 from d2g_jax.train import setup
 from d2g_jax.train.programs import Programs, iteration
+from d2g_jax.train.state import create_state
+from d2g_jax.train.step import d_step
 
 SEED = 7
 

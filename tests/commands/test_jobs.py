@@ -16,11 +16,11 @@ from PIL import Image
 
 from d2g_jax import pairs, records
 from d2g_jax.__main__ import main
-from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.digits.config import WEIGHTS, get_config
 from d2g_jax.runtime import runs
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.train import loop, train
+from d2g_jax.train.checkpoint import Checkpoints
 from d2g_jax.train.programs import Programs
 
 

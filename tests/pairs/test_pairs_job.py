@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from d2g_jax import pairs, records
-from d2g_jax import step as steps
 from d2g_jax.__main__ import main
 from d2g_jax.diffusion import noise
 from d2g_jax.digits.config import get_config
@@ -26,6 +25,7 @@ from d2g_jax.records import framing
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.train import setup
+from d2g_jax.train import step as steps
 
 
 def small_config(**changes):

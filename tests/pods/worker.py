@@ -25,13 +25,13 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.digits.config import get_config
 from d2g_jax.runtime import distributed, sharding
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.state import create_state
+from d2g_jax.train.checkpoint import Checkpoints
 from d2g_jax.train.programs import compile_programs, iteration
+from d2g_jax.train.state import create_state
 
 PROGRAMS = ("g_adversarial", "d", "r1")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2g_jax.guard import OUTCOME
 from d2g_jax.report import health
+from d2g_jax.train.guard import OUTCOME
 
 
 def line(steps):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from d2g_jax import pairs, records
-from d2g_jax.checkpoint import Checkpoints
+from d2g_jax.train.checkpoint import Checkpoints
 
 # A shell starts background jobs with SIGINT ignored, and so would the test's child be.
 LISTENING = """

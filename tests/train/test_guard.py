@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import guard
 from d2g_jax.runtime import mesh as meshes
-from d2g_jax.state import UPDATES, TrainState
+from d2g_jax.train import guard
+from d2g_jax.train.state import UPDATES, TrainState
 
 
 def state(value, step=3, left_out=0):

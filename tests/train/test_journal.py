@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from d2g_jax import guard
-from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.state import UPDATES, TrainState
+from d2g_jax.train import guard
+from d2g_jax.train.checkpoint import Checkpoints
 from d2g_jax.train.journal import Journal, NotFinite
+from d2g_jax.train.state import UPDATES, TrainState
 
 
 def config(**train):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.accumulation import accumulate, count_parts
 from d2g_jax.runtime import mesh as meshes
+from d2g_jax.train.accumulation import accumulate, count_parts
 
 PARAMS = {"kernel": np.ones(3, np.float32)}
 SAMPLES = np.arange(36, dtype=np.float32).reshape(12, 3)

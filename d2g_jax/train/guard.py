@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax.state import UPDATES, TrainState
+from d2g_jax.train.state import UPDATES, TrainState
 
 Metrics = dict[str, jax.Array]
 

@@ -8,7 +8,7 @@ import pytest
 
 from d2g_jax.digits.config import optimizer
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.state import discriminator_optimizer, generator_optimizer
+from d2g_jax.train.state import discriminator_optimizer, generator_optimizer
 
 PARAMS = {"unet": {"kernel": jnp.linspace(-1, 1, 50)}, "heads": {"kernel": jnp.linspace(1, 2, 50)}}
 

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from d2g_jax import guard
-from d2g_jax.accumulation import accumulate
 from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.schedule import Schedule, one_step
 from d2g_jax.losses import adversarial
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline.conditioning import Conditioning
 from d2g_jax.runtime.sharding import shards
-from d2g_jax.state import TrainState, ema_decay, update_ema
+from d2g_jax.train import guard
+from d2g_jax.train.accumulation import accumulate
+from d2g_jax.train.state import TrainState, ema_decay, update_ema
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]

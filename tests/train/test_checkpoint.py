@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.checkpoint import Checkpoints
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.state import UPDATES, TrainState
+from d2g_jax.train.checkpoint import Checkpoints
+from d2g_jax.train.state import UPDATES, TrainState
 
 
 def state(images, width=256, seed=0):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax import guard
 from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.digits.config import optimizer
@@ -18,9 +17,10 @@ from d2g_jax.models import clip, discriminator, unet
 from d2g_jax.pipeline.conditioning import Conditioning
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime import sharding
-from d2g_jax.state import create_state, discriminator_optimizer, ema_decay, generator_optimizer
-from d2g_jax.step import Distillation, Frozen, condition, d_step, g_step, generate, r1_step
 from d2g_jax.teacher.teacher import SCHEDULER
+from d2g_jax.train import guard
+from d2g_jax.train.state import create_state, discriminator_optimizer, ema_decay, generator_optimizer
+from d2g_jax.train.step import Distillation, Frozen, condition, d_step, g_step, generate, r1_step
 
 BATCH, GROUPS = 20, 10
 UNET = unet.UNetConfig(

@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from d2g_jax.models.network import Params
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.state import TrainState
+from d2g_jax.train.state import TrainState
 
 _NAMED = 3  # differing leaves in a message
 
