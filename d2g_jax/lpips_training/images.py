@@ -1,4 +1,4 @@
-"""Labelled images: a folder of class folders or a TFDS folder, and how an image becomes a square of pixels."""
+"""Labelled images by row, and how an image becomes a square of pixels."""
 
 from __future__ import annotations
 
@@ -36,40 +36,6 @@ class Images:
     read: Callable[[int], tuple[Image.Image, int]]
     name: Callable[[int], str]
     sha256: str
-
-
-def open_images(folder: str | Path, split: str) -> Images:
-    """A folder of class folders, or a TFDS folder (one with `dataset_info.json`), of which `split` is taken.
-
-    Raises `UserError` for what is neither, fewer than two classes and a class without images.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give one with a folder of PNG or JPEG images for each class")
-    if (folder / "dataset_info.json").is_file():
-        from d2g_jax.lpips_training.tfds_images import open_tfds
-
-        return open_tfds(folder, split)
-    return open_class_folders(folder)
-
-
-def open_class_folders(folder: Path) -> Images:
-    """Class folders in the order of their names; images at any depth below them."""
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if len(classes) < 2:
-        raise UserError(f"{folder}: holds {len(classes)} class folders; a classifier needs two or more")
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        inside = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not inside:
-            raise UserError(f"{folder / name}: holds no PNG or JPEG image; add some or remove the class folder")
-        files += inside
-        labels += [label] * len(inside)
-    names = "\n".join(str(file.relative_to(folder)) for file in files)
-    digest = hashlib.sha256(names.encode()).hexdigest()
-    read = lambda i: (read_rgb(files[i], files[i]), labels[i])  # noqa: E731
-    return Images(folder, len(files), tuple(classes), read, lambda i: str(files[i]), digest)
 
 
 def read_rgb(file: Path | IO[bytes], name: object) -> Image.Image:

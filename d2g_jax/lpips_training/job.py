@@ -18,7 +18,8 @@ from d2g_jax.losses.perceptual import LatentLPIPS, save_metric
 from d2g_jax.lpips_training import cache, calibrate, classify
 from d2g_jax.lpips_training.encoder import Encoder, check_posterior, sha256_of
 from d2g_jax.lpips_training.fit import CHECKPOINT, Recipe
-from d2g_jax.lpips_training.images import Crop, Images, hold_out, open_images
+from d2g_jax.lpips_training.image_folders import open_images
+from d2g_jax.lpips_training.images import Crop, Images, hold_out
 from d2g_jax.lpips_training.latents import cached, in_threads, on_the_fly
 from d2g_jax.lpips_training.triplets import TripletFolder, open_triplets
 from d2g_jax.models import vgg

@@ -10,7 +10,8 @@
 Neither TensorFlow nor torch is imported. Nothing here knows of teachers, losses or meshes.
 """
 
-from d2g_jax.records.manifest import Manifest, check_fits, config_hash, write_metadata
+from d2g_jax.records.manifest import Manifest, check_fits, config_hash
+from d2g_jax.records.metadata import write_metadata
 from d2g_jax.records.schema import PairSchema
 from d2g_jax.records.shards import (
     ShardInfo,

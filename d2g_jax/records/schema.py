@@ -17,6 +17,9 @@ from d2g_jax.records.framing import frame
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
+DATASET, SPLIT, VERSION = "pairs", "train", "1.0.0"
+"""What TFDS calls the records; the version is that of their fields."""
+
 LATENT_DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 _INTEGERS = ("id", "noise_seed", "noise_hash")

@@ -8,21 +8,17 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 import d2g_jax
 from d2g_jax.records.files import read_json, write_atomic, write_json
 from d2g_jax.records.framing import frame
-from d2g_jax.records.schema import PairSchema
+from d2g_jax.records.manifest import Manifest
+from d2g_jax.records.schema import DATASET, SPLIT, PairSchema
 from d2g_jax.runtime import buckets
 from d2g_jax.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from d2g_jax.records.manifest import Manifest
-
-DATASET, SPLIT, VERSION = "pairs", "train", "1.0.0"
 
 
 class ForeignShard(UserError):

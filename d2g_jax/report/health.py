@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax.train.guard import OUTCOME
-
 Values = dict[str, float | None]
 
 
@@ -27,8 +25,7 @@ def summary(steps: Sequence[tuple[int, Mapping[str, Mapping[str, Any]]]]) -> Val
     for _, updates in steps:
         for metrics in updates.values():
             for name, value in metrics.items():
-                if name != OUTCOME:
-                    collected.setdefault(name, []).append(np.asarray(value, np.float64))
+                collected.setdefault(name, []).append(np.asarray(value, np.float64))
     values: Values = {}
     for name, found in collected.items():
         finite = [value for value in found if np.all(np.isfinite(value))]

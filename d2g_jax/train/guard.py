@@ -61,6 +61,14 @@ def commit(
     return state, metrics | {OUTCOME: outcome.astype(jnp.float32)}
 
 
+def without_outcomes(steps: Sequence[tuple[int, Mapping[str, Mapping[str, Any]]]]) -> list[tuple[int, dict]]:
+    """`steps` (images after the step, metrics by update) with what was measured only."""
+    return [
+        (images, {update: {k: v for k, v in metrics.items() if k != OUTCOME} for update, metrics in updates.items()})
+        for images, updates in steps
+    ]
+
+
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: n if n is o else jnp.where(condition, n, o), new, old)
 

@@ -71,7 +71,7 @@ class Journal:
         Raises `NotFinite` after saving `state` when an update stopped the run.
         """
         self._fetch(state)
-        line = {**health.summary(self._steps), **counts}
+        line = {**health.summary(guard.without_outcomes(self._steps)), **counts}
         before, alarms = self._log.last.get("alarms", []), self._watch.see(line)
         self._write(images, line, {"alarms": alarms, "left_out": self._left_out})
         self._check_best(line)
@@ -125,7 +125,8 @@ class Journal:
         problem = bad.describe(t.batch_size)
         self._save(state)
         self._checkpoints.wait()
-        line = health.summary([step for step in self._steps if step[0] <= bad.images])
+        done = [step for step in self._steps if step[0] <= bad.images]
+        line = health.summary(guard.without_outcomes(done))
         self._write(bad.images, line, {"alarms": [], "left_out": self._left_out, "problem": problem})
         raise NotFinite(
             f"{self._workdir}: {problem}; the state before it is checkpoint {int(state.images)}. Lower a learning rate "

@@ -9,7 +9,8 @@ import pytest
 
 from d2g_jax.lpips_training import cache
 from d2g_jax.lpips_training.encoder import Encoder, sha256_of
-from d2g_jax.lpips_training.images import Crop, open_images
+from d2g_jax.lpips_training.image_folders import open_images
+from d2g_jax.lpips_training.images import Crop
 from d2g_jax.lpips_training.latents import cached, on_the_fly
 from d2g_jax.models import vae
 from d2g_jax.runtime.errors import UserError

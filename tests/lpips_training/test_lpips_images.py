@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2g_jax.lpips_training.images import Crop, hold_out, open_images, random_box, to_floats
+from d2g_jax.lpips_training.image_folders import open_images
+from d2g_jax.lpips_training.images import Crop, hold_out, random_box, to_floats
 from d2g_jax.records.framing import frame
 from d2g_jax.runtime.errors import UserError
 
