@@ -6,13 +6,13 @@ terminated. Every job goes on where it stopped when the same command is given ag
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from d2g_jax.commands.common import JOBS
-from d2g_jax.commands.jobs import RUN
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.interrupt import Terminated
 
@@ -69,7 +69,7 @@ def _run(arguments: list[str]) -> int:
     job, rest = arguments[0], arguments[1:]
     if job not in JOBS:
         raise UserError(f"unknown job {job!r}; known are {', '.join(JOBS)}")
-    return RUN[job](rest)
+    return importlib.import_module(f"d2g_jax.commands.{job}").run(rest)
 
 
 if __name__ == "__main__":

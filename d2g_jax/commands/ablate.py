@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from d2g_jax.ablate.rows import ABLATIONS
+from d2g_jax.commands import common
 
 SEEDS = 3
 """How many there are without --seeds."""
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """To the parser of the job."""
+def run(arguments: list[str]) -> int:
+    parser = common.parser("ablate")
     parser.add_argument("name", metavar="NAME", choices=tuple(ABLATIONS), help=" or ".join(ABLATIONS))
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, help="finished folder of pairs; default WORKDIR/pairs/1.0.0, made first")
     parser.add_argument("--seeds", type=_seeds, help="of training, as 0,1,2; default three from config.seed on")
-
-
-def run(own: argparse.Namespace, config: Any) -> str:
-    """The table of the ablation that the flags ask for."""
+    own, config = common.parse_with_config(parser, arguments)
+    common.start(config)
     from d2g_jax.ablate.job import ablate
 
     seeds = own.seeds or tuple(range(config.seed, config.seed + SEEDS))
-    return ablate(config, own.workdir, ABLATIONS[own.name], seeds, own.pairs)
+    print(ablate(config, own.workdir, ABLATIONS[own.name], seeds, own.pairs))
+    return 0
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from d2g_jax.commands.common import numbers
+from d2g_jax.commands import common
 from d2g_jax.runtime.errors import UserError
 
 BENCHES = {
@@ -21,16 +21,26 @@ BENCHES = {
     "pairs": "the teacher's solutions, against diffusers' pipeline with the same weights",
 }
 
-MakeParser = Callable[[str, str], argparse.ArgumentParser]
-"""(what stands behind `d2g`, description) -> a parser."""
+
+def run(arguments: list[str]) -> int:
+    if arguments[:1] in (["-h"], ["--help"]):
+        print("usage: d2g bench NAME [--flag=value ...]\n\n" + "\n".join(f"  {k:8}{v}" for k, v in BENCHES.items()))
+        return 0
+    bench, start, out = read(arguments)
+    common.start(start, cache=False)
+    from d2g_jax.bench.measure import format_report, write_report
+    from d2g_jax.runtime.atomic import check_output
+
+    if out:
+        check_output(out, "bench.json")
+    report = bench()
+    print(format_report(report))
+    if out:
+        write_report(report, out)
+    return 0
 
 
-def usage() -> str:
-    """What there is, for `d2g bench --help`."""
-    return "usage: d2g bench NAME [--flag=value ...]\n\n" + "\n".join(f"  {k:8}{v}" for k, v in BENCHES.items())
-
-
-def read(arguments: list[str], make_parser: MakeParser) -> tuple[Callable[[], dict[str, Any]], Any, Path | None]:
+def read(arguments: list[str]) -> tuple[Callable[[], dict[str, Any]], Any, Path | None]:
     """(the bench, a config with what JAX is started with, where the bench's JSON goes).
 
     No device is used before the bench is called. Raises `UserError` for an unknown name, flag or setting.
@@ -40,7 +50,7 @@ def read(arguments: list[str], make_parser: MakeParser) -> tuple[Callable[[], di
         raise UserError(f"unknown bench {name!r}; known are {', '.join(BENCHES)}")
     # JAX takes three quarters of a GPU at its start; here it shares it with another framework.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    parser = make_parser(f"bench {name}", BENCHES[name])
+    parser = common.parser(f"bench {name}", BENCHES[name])
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the report there")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; medians are reported")
     parser.add_argument("--cpu-devices", type=int, default=0, help="split the host's CPU into so many devices")
@@ -57,7 +67,7 @@ def read(arguments: list[str], make_parser: MakeParser) -> tuple[Callable[[], di
 
 def _sample(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict[str, Any]]:
     parser.add_argument("--model", default="sd15", help="digits, sd15, sdxl, a hub id of a known size, or a folder")
-    parser.add_argument("--batches", type=numbers, help="images in a call, as 1,8: the default on accelerators")
+    parser.add_argument("--batches", type=common.numbers, help="images in a call, as 1,8: the default on accelerators")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--parts", default="text,unet,vae,all", help="what is timed")
     parser.add_argument("--seed", type=int, default=0, help="of weights, noise and token ids")
@@ -82,7 +92,7 @@ def _train(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[Callable[[
 
     parser.add_argument("--config", type=Path, metavar="FILE.py", help="of the run; --config.KEY=VALUE changes it")
     parser.add_argument("--losses", default="mse,e_latent_lpips", help="each with programs of its own")
-    parser.add_argument("--batches", type=numbers, help="images in a step, as 32,64; default: the config's")
+    parser.add_argument("--batches", type=common.numbers, help="images in a step, as 32,64; default: the config's")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
     parser.add_argument("--no-torch", action="store_true", help="leave out the PyTorch counterpart")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; on GPUs the default")

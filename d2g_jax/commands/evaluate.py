@@ -1,36 +1,43 @@
-"""Flags of `d2g evaluate`, `d2g evaluate reference` and `d2g evaluate table` as the job that they ask for."""
+"""The flags of `d2g evaluate`, `d2g evaluate reference` and `d2g evaluate table`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from d2g_jax.commands import common as cli
+from d2g_jax.commands import common
 from d2g_jax.evaluate.protocols import PROTOCOLS
 from d2g_jax.results import metric_weights
 from d2g_jax.runtime.errors import UserError
 
-Parser = Callable[..., argparse.ArgumentParser]
-"""(job, description) -> a parser with one-line errors."""
+
+def run(arguments: list[str]) -> int:
+    job = read(arguments)
+    # The metrics' networks run in PyTorch, on the same device: jax must not take all of its memory at once.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    common.start()
+    print(job())
+    return 0
 
 
-def read(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str]:
+def read(arguments: Sequence[str]) -> Callable[[], str]:
     """The job that the arguments ask for: run, it returns what is to be printed."""
     if arguments[:1] == ["reference"]:
-        return _reference(arguments[1:], make_parser)
+        return _reference(arguments[1:])
     if arguments[:1] == ["table"]:
-        return _table(arguments[1:], make_parser)
-    return _evaluate(arguments, make_parser)
+        return _table(arguments[1:])
+    return _evaluate(arguments)
 
 
-def _evaluate(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str]:
+def _evaluate(arguments: Sequence[str]) -> Callable[[], str]:
     text = (
         "measure a model or a folder of images by a protocol; `evaluate reference` makes reference statistics, "
         "`evaluate table RESULT.json ...` lays results side by side"
     )
-    parser = make_parser("evaluate", text)
+    parser = common.parser("evaluate", text)
     parser.add_argument("--config", type=Path, metavar="FILE.py", help="get_config() gives flags; configs/evaluate/")
     parser.add_argument("--protocol", help=", ".join(PROTOCOLS))
     parser.add_argument("--images", type=Path, help="folder of images, one for each prompt in order")
@@ -122,7 +129,7 @@ def _run(own: argparse.Namespace) -> str:
     from d2g_jax.pipeline.draw import Solution
     from d2g_jax.results.metric_weights import MetricWeights
 
-    given = cli.given_solution(own)
+    given = common.given_solution(own)
     if own.images is not None and (given or own.system or own.unet or own.drawn):
         raise UserError("--images are drawn already; leave out --system, --unet, --drawn and a teacher's flags")
     if own.model is not None and own.diversity_images is not None:
@@ -162,8 +169,10 @@ def _run(own: argparse.Namespace) -> str:
     return json.dumps({"out": str(own.out), **shown}, indent=2, ensure_ascii=False)
 
 
-def _reference(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str]:
-    parser = make_parser("evaluate reference", "features of real images by a protocol, to compare generated ones with")
+def _reference(arguments: Sequence[str]) -> Callable[[], str]:
+    parser = common.parser(
+        "evaluate reference", "features of real images by a protocol, to compare generated ones with"
+    )
     parser.add_argument("--protocol", required=True, help=", ".join(PROTOCOLS))
     parser.add_argument(
         "--images", type=Path, required=True, help="folder of real images; sizes and formats may differ"
@@ -184,8 +193,10 @@ def _reference(arguments: Sequence[str], make_parser: Parser) -> Callable[[], st
     return run
 
 
-def _table(arguments: Sequence[str], make_parser: Parser) -> Callable[[], str]:
-    parser = make_parser("evaluate table", "results side by side; what was measured differently never shares a column")
+def _table(arguments: Sequence[str]) -> Callable[[], str]:
+    parser = common.parser(
+        "evaluate table", "results side by side; what was measured differently never shares a column"
+    )
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
     own = parser.parse_args(arguments)
 

@@ -1,87 +1,80 @@
-"""The `d2g plan` job: one config and one topology, printed and written as JSON; or written plans as a table."""
+"""The flags of `d2g plan`, `d2g plan sample` and `d2g plan table`."""
 
 from __future__ import annotations
 
-import datetime
+import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import ml_collections
-
-from d2g_jax.plan import sampling, store
-from d2g_jax.plan.plan import Plan, from_json, to_json
-from d2g_jax.plan.planner import find_fit, plan_run
-from d2g_jax.plan.report import format_plan, format_sampling, format_search, format_table
-from d2g_jax.plan.targets import Target, check_libtpu, parse_topology
-from d2g_jax.runtime import atomic
-from d2g_jax.runtime import mesh as meshes
-from d2g_jax.runtime.errors import UserError
+from d2g_jax.commands import common
 
 
-def start(topology: str, method: str) -> Target:
-    """The target; keeps JAX on the host's CPU. Before the first use of a device."""
-    target = parse_topology(topology)
-    if target.chip.platform == "tpu" and method == "compile":
-        check_libtpu(target)
-    jax.config.update("jax_platforms", "cpu")
-    if target.chip.platform == "cpu":
-        try:
-            meshes.use_cpu_devices(target.count)
-        except RuntimeError as error:
-            raise UserError(f"--topology={topology}: this process has {jax.device_count()} CPU devices") from error
-    return target
+def run(arguments: list[str]) -> int:
+    if arguments[:1] == ["table"]:
+        return _table(arguments[1:])
+    if arguments[:1] == ["sample"]:
+        return _sample(arguments[1:])
+    parser = common.parser("plan")
+    _add_flags(parser)
+    parser.add_argument("--no-search", action="store_true", help="if it does not fit, do not look for what would")
+    own, config = common.parse_with_config(parser, arguments)
+    from d2g_jax.plan import job
+
+    _check_out(own)
+    target = job.start(own.topology, own.method)
+    _print(own, *job.make_report(config, target, own.method, search=not own.no_search))
+    return 0
 
 
-def make_report(
-    config: ml_collections.ConfigDict, target: Target, method: str, *, search: bool
-) -> tuple[str, dict[str, Any]]:
-    """The plan as text and as plain values for JSON; with `search`, where it does not fit, also what does."""
-    plan = plan_run(config, target, method)
-    text, found, tried = format_plan(plan), None, []
-    if search and not plan.fits:
-        found, tried = find_fit(config, target, method)
-        text += "\n\n" + format_search(found, tried)
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "versions": store.versions(),
-        "topology": target.topology,
-        "plan": to_json(plan),
-        "found": None if found is None else to_json(found),
-        "tried": [to_json(other) for other in tried],
-    }
-    return text, report
+def _sample(arguments: list[str]) -> int:
+    parser = common.parser("plan sample", "one-step sampling on one device of a topology: memory, FLOPs, least time")
+    _add_flags(parser)
+    parser.add_argument("--model", default="sd15", help="digits, sd15, sdxl, a hub id of a known size, or a folder")
+    parser.add_argument("--batches", type=common.numbers, default=(1, 8), help="images in a call; default 1,8")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
+    own = parser.parse_args(arguments)
+    from d2g_jax.plan import job
+
+    _check_out(own)
+    target = job.start(own.topology, own.method)
+    _print(own, *job.make_sampling_report(own.model, target, own.dtype, own.batches, own.method))
+    return 0
 
 
-def make_sampling_report(
-    model: str, target: Target, dtype: str, batches: Sequence[int], method: str
-) -> tuple[str, dict[str, Any]]:
-    """One-step sampling of each batch on one device of the target, as text and as plain values for JSON."""
-    plans = [sampling.plan_sampling(model, target, dtype, batch, method) for batch in batches]
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "versions": store.versions(),
-        "topology": target.topology,
-        "sampling": [sampling.to_json(plan) for plan in plans],
-    }
-    return format_sampling(plans), report
+def _table(arguments: list[str]) -> int:
+    parser = common.parser("plan table", "plans that --out wrote, as one Markdown table")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
+    own = parser.parse_args(arguments)
+    from d2g_jax.plan import job
+
+    print(job.table(own.files))
+    return 0
 
 
-def write_report(report: dict[str, Any], file: Path) -> None:
-    """As JSON, whole or not at all; raises `UserError` when it cannot be written."""
-    atomic.write_text(file, json.dumps(report, indent=1) + "\n")
+def _add_flags(parser: common.Parser) -> None:
+    parser.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x4, v6e:4x4, gpu:8xH100, cpu:8 ...")
+    parser.add_argument(
+        "--method",
+        choices=["compile", "formula"],
+        default="compile",
+        help="compile for the target (TPUs need libtpu, GPUs are always planned by formula), or count the trace",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the plan as JSON")
 
 
-def table(files: Sequence[Path]) -> str:
-    """The plans of JSON files as Markdown: of each the one that fits, or the one that was asked for."""
-    return format_table([_chosen(file) for file in files])
+def _check_out(own: argparse.Namespace) -> None:
+    """Before an hour's compilation, not after it."""
+    from d2g_jax.runtime import atomic
+
+    if own.out:
+        atomic.check_output(own.out, "plan.json")
 
 
-def _chosen(file: Path) -> tuple[Plan, str]:
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-        return from_json(report["found"] or report["plan"]), report["topology"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not a plan that `d2g plan --out` wrote ({error})") from error
+def _print(own: argparse.Namespace, text: str, report: dict[str, Any]) -> None:
+    from d2g_jax.plan import job
+
+    print(json.dumps(report, indent=1) if own.json else text)
+    if own.out:
+        job.write_report(report, own.out)

@@ -1,4 +1,4 @@
-"""Flags of `d2g play`, and the job: check, listen, load, compile, serve."""
+"""The flags of `d2g play`, and the job: check, listen, load, compile, serve."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from d2g_jax.commands import common as cli
+from d2g_jax.commands import common
 from d2g_jax.runtime.errors import UserError
 
-Parser = Callable[..., argparse.ArgumentParser]
-"""(job, description) -> a parser with one-line errors."""
+
+def run(arguments: list[str]) -> int:
+    own = read(arguments)
+    common.start()
+    play(own)
+    return 0
 
 
-def read(arguments: Sequence[str], make_parser: Parser) -> argparse.Namespace:
+def read(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags. Raises `UserError` for bad ones and without the extra, before anything is loaded."""
-    parser = make_parser("play")
+    parser = common.parser("play")
     parser.add_argument("--model", required=True, help="training workdir, exported student, pipeline folder, or hub id")
     parser.add_argument("--revision", help="of a hub id")
     parser.add_argument("--system", help="one-step generator of another method: instaflow, dmd, sdxl-turbo, lcm, ...")
@@ -35,7 +39,7 @@ def read(arguments: Sequence[str], make_parser: Parser) -> argparse.Namespace:
     page.add_argument("--queue", type=int, default=8, help="drawings waiting, of all visitors; default 8")
     teacher = parser.add_argument_group("the teacher beside a student; by default solved as for the student's pairs")
     teacher.add_argument("--teacher", help="pipeline folder or hub id; a workdir knows its own; `none` for none")
-    cli.add_solution_flags(teacher)
+    common.add_solution_flags(teacher)
     own = parser.parse_args(arguments)
     for flag, value, least, most in (
         ("port", own.port, 0, 65535),
@@ -59,7 +63,7 @@ def play(own: argparse.Namespace) -> None:
     from d2g_jax.play.opening import Choice, open_studio
     from d2g_jax.runtime.interrupt import terminating
 
-    given = cli.given_solution(own)
+    given = common.given_solution(own)
     size = (own.height, own.width)
     choice = Choice(own.model, own.revision, own.system, own.unet, own.teacher, given, size, own.dtype)
     with server.listen(own.host, own.port) as listener, terminating():

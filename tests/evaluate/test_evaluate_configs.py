@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from d2g_jax.commands import evaluate as command
-from d2g_jax.commands.common import parser
 from d2g_jax.diffusion.systems import SYSTEMS
 from d2g_jax.evaluate.protocols import PROTOCOLS
 from d2g_jax.pipeline.draw import Solution
@@ -29,7 +28,7 @@ def commands(file):
 def parsed(monkeypatch, arguments):
     seen = []
     monkeypatch.setattr(command, "_run", seen.append)
-    command.read(arguments, parser)()
+    command.read(arguments)()
     return seen[0]
 
 
@@ -65,9 +64,9 @@ def test_flags_override_and_unknown_fields_are_refused(monkeypatch, tmp_path):
     file = tmp_path / "c.py"
     file.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'stepps': 3})\n")
     with pytest.raises(UserError, match="stepps is no flag"):
-        command.read([f"--config={file}", "--out=a.json"], parser)
+        command.read([f"--config={file}", "--out=a.json"])
     with pytest.raises(UserError, match="--protocol is missing"):
-        command.read(["--images=x", "--out=a.json"], parser)
+        command.read(["--images=x", "--out=a.json"])
 
 
 def write_config(folder, **fields):
@@ -97,7 +96,7 @@ def write_config(folder, **fields):
 def test_fields_of_another_type_are_refused(name, value, expected, tmp_path):
     file = write_config(tmp_path, **{name: value})
     with pytest.raises(UserError) as refused:
-        command.read([f"--config={file}", "--protocol=digits", "--images=x", "--out=a.json"], parser)
+        command.read([f"--config={file}", "--protocol=digits", "--images=x", "--out=a.json"])
     assert str(refused.value) == f"--config={file}: {name}={value!r}: expected {expected}"
 
 

@@ -1,0 +1,26 @@
+"""The flags of `d2g export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from d2g_jax.commands import common
+
+
+def run(arguments: list[str]) -> int:
+    parser = common.parser("export")
+    parser.add_argument("--model", required=True, help="training workdir; or a pipeline folder, for a round trip")
+    parser.add_argument("--to", choices=["diffusers", "flax", "stablehlo"], required=True)
+    parser.add_argument("--out", type=Path, required=True, help="a new folder; for stablehlo a new file")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--height", type=int, help="of a StableHLO file's images; default is the model's own")
+    parser.add_argument("--width", type=int, help="of a StableHLO file's images; default is the model's own")
+    own = parser.parse_args(arguments)
+    common.start()
+    from d2g_jax.export import export_student
+    from d2g_jax.runtime import mesh
+    from d2g_jax.sample.sampler import Sampler
+
+    sampler = Sampler.load(own.model, mesh.make_mesh())
+    print(export_student(sampler, own.to, own.out, dtype=own.dtype, size=(own.height, own.width)))
+    return 0

@@ -1,0 +1,60 @@
+"""The flags of `d2g pairs` and `d2g pairs verify`."""
+
+from __future__ import annotations
+
+from d2g_jax.commands import common
+from d2g_jax.runtime.errors import UserError
+
+
+def run(arguments: list[str]) -> int:
+    if arguments[:1] == ["verify"]:
+        return _verify(arguments[1:])
+    from d2g_jax.runtime.buckets import as_path
+
+    common.join(arguments)
+    parser = common.parser("pairs")
+    parser.add_argument("--workdir", type=as_path, required=True, help="a folder, here or in a bucket (gs://...)")
+    parser.add_argument("--dry-run", action="store_true", help="print records, bytes, FLOPs and hours; write nothing")
+    own, config = common.parse_with_config(parser, arguments)
+    common.start(config, same={"job": "pairs", "--workdir": str(own.workdir)})
+    if own.dry_run:
+        from d2g_jax.pairs.estimate import estimate
+
+        print(estimate(config, own.workdir))
+        return 0
+    from d2g_jax.pairs import make_pairs
+
+    common.print_once(make_pairs(config, own.workdir))
+    return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    from d2g_jax.runtime.buckets import as_path
+
+    parser = common.parser("pairs verify", "re-read every record: checksums, ids, shapes, finite values, noise redrawn")
+    parser.add_argument("folder", type=as_path)
+    parser.add_argument("--repair", action="store_true", help="remove the bad shards, so that `d2g pairs` remakes them")
+    parser.add_argument(
+        "--resolve", type=int, metavar="K", help="also solve K random records again with the --config that made them"
+    )
+    parser.add_argument("--resolve-seed", type=int, default=0, metavar="SEED", help="which K records; default 0")
+    own, config = common.parse_with_config(parser, arguments)
+    if own.resolve is not None:
+        common.start(config)
+    from d2g_jax import records
+
+    problems = records.verify(own.folder)
+    if own.resolve is not None and not problems:
+        from d2g_jax.pairs.resolve import resolve
+
+        problems = resolve(config, own.folder, own.resolve, own.resolve_seed)
+    for problem in problems:
+        print(problem)
+    if problems and own.repair:
+        for file in records.repair(own.folder, problems):
+            print(f"removed {file}")
+        return 0
+    if problems:
+        raise UserError(f"{own.folder}: {len(problems)} problems; --repair removes the bad shards")
+    print(f"{own.folder}: {len(records.PairSource(own.folder))} records, all good")
+    return 0

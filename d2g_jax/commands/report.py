@@ -1,0 +1,17 @@
+"""The flags of `d2g report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from d2g_jax.commands import common
+
+
+def run(arguments: list[str]) -> int:
+    parser = common.parser("report")
+    parser.add_argument("--workdir", type=Path, required=True)
+    own = parser.parse_args(arguments)
+    from d2g_jax.report import write_report
+
+    print(write_report(own.workdir))
+    return 0

@@ -1,0 +1,52 @@
+"""The flags of `d2g sample`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from d2g_jax.commands import common
+
+
+def run(arguments: list[str]) -> int:
+    parser = common.parser("sample")
+    parser.add_argument("--model", required=True, help="pipeline folder, hub id, exported student, or training workdir")
+    parser.add_argument("--revision", help="of a hub id")
+    parser.add_argument("--system", help="one-step generator of another method: instaflow, dmd, sdxl-turbo, lcm, ...")
+    parser.add_argument("--unet", type=Path, help="safetensors in place of the model's own UNet")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompts", type=Path, help="text file, one prompt per line")
+    parser.add_argument("--images", type=int, default=1, help="images per prompt")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--latents", type=Path, help="float32 noise (N, C, h, w), .npy, in place of --seed")
+    parser.add_argument("--height", type=int, help="pixels; default is the model's own")
+    parser.add_argument("--width", type=int, help="pixels; default is the model's own")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--tiled", action="store_true", help="decode large images in overlapping tiles")
+    parser.add_argument("--batch", type=int, default=64, help="images per call, all devices together")
+    parser.add_argument("--out", type=Path, required=True)
+    teacher = parser.add_argument_group("for a teacher; a one-step student has none of these")
+    common.add_solution_flags(teacher)
+    own = parser.parse_args(arguments)
+    common.start()
+    from d2g_jax.pairs import read_prompts
+    from d2g_jax.pipeline.draw import Solution
+    from d2g_jax.sample.sampler import Request, sample
+
+    given = common.given_solution(own)
+    request = Request(
+        prompts=(*own.prompt, *(read_prompts(own.prompts).lines if own.prompts else ())),
+        images_per_prompt=own.images,
+        solution=Solution(**given) if given else None,
+        size=(own.height, own.width),
+        seed=own.seed,
+        latents=own.latents,
+        batch_size=own.batch,
+        dtype=own.dtype,
+        tiled=own.tiled,
+        system=own.system,
+        unet=own.unet,
+    )
+    seconds = sample(own.model, request, own.out, own.revision)
+    print(json.dumps({"out": str(own.out), "seconds": {name: round(value, 3) for name, value in seconds.items()}}))
+    return 0
