@@ -25,7 +25,7 @@ BENCHES = {
 def run(arguments: list[str]) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         print("usage: d2g bench NAME [--flag=value ...]\n\n" + "\n".join(f"  {k:8}{v}" for k, v in BENCHES.items()))
-        return 0
+        raise SystemExit(0)
     bench, start, out = read(arguments)
     common.start(start, cache=False)
     from d2g_jax.bench.measure import format_report, write_report

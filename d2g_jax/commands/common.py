@@ -116,6 +116,17 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
 
+def add_model_flags(parser: Any, models: str, *, required: bool = True) -> None:
+    """Which model, what of it is replaced and how large its images are, to a parser or a group of one."""
+    parser.add_argument("--model", required=required, help=models)
+    parser.add_argument("--revision", help="of a hub id")
+    parser.add_argument("--system", help="one-step generator of another method: instaflow, dmd, sdxl-turbo, lcm, ...")
+    parser.add_argument("--unet", type=Path, help="safetensors in place of the model's own UNet")
+    parser.add_argument("--height", type=int, help="pixels; default is the model's own")
+    parser.add_argument("--width", type=int, help="pixels; default is the model's own")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+
+
 def add_solution_flags(teacher: Any) -> None:
     """How a teacher is solved, to a group of a parser: the fields of `draw.Solution`, none of them given by default."""
     teacher.add_argument("--steps", type=int, help="default 50")

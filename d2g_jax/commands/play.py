@@ -8,7 +8,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from d2g_jax.commands import common
 from d2g_jax.runtime.errors import UserError
@@ -24,14 +23,8 @@ def run(arguments: list[str]) -> int:
 def read(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags. Raises `UserError` for bad ones and without the extra, before anything is loaded."""
     parser = common.parser("play")
-    parser.add_argument("--model", required=True, help="training workdir, exported student, pipeline folder, or hub id")
-    parser.add_argument("--revision", help="of a hub id")
-    parser.add_argument("--system", help="one-step generator of another method: instaflow, dmd, sdxl-turbo, lcm, ...")
-    parser.add_argument("--unet", type=Path, help="safetensors in place of the model's own UNet")
+    common.add_model_flags(parser, "training workdir, exported student, pipeline folder, or hub id")
     parser.add_argument("--prompt", action="append", default=[], help="offered on the page; may be given several times")
-    parser.add_argument("--height", type=int, help="pixels; default is the model's own")
-    parser.add_argument("--width", type=int, help="pixels; default is the model's own")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     page = parser.add_argument_group("the page")
     page.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
     page.add_argument("--port", type=int, default=7860, help="default 7860; 0 for any free one")

@@ -15,10 +15,13 @@ from d2g_jax.runtime.errors import UserError
 CONFIGS = sorted(Path("configs/evaluate").glob("*.py"))
 
 
+VARIABLE = re.compile(r'^ *(\w+)="?([^"\n]*)"?$', re.MULTILINE)
+
+
 def commands(file):
     """The `d2g evaluate` lines of a configuration's docstring, each as a list of arguments."""
     text = file.read_text().split('"""')[1].replace("\\\n", " ")
-    shell = dict(re.findall(r'^ *(\w+)="?([^"\n]*)"?$', text, re.MULTILINE))
+    shell = dict(VARIABLE.findall(Path("docs/evaluate.md").read_text())) | dict(VARIABLE.findall(text))
     for line in re.findall(r"^ *d2g evaluate (.*)$", text, re.MULTILINE):
         for name, value in shell.items():
             line = line.replace(f"${name}", value)
@@ -37,6 +40,7 @@ def test_commands_of_a_configuration(file, monkeypatch):
     found = list(commands(file))
     assert found
     for arguments in found:
+        assert not any("$" in argument for argument in arguments)
         own = parsed(monkeypatch, arguments)
         assert own.config == file
         assert own.protocol in PROTOCOLS
