@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import d2g_jax
 from d2g_jax.commands.common import JOBS
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.interrupt import Terminated
@@ -64,8 +65,11 @@ def _format_warning(message: Warning | str, category: type[Warning], *place: Any
 def _run(arguments: list[str]) -> int:
     usage = "usage: d2g JOB [--flag=value ...]\n\n" + "\n".join(f"  {job:9}{text}" for job, text in JOBS.items())
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(f"{usage}\n\n`d2g JOB --help` lists the flags of a job.")
+        print(f"{usage}\n\n`d2g JOB --help` lists the flags of a job; `d2g --version` says which d2g_jax this is.")
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"d2g_jax {d2g_jax.__version__}")
+        return 0
     job, rest = arguments[0], arguments[1:]
     if job not in JOBS:
         raise UserError(f"unknown job {job!r}; known are {', '.join(JOBS)}")

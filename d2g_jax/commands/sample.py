@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> int:
     common.start()
     from d2g_jax.pairs import read_prompts
     from d2g_jax.pipeline.draw import Solution
-    from d2g_jax.sample.sampler import Request, sample
+    from d2g_jax.sample.job import Request, sample
 
     given = common.given_solution(own)
     request = Request(

@@ -1,1 +1,1 @@
-"""`d2g evaluate`: numbers that say how they were measured. The job is `job.evaluate`, the table `table.table`."""
+"""`d2g evaluate`: numbers that say how they were measured. The job is `job.evaluate`; its file is `results`'."""

@@ -101,7 +101,7 @@ class Painter:
         self.claim(prompts, folder, first_noise=first_noise)
         devices = meshes.batch_shards(self._mesh)
         batch_size = -(-min(self._model.batch_size, len(prompts)) // devices) * devices
-        with Progress("draw", len(prompts), "image") as progress:
+        with Progress("draw", len(prompts), "image", beginning="compiling") as progress:
             for first in range(0, len(prompts), batch_size):
                 part = list(prompts[first : first + batch_size])
                 files = [folder / f"{first + i:05d}.png" for i in range(len(part))]

@@ -99,7 +99,7 @@ def fit(
     carry = meshes.place(carry, mesh)
     with ExitStack() as opened:
         log = _Log(recipe, first, opened)
-        progress = opened.enter_context(Progress(label, recipe.steps, "step", done=first))
+        progress = opened.enter_context(Progress(label, recipe.steps, "step", done=first, beginning="compiling"))
         thread = opened.enter_context(ThreadPoolExecutor(1))
         for step, batch in _read_ahead(batch_at, range(first, recipe.steps), thread):
             carry, value = update(carry, meshes.place_batch(encode(batch), mesh), step)

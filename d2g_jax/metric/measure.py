@@ -243,7 +243,7 @@ def _read_image(file: Path) -> np.ndarray:
 
 def _measure_all(distance: Distance, pairs: Iterator[Pair], count: int) -> list[float]:
     values: list[float] = []
-    with Progress("distances", count, "sample") as progress:
+    with Progress("distances", count, "sample", beginning="compiling") as progress:
         for group in _groups(pairs, count):
             # Filled up with its last pair: one compiled program for all groups of a shape.
             filled = group + [group[-1]] * (_batch_size(group[0], count) - len(group))

@@ -212,7 +212,8 @@ def run(name: str, scene: Scene, settings: ml_collections.ConfigDict, file: Path
     advance, every = _program(loss_of(name, settings.preset), optimizer, settings), settings.every
     latents = start(settings.seed, scene.target.shape)
     fit = _restore(file, _fit(0, 0.0, (latents, optimizer.init(latents)), None, scene, jnp.full(len(latents), jnp.nan)))
-    with StopRequests() as requests, Progress(TITLES[name], settings.steps, "step", done=fit.steps) as progress:
+    shown = Progress(TITLES[name], settings.steps, "step", done=fit.steps, beginning="compiling")
+    with StopRequests() as requests, shown as progress:
         while fit.steps < settings.steps:
             began = time.monotonic()
             carry, values = jax.block_until_ready(advance(scene, fit.carry, fit.steps))

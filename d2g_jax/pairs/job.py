@@ -154,7 +154,7 @@ def _make_missing(teacher: Teacher, folder: Path, missing: list[int], claims: Cl
     label = f"pairs, process {index + 1} of {count}" if count > 1 else "pairs"
     size = lambda shards: sum(len(records.shard_range(i, m.num_shards, m.num_records)) for i in shards)  # noqa: E731
     print(f"{label}: {m.num_prompts} prompts, {m.num_distinct_prompts} distinct", file=sys.stderr, flush=True)
-    with Progress(label, size(missing), "img") as progress:
+    with Progress(label, size(missing), "img", beginning="compiling") as progress:
         made_bytes = 0
         while missing:
             made = []

@@ -17,21 +17,31 @@ from d2g_jax.runtime import distributed
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10.0
+SETTLING_SECONDS = 1.0
+"""After the first unit: what comes with it, a batch, is over by then, and the rate counts from there."""
 
 
 class Progress:
-    """A context manager; `advance` counts units done."""
+    """A context manager; `advance` counts units done.
 
-    def __init__(self, label: str, total: int, unit: str, done: int = 0):
+    `beginning` says what is done before the first of them is, such as "compiling": it has no part in the rate.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0, beginning: str = ""):
         self._label, self._total, self._unit = label, total, unit
-        self._first = self._done = done
-        self._start = self._last_line = time.monotonic()
-        self._note = ""
+        self._done, self._note = done, beginning
+        self._last_line = time.monotonic()
+        self._start = self._origin = (self._last_line, done)  # when, and how much was done then
+        self._settled = float("inf")
         self._shown = distributed.process_id() == 0
         terminal = self._shown and sys.stderr.isatty()
         self._bar = tqdm(desc=label, total=total, initial=done, unit=unit) if terminal else None
 
     def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._note)
+        elif self._note:
+            self._line()
         return self
 
     def __exit__(self, failure: object, *_: object) -> None:
@@ -42,13 +52,18 @@ class Progress:
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Counts `units` more; `note`, until there is another, is shown behind the rate."""
+        now, first = time.monotonic(), self._done == self._start[1]
         self._done += units
-        self._note = note or self._note
+        self._note = note or ("" if first else self._note)
+        if first:
+            self._settled = now + SETTLING_SECONDS
+        if now < self._settled:
+            self._origin = (now, self._done)
         if self._bar is not None:
             self._bar.update(units)
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
-        elif self._done < self._total and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+        elif self._done < self._total and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._line()  # the last line is that of the end
 
     def say(self, text: str) -> None:
@@ -75,7 +90,10 @@ class Progress:
         self._last_line = time.monotonic()
         if not self._shown:
             return
-        rate = (self._done - self._first) / max(self._last_line - self._start, 1e-9)
-        left = (self._total - self._done) / rate if rate else float("inf")
-        text = f"{self._label}: {self._done}/{self._total} {self._unit}, {rate:.1f} {self._unit}/s, {left:.0f} s left"
+        text = f"{self._label}: {self._done}/{self._total} {self._unit}"
+        # A job that was over before it settled has no other rate than that of all its time.
+        since, before = self._start if self._done == self._total == self._origin[1] else self._origin
+        if self._done > before:
+            rate = (self._done - before) / max(self._last_line - since, 1e-9)
+            text += f", {rate:.1f} {self._unit}/s, {(self._total - self._done) / rate:.0f} s left"
         print(f"{text}, {self._note}" if self._note else text, file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 
 import jax
@@ -12,14 +11,11 @@ import numpy as np
 
 from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.systems import OneStep, find_system
-from d2g_jax.pipeline.conditioning import tokenize_prompts
-from d2g_jax.pipeline.draw import Programs, Solution, draw, one_step_programs, teacher_programs
+from d2g_jax.pipeline.draw import Programs, Solution, one_step_programs, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import resolve
-from d2g_jax.runtime import atomic
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.runtime.grid import grid, save_png
 from d2g_jax.sample import exported
 from d2g_jax.train.checkpoint import Checkpoints
 
@@ -129,93 +125,35 @@ def draw_noise(seed: int, count: int, shape: tuple[int, int, int]) -> np.ndarray
     return np.asarray(noise.record_noise(seed, jnp.arange(count, dtype=jnp.uint32), shape))
 
 
-def read_latents(file: str | Path, count: int, shape: tuple[int, int, int]) -> np.ndarray:
-    """float32 (count, C, h, w) from a .npy file, as one would give diffusers in `latents=`."""
-    try:
-        latents = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as .npy ({error}); give float32 (N, C, h, w)") from error
-    if latents.shape != (count, *shape):
-        raise UserError(f"{file}: shape {latents.shape}; this model and {count} prompts need {(count, *shape)}")
+def noise_of(
+    pipeline: Pipeline,
+    count: int,
+    size: tuple[int | None, int | None] = (None, None),
+    seed: int = 0,
+    latents: np.ndarray | str | Path | None = None,
+) -> np.ndarray:
+    """float32 noise (count, C, h, w): `draw_noise` of images of `size`, or `latents` where they are given.
+
+    `latents` is an array or the path of a .npy file, as one would give diffusers in `latents=`; its shape says height
+    and width where `size` does not. Raises `UserError` for a file that cannot be read, another shape and values that
+    are not finite.
+    """
+    channels, *sides = latent_shape(pipeline, size)
+    if latents is None:
+        return draw_noise(seed, count, (channels, *sides))
+    name = latents if isinstance(latents, str | Path) else "latents"
+    if isinstance(latents, str | Path):
+        try:
+            latents = np.load(latents, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name}: cannot be read as .npy ({error}); give float32 (N, C, h, w)") from error
+    asked = tuple("any" if given is None else side for given, side in zip(size, sides, strict=True))
+    wanted, shape = (count, channels, *asked), np.shape(latents)
+    if len(shape) != 4 or any(side not in ("any", found) for side, found in zip(wanted, shape, strict=True)):
+        text = ", ".join(map(str, wanted))
+        raise UserError(f"{name}: shape {shape}; this model and {count} prompts need ({text})")
+    factor = pipeline.vae.config.downscale
+    latent_shape(pipeline, (shape[2] * factor, shape[3] * factor))  # refuses what is too large
     if not np.isfinite(latents).all():
-        raise UserError(f"{file}: holds values that are not finite; give standard normal noise")
-    return latents.astype(np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What `d2g sample` is asked for.
-
-    Attributes:
-      prompts: one or more; images_per_prompt of each.
-      solution: a teacher's; a one-step student has none.
-      size: (height, width) in pixels, None for the native side.
-      seed: of the noise; `latents`, a .npy file, takes its place.
-      batch_size: images per call, rounded up to the devices.
-      dtype: what the networks compute in and what their kernels are kept in.
-      tiled: decode large images in overlapping tiles, for devices that cannot hold one image's activations.
-      system: of `systems.SYSTEMS`, for a one-step generator of another method.
-      unet: weights in place of the folder's own UNet.
-    """
-
-    prompts: tuple[str, ...]
-    images_per_prompt: int = 1
-    solution: Solution | None = None
-    size: tuple[int | None, int | None] = (None, None)
-    seed: int = 0
-    latents: Path | None = None
-    batch_size: int = 64
-    dtype: str = "float32"
-    tiled: bool = False
-    system: str | None = None
-    unet: Path | None = None
-
-
-def sample(model: str | Path, request: Request, out: Path, revision: str | None = None) -> dict[str, float]:
-    """Draws and writes 00000.png ..., grid.png, noise.npy, latents.npy and prompts.txt into `out`.
-
-    Returns seconds: "load", "compile" (the first batch, which is drawn again), and "text", "unet" and "vae" apart.
-
-    Raises `UserError` for bad requests, and for latents that are not finite; then nothing is written.
-    """
-    if not request.prompts:
-        raise UserError("no prompts; give --prompt=TEXT or --prompts=FILE")
-    for name in ("images_per_prompt", "batch_size"):
-        if getattr(request, name) < 1:
-            raise UserError(f"{name}={getattr(request, name)}; it must be at least 1")
-    start, dtype = time.monotonic(), jnp.dtype(request.dtype)
-    mesh = meshes.make_mesh()
-    sampler = Sampler.load(model, mesh, dtype, dtype, revision, request.system, request.unet)
-    if sampler.one_step is not None and request.solution is not None:
-        raise UserError(f"{model}: this is a one-step student; leave out --steps, --guidance, --solver and --negative")
-    prompts = [prompt for prompt in request.prompts for _ in range(request.images_per_prompt)]
-    shape = latent_shape(sampler.pipeline, request.size)
-    if request.latents is None:
-        drawn = draw_noise(request.seed, len(prompts), shape)
-    else:
-        drawn = read_latents(request.latents, len(prompts), shape)
-    factor = sampler.pipeline.vae.config.downscale
-    programs = sampler.programs(mesh, request.solution, (factor * shape[1], factor * shape[2]), tiled=request.tiled)
-    ids = tokenize_prompts(sampler.pipeline, prompts)
-    devices = meshes.batch_shards(mesh)
-    batch_size = -(-min(request.batch_size, len(prompts)) // devices) * devices
-
-    loaded, seconds = time.monotonic(), {}
-    for _ in draw(programs, mesh, drawn[:batch_size], ids[:batch_size], batch_size, images=True):
-        pass
-    compiled = time.monotonic()
-    batches = list(draw(programs, mesh, drawn, ids, batch_size, images=True, seconds=seconds))
-    latents, images = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
-    if not finite.all():
-        raise UserError(
-            f"{model}: {np.count_nonzero(~finite)} of {len(latents)} images are not finite, the first for "
-            f"{prompts[int(np.argmin(finite))]!r}; check its weights, or give --dtype=float32"
-        )
-    for i, image in enumerate(images):
-        save_png(out / f"{i:05d}.png", image)
-    save_png(out / "grid.png", grid(images, max(1, int(np.ceil(np.sqrt(len(images)))))))
-    atomic.write_array(out / "noise.npy", drawn)
-    atomic.write_array(out / "latents.npy", latents)
-    atomic.write_text(out / "prompts.txt", "\n".join(prompts) + "\n")
-    return {"load": loaded - start, "compile": compiled - loaded, **seconds}
+        raise UserError(f"{name}: holds values that are not finite; give standard normal noise")
+    return np.asarray(latents, np.float32)

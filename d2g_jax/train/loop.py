@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from d2g_jax.report import LivePage
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.interrupt import StopRequests
 from d2g_jax.runtime.maintenance import maintenance_notices
-from d2g_jax.runtime.processes import Vote
+from d2g_jax.runtime.processes import Vote, is_first
 from d2g_jax.runtime.progress import Progress
 from d2g_jax.train.checkpoint import Checkpoints
 from d2g_jax.train.gallery import make_gallery
@@ -50,6 +51,8 @@ def loop(
     batches = (meshes.place_batch(batch, mesh) for batch in read_batches(config, source, mesh, images))
     batch = next(batches)
     page.update("compiling", images, at_once=True)
+    if is_first():
+        print(f"train {config.name}: compiling", file=sys.stderr, flush=True)
     programs = compile_programs(config, d, frozen, state, batch, mesh)
     with (
         StopRequests() as requests,

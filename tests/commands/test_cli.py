@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import d2g_jax
 from d2g_jax.__main__ import main
 from d2g_jax.commands.common import JOBS
 from d2g_jax.config.configuration import read_config
@@ -32,6 +33,11 @@ def test_help_names_every_job(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
     assert all(job in out for job in JOBS)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"d2g_jax {d2g_jax.__version__}\n"
 
 
 @pytest.mark.parametrize("job", JOBS)

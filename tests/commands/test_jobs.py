@@ -493,10 +493,10 @@ def test_bad_training_settings(made, tmp_path, key, value, message):
 def test_missing_model_and_bad_latents(tmp_path, capsys):
     assert main(["sample", f"--model={tmp_path}", "--prompt=1", f"--out={tmp_path}"]) == 2
     assert "neither a pipeline folder" in capsys.readouterr().err
-    np.save(tmp_path / "wrong.npy", np.zeros((1, 4, 9, 8), np.float32))
+    np.save(tmp_path / "wrong.npy", np.zeros((1, 3, 8, 8), np.float32))
     command = ["sample", f"--model={WEIGHTS / 'pipeline'}", "--prompt=1", f"--out={tmp_path / 'out'}"]
     assert main([*command, f"--latents={tmp_path / 'wrong.npy'}"]) == 2
-    assert "shape (1, 4, 9, 8)" in capsys.readouterr().err
+    assert "shape (1, 3, 8, 8); this model and 1 prompts need (1, 4, any, any)" in capsys.readouterr().err
     assert main([*command, "--steps=0"]) == 2
     assert main(["sample", f"--model={WEIGHTS / 'pipeline'}", f"--out={tmp_path / 'out'}"]) == 2
     assert not (tmp_path / "out").exists()

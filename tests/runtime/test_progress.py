@@ -24,6 +24,24 @@ def test_a_line_every_ten_seconds_and_one_at_the_end(clock, capsys):
     ]
 
 
+def test_the_rate_counts_from_the_first_batch_and_not_from_the_compilation(clock, capsys):
+    with progress.Progress("pairs", 12, "img", beginning="compiling") as shown:
+        clock[0] += 100.0
+        for _ in range(4):  # the records of the first batch come together
+            shown.advance(1)
+        for _ in range(2):
+            clock[0] += 16.0
+            for _ in range(4):
+                shown.advance(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "pairs: 0/12 img, compiling",
+        "pairs: 1/12 img",
+        "pairs: 5/12 img, 0.1 img/s, 112 s left",
+        "pairs: 9/12 img, 0.2 img/s, 19 s left",
+        "pairs: 12/12 img, 0.2 img/s, 0 s left",
+    ]
+
+
 def test_a_job_that_fails_or_is_divided(clock, capsys):
     with pytest.raises(ValueError, match="broken"), progress.Progress("pairs", 3, "shards") as shown:
         raise ValueError("broken")

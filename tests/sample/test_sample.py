@@ -136,8 +136,8 @@ def test_a_file_without_spacing_means_what_it_means_to_diffusers(tiny_sd):
         ("--solver=ddpm", "'ddpm'"),
         ("--spacing=log", "log"),
         ("--steps=1001", "1001"),
-        ("--images=0", "images_per_prompt=0"),
-        ("--batch=0", "batch_size=0"),
+        ("--images=0", "images=0"),
+        ("--batch=0", "batch=0"),
         ("--dtype=int8", "int8"),
     ],
 )

@@ -1,0 +1,186 @@
+"""`d2g_jax.load`: a model as a callable from prompts to images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from d2g_jax.pipeline.conditioning import tokenize_prompts
+from d2g_jax.pipeline.draw import Drawn, Programs, Solution, draw
+from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.sample.sampler import Sampler, noise_of
+
+
+class Model:
+    """A teacher, a student or an export that draws; `load` makes one.
+
+        student = d2g_jax.load("runs/demo/students/full")
+        images = student(["a bold seven", "a thin three"], seed=0)
+
+    Compiled at the first call of a kind and reused by all later ones: programs are kept for each size and solution, and
+    a call is padded to the batch of an earlier one, if that has at most twice its rows. The batch is split over the
+    devices of the mesh.
+
+    Attributes:
+      sampler: the pipeline and how its UNet is called.
+      mesh: the devices that draw.
+    """
+
+    def __init__(self, sampler: Sampler, mesh: jax.sharding.Mesh, name: str):
+        self.sampler, self.mesh, self._name = sampler, mesh, name
+        self._programs: dict[tuple, Programs] = {}
+        self._rows: dict[tuple, set[int]] = {}  # batch sizes that each has been called with
+
+    def __call__(self, prompts: str | Sequence[str], **options: Any) -> list[Image.Image]:
+        """RGB images of H x W pixels, one per prompt in order (`images` of each, side by side in the list).
+
+        Args:
+          prompts: one or more.
+          options: those of `d2g sample`, under the same names. Of any model: `seed` (0), `latents` in its place
+            (float32 noise (N, C, h, w) or the path of a .npy of it, which says height and width too), `images` of each
+            prompt (1), `height` and `width` in pixels (the model's own), `batch` images a call (64), `tiled` decoding.
+            Of a teacher alone, the fields of `pipeline.draw.Solution`: `steps` (50), `guidance_scale` (7.5),
+            `guidance_rescale`, `negative_prompt`, `solver`, `spacing`.
+
+        Raises:
+          UserError: one line that says what is wrong and what to do: a student that is given a teacher's options, sides
+            that are no multiple of the VAE's factor, noise of another shape, results that are not finite.
+          TypeError: an option that does not exist.
+        """
+        return [Image.fromarray(image) for image in self.draw(prompts, **options).images]
+
+    def latents(self, prompts: str | Sequence[str], **options: Any) -> np.ndarray:
+        """As a call, but not decoded: float32 (N, C, h, w), scaled as diffusion networks take them."""
+        return self.draw(prompts, decode=False, **options).latents
+
+    def draw(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        latents: np.ndarray | str | Path | None = None,
+        images: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 64,
+        tiled: bool = False,
+        decode: bool = True,
+        **solution: Any,
+    ) -> Drawn:
+        """As a call, as arrays: `latents` float32 (N, C, h, w) and, with `decode`, `images` uint8 (N, H, W, 3)."""
+        drawing = self.prepare(
+            prompts, seed, latents, images, (height, width), batch, tiled, Solution(**solution) if solution else None
+        )
+        return self.run(drawing, decode=decode)
+
+    def prepare(
+        self,
+        prompts: str | Sequence[str],
+        seed: int,
+        latents: np.ndarray | str | Path | None,
+        images: int,
+        size: tuple[int | None, int | None],
+        batch: int,
+        tiled: bool,
+        solution: Solution | None,
+    ) -> Drawing:
+        """What a call will draw with which programs; nothing is compiled yet. Raises as a call does."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise UserError("no prompts; give --prompt=TEXT or --prompts=FILE")
+        for name, count in (("images", images), ("batch", batch)):
+            if count < 1:
+                raise UserError(f"{name}={count}; it must be at least 1")
+        if solution is not None and self.sampler.one_step is not None:
+            raise UserError(
+                f"{self._name}: this is a one-step student; leave out --steps, --guidance, --solver and --negative"
+            )
+        prompts = [prompt for prompt in prompts for _ in range(images)]
+        pipeline = self.sampler.pipeline
+        noise = noise_of(pipeline, len(prompts), size, seed, latents)
+        factor = pipeline.vae.config.downscale
+        key = (solution, noise.shape[2] * factor, noise.shape[3] * factor, tiled)
+        if key not in self._programs:
+            self._programs[key] = self.sampler.programs(self.mesh, solution, key[1:3], tiled=tiled)
+        devices = meshes.batch_shards(self.mesh)
+        rows, known = -(-min(batch, len(prompts)) // devices) * devices, self._rows.setdefault(key, set())
+        rows = min((other for other in known if rows <= other <= 2 * rows), default=rows)
+        known.add(rows)
+        return Drawing(prompts, noise, tokenize_prompts(pipeline, prompts), self._programs[key], rows)
+
+    def run(self, drawing: Drawing, *, decode: bool = True, seconds: dict[str, float] | None = None) -> Drawn:
+        """Draws it. `seconds`: see `pipeline.draw.draw`. Raises `UserError` where latents are not finite."""
+        batches = draw(
+            drawing.programs,
+            self.mesh,
+            drawing.noise,
+            drawing.ids,
+            drawing.batch_size,
+            images=decode,
+            seconds=seconds,
+        )
+        latents, images = zip(*batches, strict=True)
+        latents = np.concatenate(latents)
+        finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
+        if not finite.all():
+            raise UserError(
+                f"{self._name}: {np.count_nonzero(~finite)} of {len(latents)} images are not finite, the first for "
+                f"{drawing.prompts[int(np.argmin(finite))]!r}; check its weights, or give --dtype=float32"
+            )
+        return Drawn(latents, np.concatenate(images) if decode else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A call's images before they are drawn.
+
+    Attributes:
+      prompts: N, one an image.
+      noise: float32 (N, C, h, w); ids: int32 (N, T L).
+      programs: the compiled calls.
+      batch_size: rows a call, a multiple of the devices.
+    """
+
+    prompts: list[str]
+    noise: np.ndarray
+    ids: np.ndarray
+    programs: Programs
+    batch_size: int
+
+    def first(self) -> Drawing:
+        """Its first batch alone: whoever draws that has compiled all."""
+        return dataclasses.replace(self, noise=self.noise[: self.batch_size], ids=self.ids[: self.batch_size])
+
+
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    system: str | None = None,
+    unet: str | Path | None = None,
+    dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+) -> Model:
+    """A model that draws: a callable from prompts to images.
+
+    Args:
+      model: a training workdir (its newest average), an export to diffusers or Flax, a folder in diffusers' layout, or
+        a hub id "owner/name" (`revision` is its branch, tag or commit).
+      system: how a one-step generator of another method is called, a name of `diffusion.systems.SYSTEMS`.
+      unet: safetensors in place of the model's own UNet.
+      dtype: "float32", "bfloat16" or "float16": what the networks compute in and what their kernels are kept in.
+      mesh: the devices; None is all of them (`runtime.mesh.make_mesh`).
+
+    Raises:
+      UserError: one line that says what is wrong with the files and what to do.
+    """
+    mesh, kind = meshes.make_mesh() if mesh is None else mesh, jnp.dtype(dtype)
+    return Model(Sampler.load(model, mesh, kind, kind, revision, system, unet), mesh, str(model))
