@@ -172,6 +172,7 @@ def train() -> ConfigDict:
             "remat": "none",
             "compile_workers": 1,  # programs compiled at once, at the price of their compilers' memory
             "ema_half_life_images": 500_000.0,  # about a decay of 0.999 at batch 1024; not in the paper
+            "held_out": 256,  # records never trained on, at most a tenth: every line has R on them (docs/when.md)
             "log_every": 10_240,
             "sample_every": 512_000,
             "checkpoint_every": 512_000,

@@ -23,7 +23,7 @@ from d2g_jax.records.shards import (
     shard_range,
     write_shard,
 )
-from d2g_jax.records.source import PairSource, SkippingSource
+from d2g_jax.records.source import PairSource, Rest, SkippingSource, held_out
 from d2g_jax.records.stream import dataset, record_index
 from d2g_jax.records.verify import Problem, repair, verify, verify_shard
 
@@ -32,11 +32,13 @@ __all__ = [
     "PairSchema",
     "PairSource",
     "Problem",
+    "Rest",
     "ShardInfo",
     "SkippingSource",
     "check_fits",
     "config_hash",
     "dataset",
+    "held_out",
     "is_whole",
     "library_versions",
     "missing_shards",

@@ -125,6 +125,26 @@ class SkippingSource:
         raise corrupt
 
 
+class Rest:
+    """All records of a source but `left_out`, in order: what is read of pairs of which some are kept for measuring."""
+
+    def __init__(self, source: PairSource | SkippingSource, left_out: Sequence[int]):
+        self._source = source
+        self._before = np.asarray(left_out, np.int64) - np.arange(len(left_out))  # records of ours before each
+
+    def __len__(self) -> int:
+        return len(self._source) - len(self._before)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._source[index + int(np.searchsorted(self._before, index, side="right"))]
+
+
+def held_out(count: int, wanted: int) -> list[int]:
+    """Ids of about `wanted` of `count` records, at most a tenth of them, evenly spread and always the same."""
+    kept = min(wanted, count // 10)
+    return [(2 * i + 1) * count // (2 * kept) for i in range(kept)]
+
+
 class _Files:
     """Open files, the least recently used given up first. A descriptor closes when its last reader is done."""
 

@@ -14,6 +14,11 @@ from d2g_jax.report.values import definitions, duration, is_number, label, part
 
 _GROUPS = (
     ("Health", "shaded: where a healthy run stays, from the image on from which that holds"),
+    (
+        "Unexplained",
+        "R, on records kept out of training: squared error over the variance of the teacher's latents. 0: the "
+        "teacher's own images; 1: no better than their mean. Near 0 squared error does; far from it, it blurs",
+    ),
     ("Losses", ""),
     ("Gradients", "norms, before clipping"),
     ("Everything else", ""),
@@ -84,9 +89,11 @@ def image_rates(rows: list[Row]) -> tuple[list[float], list[float]]:
 
 
 def _group(name: str, banded: bool) -> str:
-    health, losses, gradients, rest = (title for title, _ in _GROUPS)
+    health, unexplained, losses, gradients, rest = (title for title, _ in _GROUPS)
     if banded:
         return health
+    if name == "unexplained":
+        return unexplained
     return losses if name.startswith("loss") else gradients if name.startswith("gradient") else rest
 
 

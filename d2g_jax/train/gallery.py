@@ -49,7 +49,7 @@ def make_gallery(
     queries = [held_out(own, i, i) for i in range(min(QUERIES, len(own)))]
     wanted = [*_walk(0, 1, "text"), *_walk(0, 2, "noise"), *_alone(len(ends), queries)]
     drawn = _draw(painter, params, [*ends, *queries], wanted)
-    found, between_pairs = nearest(drawn.latents[2 * STEPS :].transpose(0, 3, 1, 2), own)
+    found, between_pairs = nearest(drawn.latents[2 * STEPS :], own)
     neighbours = [own[int(i)] for i in found.ids.ravel()]
     pairs = _draw(painter, params, neighbours, _alone(0, neighbours)).teacher
     if not is_first():

@@ -65,7 +65,7 @@ class Journal:
         """Takes the device metrics of the step that ended at `images`, without waiting for them."""
         self._pending.append((images, metrics))
 
-    def write_line(self, images: int, state: TrainState, counts: dict[str, int]) -> None:
+    def write_line(self, images: int, state: TrainState, counts: dict[str, float]) -> None:
         """Writes one line of means over the steps since the last, and says which alarms begin or end with it.
 
         Raises `NotFinite` after saving `state` when an update stopped the run.

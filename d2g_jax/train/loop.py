@@ -48,7 +48,10 @@ def loop(
     skipped = source.skipped if isinstance(source, records.SkippingSource) else set()
     metadata = {"name": config.name, "pipeline": str(pipeline.folder.absolute()), "timestep": d.timestep}
     painter, vote = Painter(d, frozen, source, mesh, pipeline, workdir), Vote()
-    batches = (meshes.place_batch(batch, mesh) for batch in read_batches(config, source, mesh, images))
+    kept = records.held_out(len(source), t.held_out)
+    held_out = [source[i] for i in kept]
+    batches = read_batches(config, records.Rest(source, kept), mesh, images)
+    batches = (meshes.place_batch(batch, mesh) for batch in batches)
     batch = next(batches)
     page.update("compiling", images, at_once=True)
     if is_first():
@@ -66,7 +69,10 @@ def loop(
             batch = next(batches)
             journal.add(images, metrics)
             if _crosses(images, t.log_every, t):
-                journal.write_line(images, state, {"corrupt_records": len(skipped)} if skipped else {})
+                counts = {"corrupt_records": len(skipped)} if skipped else {}
+                if held_out:
+                    counts["unexplained"] = painter.unexplained(state.ema, held_out)
+                journal.write_line(images, state, counts)
             if _crosses(images, t.sample_every, t):
                 journal.add_picture(images, painter.draw(state.ema, images))
             stop = vote(requests.signal)
@@ -96,7 +102,7 @@ def _crosses(images: int, every: int, t: ml_collections.ConfigDict) -> bool:
 
 def read_batches(
     config: ml_collections.ConfigDict,
-    source: records.PairSource | records.SkippingSource,
+    source: records.Rest,
     mesh: jax.sharding.Mesh,
     images: int,
 ) -> Iterator[dict[str, np.ndarray]]:

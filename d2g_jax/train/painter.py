@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from d2g_jax import records
 from d2g_jax.pipeline.draw import padded
 from d2g_jax.pipeline.folder import Pipeline, decode
+from d2g_jax.results.unexplained import unexplained
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.grid import grid, save_png
 from d2g_jax.runtime.processes import is_first
@@ -47,7 +48,7 @@ class Mix(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """float32 latents (N, h, w, C) of the student; uint8 images (N, H, W, 3) of it and of the records' own latents."""
+    """float32 latents (N, C, h, w) of the student; uint8 images (N, H, W, 3) of it and of the records' own latents."""
 
     latents: np.ndarray
     student: np.ndarray
@@ -79,7 +80,7 @@ def lerp(a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:
 
 
 class Painter:
-    """Draws in one step, always through one compiled program; all processes draw, the first one writes.
+    """Draws in one step, always through the same two programs; all processes draw, the first one writes.
 
     Attributes:
       count: pictures of one grid and of one call, at most `SAMPLES_IN_GRID`.
@@ -101,22 +102,24 @@ class Painter:
         self._first = [source[i] for i in range(self.count)]
         self._frozen, self._vae = frozen, {"vae": pipeline.params["vae"]}
 
-        # Every process gets all pictures: one of them could not fetch those on the others' devices.
-        @functools.partial(jax.jit, out_shardings=jax.sharding.NamedSharding(mesh, P()))
-        def pictures(params: Any, frozen: Frozen, vae: Any, batch: dict[str, jax.Array], mix: Mix) -> Pictures:
+        # Every process gets all of them: one could not fetch those on the others' devices.
+        everywhere = functools.partial(jax.jit, out_shardings=jax.sharding.NamedSharding(mesh, P()))
+
+        @everywhere
+        def latents(params: Any, frozen: Frozen, batch: dict[str, jax.Array], mix: Mix) -> jax.Array:
             c = condition(d, frozen, batch)
             noise = slerp(c.noise[mix.left], c.noise[mix.right], mix.noise)
             text = jax.tree.map(lambda x: lerp(x[mix.left], x[mix.right], mix.text), c.text)
             with meshes.traced_for(mesh):
-                student = generate(d, params, noise, text)
-            return Pictures(student, decode(pipeline, vae, student), decode(pipeline, vae, c.target))
+                return jnp.transpose(generate(d, params, noise, text), (0, 3, 1, 2))
 
-        self._pictures = pictures
+        self._latents = latents
+        self._decode = everywhere(lambda vae, x: decode(pipeline, vae, jnp.transpose(x, (0, 2, 3, 1))))
 
-    def pictures(self, params: Any, batch: Sequence[Record], mix: Mix) -> Pictures:
-        """What `params` draw for a mix of at most `count` records, a picture for each entry of `mix`, as many at most.
+    def latents(self, params: Any, batch: Sequence[Record], mix: Mix) -> np.ndarray:
+        """What `params` draw for a mix of at most `count` records, one for each entry of `mix`, as many at most.
 
-        A record is one of the pairs' (its id decides the noise); `teacher` are decoded in the records' own order.
+        A record is one of the pairs' (its id decides the noise). Returns float32 scaled latents (N, C, h, w).
         """
         places = {name: np.stack([record[name] for record in batch]) for name in batch[0]}
         places["id"] = places["id"].astype(np.uint32)
@@ -124,9 +127,23 @@ class Painter:
         whole |= {f"mix {name}": padded(value, self._padded) for name, value in mix._asdict().items()}
         placed = meshes.place_whole_batch(whole, self._mesh)
         mixed = Mix(**{name: placed.pop(f"mix {name}") for name in Mix._fields})
-        drawn = jax.device_get(self._pictures(params, self._frozen, self._vae, placed, mixed))
-        shown = len(mix.left)
-        return Pictures(drawn.latents[:shown], drawn.student[:shown], drawn.teacher[: len(batch)])
+        return jax.device_get(self._latents(params, self._frozen, placed, mixed))[: len(mix.left)]
+
+    def decoded(self, latents: np.ndarray) -> np.ndarray:
+        """uint8 images (N, H, W, 3) of at most `count` latents (N, C, h, w)."""
+        placed = meshes.place_whole_batch({"x": padded(latents.astype(np.float32), self._padded)}, self._mesh)
+        return jax.device_get(self._decode(self._vae, placed["x"]))[: len(latents)]
+
+    def pictures(self, params: Any, batch: Sequence[Record], mix: Mix) -> Pictures:
+        """As `latents`, with the images of them and, in the records' own order, of the records' latents."""
+        drawn = self.latents(params, batch, mix)
+        return Pictures(drawn, self.decoded(drawn), self.decoded(np.stack([record["latents"] for record in batch])))
+
+    def unexplained(self, params: Any, batch: Sequence[Record]) -> float:
+        """R of `params` on records that training does not see: see `results.unexplained`."""
+        parts = [batch[i : i + self.count] for i in range(0, len(batch), self.count)]
+        drawn = np.concatenate([self.latents(params, part, Mix.none(len(part))) for part in parts])
+        return unexplained(drawn, np.stack([record["latents"] for record in batch]))
 
     def draw(self, params: Any, images: int) -> Path:
         """Writes samples/images_XXXXXXXX.png, named by images seen: the same conditions again and again, teacher above,

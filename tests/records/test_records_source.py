@@ -166,3 +166,15 @@ def test_neither_tensorflow_nor_torch_is_imported(tmp_path):
     here = str(Path(__file__).parent)
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "1.0.0"), here], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "kept"), [(1000, 64, 64), (100, 64, 10), (9, 64, 0), (50, 0, 0)]
+)
+def test_records_kept_out_and_the_rest_are_all_records_once(count, wanted, kept):
+    ids = records.held_out(count, wanted)
+    assert len(set(ids)) == len(ids) == kept
+    assert all(0 <= i < count for i in ids)
+    rest = records.Rest(range(count), ids)
+    assert sorted([*ids, *(rest[i] for i in range(len(rest)))]) == list(range(count))
+    assert [rest[i] for i in range(len(rest))] == sorted(rest[i] for i in range(len(rest)))

@@ -42,14 +42,14 @@ class Painter:
         assert len(batch) <= self.count
         assert len(mix.left) <= self.count
         assert all(set(record) == {"id", "input_ids", "latents"} for record in batch)
-        own = np.stack([record["latents"] for record in batch]).transpose(0, 2, 3, 1)
+        own = np.stack([record["latents"] for record in batch])
         share = mix.text[:, None, None, None]
         latents = (1 - share) * own[mix.left] + share * own[mix.right]
         self.calls.append((batch, mix))
         return Pictures(latents, self._image(latents), self._image(own))
 
     def _image(self, latents):
-        return np.broadcast_to(np.clip(latents[..., :1], 0, 255).astype(np.uint8), (*latents.shape[:3], 3))
+        return np.broadcast_to(np.clip(latents[:, 0, :, :, None], 0, 255).astype(np.uint8), (*latents[:, 0].shape, 3))
 
 
 @pytest.fixture
