@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "d2g_jax"
 
 FLOORS = (
     ("runtime", "config", "results", "report"),
-    ("models", "diffusion", "records", "pipeline", "digits", "losses"),
+    ("models", "diffusion", "records", "pipeline", "digits", "world", "losses"),
     ("pairs", "lpips_training", "train", "teacher", "metric", "sample", "export", "evaluate"),
     ("demo", "plan", "play", "ablate", "bench"),
     ("commands", "__main__"),

@@ -133,6 +133,14 @@ def load() -> tuple[Digits, Digits]:
     return Digits(images[train], labels[train]), Digits(images[test], labels[test])
 
 
+def small(*, test: bool) -> np.ndarray:
+    """The same images as scikit-learn has them: ink float64 (N, 8, 8) in [0, 1]."""
+    from sklearn.datasets import load_digits
+
+    order = np.random.RandomState(0).permutation(len(load_digits().target))
+    return load_digits().images[order[TRAIN_IMAGES:] if test else order[:TRAIN_IMAGES]] / 16
+
+
 def weight_values(ink: np.ndarray) -> np.ndarray:
     """Ink per length of stroke, float64 (N,), of ink (N, H, W) in [0, 1].
 

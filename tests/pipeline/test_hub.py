@@ -223,7 +223,7 @@ def test_unfit_repository_is_not_fetched(monkeypatch: pytest.MonkeyPatch):
 
 def offline(cache: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
     code = (
-        "import sys; from d2g_jax import hub; from d2g_jax.runtime.errors import UserError\n"
+        "import sys; from d2g_jax.pipeline import hub; from d2g_jax.runtime.errors import UserError\n"
         "assert 'huggingface_hub' not in sys.modules\n"
         "for argument in sys.argv[1:]:\n"
         "    try: print(hub.resolve(*argument.split('@')))\n"

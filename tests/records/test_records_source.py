@@ -168,9 +168,7 @@ def test_neither_tensorflow_nor_torch_is_imported(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("count", "wanted", "kept"), [(1000, 64, 64), (100, 64, 10), (9, 64, 0), (50, 0, 0)]
-)
+@pytest.mark.parametrize(("count", "wanted", "kept"), [(1000, 64, 64), (100, 64, 10), (9, 64, 0), (50, 0, 0)])
 def test_records_kept_out_and_the_rest_are_all_records_once(count, wanted, kept):
     ids = records.held_out(count, wanted)
     assert len(set(ids)) == len(ids) == kept

@@ -16,9 +16,7 @@ def test_the_teachers_own_images_and_their_mean():
     assert unexplained(target, target) == 0
     mean = np.broadcast_to(target.mean(axis=(0, 2, 3), keepdims=True), target.shape)
     assert unexplained(mean, target) == pytest.approx(1)
-    assert unexplained(latents(1), target) == pytest.approx(
-        2, rel=0.1
-    )  # another image is worse than none
+    assert unexplained(latents(1), target) == pytest.approx(2, rel=0.1)  # another image is worse than none
 
 
 def test_a_share_of_the_variance_whatever_the_scale_and_the_channels_means():

@@ -1,0 +1,86 @@
+"""Captions that say what a scene shows, in one of several phrasings; what is unclear is never mentioned."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from d2g_jax.digits import data
+from d2g_jax.world.scenes import DARKS, INKS, LIGHTS, UNCLEAR, Scene, glyphs
+from d2g_jax.world.textures import KINDS
+
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SLANTS = ("slanted to the left", "upright", "slanted to the right")
+PHRASINGS = 4
+"""How many ways `caption` knows of saying the same thing; each with the digit as a word or as a numeral."""
+
+
+class Prompt(NamedTuple):
+    """A prompt with the labels it was built from: nothing ever parses a caption."""
+
+    prompt: str
+    scene: Scene
+
+
+def caption(scene: Scene, phrasing: int, numeral: bool = False) -> str:
+    """What `scene` shows; a weight or slant that is `UNCLEAR` is left out."""
+    digit = str(scene.digit) if numeral else NUMBER_WORDS[scene.digit]
+    bold = "" if scene.weight == UNCLEAR else data.WEIGHTS[scene.weight]
+    slanted = "" if scene.slant == UNCLEAR else SLANTS[scene.slant]
+    ink, dark, light = (
+        list(colours)[i] for colours, i in ((INKS, scene.ink), (DARKS, scene.dark), (LIGHTS, scene.light))
+    )
+    kind = KINDS[scene.texture]
+    match phrasing:
+        case 0:
+            return f"a {_words(bold, ink, digit, slanted)} on {dark} and {light} {kind}"
+        case 1:
+            return f"{_words(bold, ink, 'digit', digit, slanted)}, {kind} in {light} and {dark}"
+        case 2:
+            return f"{kind} of {dark} and {light} behind a {_words(bold, ink, digit, slanted)}"
+        case 3:
+            return f"a {_words(ink, digit, slanted)} in {bold or 'handwritten'} strokes on {light} and {dark} {kind}"
+        case _:
+            raise ValueError(f"phrasing {phrasing} is not one of 0..{PHRASINGS - 1}")
+
+
+def random_caption(rng: np.random.Generator, scene: Scene, mention: float = 0.9) -> str:
+    """A true caption in a random phrasing that mentions weight and slant each with probability `mention`."""
+    weight, slant = (
+        label if keep else UNCLEAR
+        for label, keep in zip((scene.weight, scene.slant), rng.random(2) < mention, strict=True)
+    )
+    shown = scene._replace(weight=weight, slant=slant)
+    return caption(shown, int(rng.integers(PHRASINGS)), bool(rng.random() < 0.5))
+
+
+def evaluation_prompts(count: int, seed: int) -> list[Prompt]:
+    """`count` prompts that name everything; digits, weights and slants as often together as where both are clear."""
+    rng = np.random.default_rng(seed)
+    clear = glyphs().labels[(glyphs().labels != UNCLEAR).all(axis=1)]
+    prompts = []
+    for row in rng.integers(len(clear), size=count):
+        colours = rng.integers([len(INKS), len(KINDS), len(DARKS), len(LIGHTS)])
+        scene = Scene(*map(int, (*clear[row], *colours)))
+        prompts.append(Prompt(caption(scene, int(rng.integers(PHRASINGS)), bool(rng.random() < 0.5)), scene))
+    return prompts
+
+
+def words() -> list[str]:
+    """Every word of letters that a caption can hold, sorted."""
+    sides = [range(10), (UNCLEAR, 0, 1, 2), (UNCLEAR, 0, 1, 2), range(len(INKS)), range(len(KINDS))]
+    sides += [range(len(DARKS)), range(len(LIGHTS))]
+    found: set[str] = set()
+    for place, side in enumerate(sides):  # every label in every phrasing, the others at their first
+        for label, phrasing in itertools.product(side, range(PHRASINGS)):
+            scene = [0] * len(sides)
+            scene[place] = label
+            found |= set(re.findall("[a-z]+", caption(Scene(*scene), phrasing)))
+    return sorted(found)
+
+
+def _words(*parts: str) -> str:
+    return " ".join(part for part in parts if part)

@@ -1,0 +1,110 @@
+"""Scenes: a real handwritten digit in colour in front of a texture, 64x64, and the labels that captions are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from d2g_jax.digits import data
+from d2g_jax.world.textures import KINDS, texture
+
+SIZE = 64
+GLYPH = 50
+"""Pixels of a digit's side, a border of two included."""
+
+INKS = {"red": (0.88, 0.10, 0.10), "green": (0.08, 0.62, 0.15), "purple": (0.70, 0.15, 0.85)}
+DARKS = {"black": (0.05, 0.05, 0.05), "navy": (0.05, 0.08, 0.40), "brown": (0.33, 0.15, 0.04)}
+LIGHTS = {"white": (0.97, 0.97, 0.97), "yellow": (0.98, 0.90, 0.30), "sky": (0.55, 0.87, 0.98)}
+
+PARTS = {
+    "digit": 10,
+    "weight": len(data.WEIGHTS),
+    "slant": len(data.SLANTS),
+    "ink": len(INKS),
+    "texture": len(KINDS),
+    "dark": len(DARKS),
+    "light": len(LIGHTS),
+}
+"""What a caption names, with how many there are of each; the order of `Scenes.labels`."""
+
+UNCLEAR = -1
+"""The label of a weight or a slant between two names, of which a caption says nothing."""
+
+
+class Scene(NamedTuple):
+    """The labels of one scene, in the order of `PARTS`."""
+
+    digit: int
+    weight: int
+    slant: int
+    ink: int
+    texture: int
+    dark: int
+    light: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+    """Images uint8 (N, 64, 64, 3) and labels int64 (N, 7) in the order of `PARTS`."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Glyphs:
+    """Ink float32 (N, GLYPH, GLYPH) in [0, 1], and labels int64 (N, 3): digit, weight, slant."""
+
+    ink: np.ndarray
+    labels: np.ndarray
+
+
+@functools.cache
+def glyphs(test: bool = False) -> Glyphs:
+    """The 1,437 digits that scenes for training show, or the 360 others."""
+    train, held_out = data.load()
+    digits, small = (held_out, data.small(test=True)) if test else (train, data.small(test=False))
+    measured = data.attributes(digits.images, digits.labels)
+    weight = np.where(measured.weight_clear, measured.weight, UNCLEAR)
+    slant = np.where(measured.slant_clear, measured.slant, UNCLEAR)
+    matrix = data.cubic_matrix(10, GLYPH)[:, 1:9]
+    large = np.einsum("oi,nij,pj->nop", matrix, small, matrix)
+    ink = np.clip(2.2 * large - 0.5, 0, 1).astype(np.float32)  # a stroke with edges, as the textures have
+    return Glyphs(ink, np.stack([digits.labels, weight, slant], axis=1).astype(np.int64))
+
+
+def render(count: int, seed: int, *, test: bool = False) -> Scenes:
+    """`count` random scenes; the first ones of a seed are the same for every count. `test`: of digits held out."""
+    images = np.empty((count, SIZE, SIZE, 3), np.uint8)
+    labels = np.empty((count, len(PARTS)), np.int64)
+    source = glyphs(test)
+    for i in range(count):
+        rng = np.random.default_rng([seed, i])
+        row = rng.integers(len(source.ink))
+        labels[i, :3] = source.labels[row]
+        labels[i, 3:] = rng.integers([PARTS[name] for name in ("ink", "texture", "dark", "light")])
+        images[i] = draw(Scene(*labels[i]), source.ink[row], rng)
+    return Scenes(images, labels)
+
+
+def draw(scene: Scene, ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """uint8 (64, 64, 3): `ink` (GLYPH, GLYPH) at a random place in front of a random texture of the scene's kind."""
+    share = texture(scene.texture, SIZE, rng)[..., None]
+    picture = share * _colour(LIGHTS, scene.light) + (1 - share) * _colour(DARKS, scene.dark)
+    top, left = rng.integers(4, SIZE - GLYPH - 3, 2)
+    cover = np.zeros((SIZE, SIZE, 1))
+    cover[top : top + GLYPH, left : left + GLYPH, 0] = ink
+    picture = cover * _colour(INKS, scene.ink) + (1 - cover) * picture
+    return np.round(255 * picture).astype(np.uint8)
+
+
+def _colour(colours: dict[str, tuple[float, float, float]], index: int) -> np.ndarray:
+    return np.asarray(list(colours.values())[index])
+
+
+def to_floats(images: np.ndarray) -> np.ndarray:
+    """uint8 -> float32 in [-1, 1], as autoencoders take images."""
+    return images.astype(np.float32) / 127.5 - 1.0
