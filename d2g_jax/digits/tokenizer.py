@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from d2g_jax.digits import captions
@@ -58,12 +59,14 @@ def caption_words() -> list[str]:
     return sorted({word for text in captions.all_captions() for word in re.findall("[a-z]+", text)})
 
 
-def tokenizer_files() -> dict[str, str]:
+def tokenizer_files(words: Sequence[str] | None = None, max_length: int = MODEL_MAX_LENGTH) -> dict[str, str]:
     """File name -> contents: vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json.
+
+    `words` are those that become one token each; None for the captions'.
 
     The end token has the highest id, so pooling at the highest id and pooling at the end token are the same.
     """
-    merges = merges_for(caption_words())
+    merges = merges_for(list(caption_words() if words is None else words))
     symbols = byte_symbols()
     tokens = [*symbols, *(symbol + WORD_END for symbol in symbols), *("".join(pair) for pair in merges), START, END]
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
@@ -71,7 +74,7 @@ def tokenizer_files() -> dict[str, str]:
         "add_prefix_space": False,
         "do_lower_case": True,
         "errors": "replace",
-        "model_max_length": MODEL_MAX_LENGTH,
+        "model_max_length": max_length,
         "tokenizer_class": "CLIPTokenizer",
     }
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -88,7 +91,7 @@ def vocab_size() -> int:
     return len(json.loads(tokenizer_files()["vocab.json"]))
 
 
-def write_tokenizer(folder: str | Path) -> None:
-    """Writes the four files into `folder`, which is made if it is missing."""
-    for name, text in tokenizer_files().items():
+def write_tokenizer(folder: str | Path, words: Sequence[str] | None = None, max_length: int = MODEL_MAX_LENGTH) -> None:
+    """Writes the four files of `tokenizer_files` into `folder`, which is made if it is missing."""
+    for name, text in tokenizer_files(words, max_length).items():
         atomic.write_text(Path(folder) / name, text)

@@ -1,0 +1,198 @@
+"""The embedded world's teacher, trained from nothing: an autoencoder, then text tower and UNet together.
+
+Stages are kept in the workdir and go on where they stopped. The UNet is small on purpose: it attends at its lowest
+level alone, so that what it draws in fifty calls, a texture that agrees with itself over the whole picture, one cannot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from d2g_jax.diffusion.schedule import Schedule, add_noise, training_target
+from d2g_jax.digits import tokenizer
+from d2g_jax.lpips_training import fit as training
+from d2g_jax.models import clip, unet, vae
+from d2g_jax.models.network import Params
+from d2g_jax.pipeline import folder as pipelines
+from d2g_jax.teacher.fit import long_recipe, sampled_rows
+from d2g_jax.teacher.teacher import SCHEDULER, stage
+from d2g_jax.world import captions, scenes
+
+VAE = vae.VaeConfig(
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+    block_out_channels=(16, 16, 32),
+    layers_per_block=1,
+    latent_channels=4,
+    norm_num_groups=8,
+    sample_size=scenes.SIZE,
+    scaling_factor=1.0,  # measured after training
+    mid_block_add_attention=False,  # it is trained on crops
+)
+
+UNET = unet.UNetConfig(
+    sample_size=scenes.SIZE // 4,
+    down_block_types=("DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D"),
+    block_out_channels=(32, 64),
+    layers_per_block=1,
+    attention_head_dim=4,  # diffusers' name for the number of heads
+    cross_attention_dim=64,
+    norm_num_groups=8,
+)
+
+MODEL_MAX_LENGTH = 20
+"""Tokens of a caption, its two ends included."""
+
+CROP = 32
+"""Pixels: the autoencoder has no need of whole scenes."""
+
+
+def text_config(vocab_size: int) -> clip.ClipTextConfig:
+    return clip.ClipTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MODEL_MAX_LENGTH,
+        projection_dim=64,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """Moments of the training images under the autoencoder, scaled: mean and standard deviation (N, 16, 16, 4)."""
+
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def train_autoencoder(config: ml_collections.ConfigDict, images: np.ndarray, folder: Path) -> Params:
+    """An AutoencoderKL on crops of scenes (N, 64, 64, 3) uint8: squared and absolute error, and a light KL term."""
+    network = vae.build(VAE)
+
+    def loss(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        mean, logvar = network.apply(params, batch["images"], method="encode")
+        latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        error = network.apply(params, latents, method="decode") - batch["images"]
+        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+        return jnp.mean(jnp.square(error)) + config.l1_weight * jnp.mean(jnp.abs(error)) + config.kl_weight * kl
+
+    def batch_at(step: int) -> dict[str, np.ndarray]:
+        rows = sampled_rows(len(images), config.batch_size, config.seed, step)
+        top, left = np.random.default_rng([config.seed + 1, step]).integers(scenes.SIZE - CROP + 1, size=2)
+        return {"images": scenes.to_floats(images[rows, top : top + CROP, left : left + CROP])}
+
+    start = network.init(jax.random.key(config.seed))
+    return training.fit(loss, start, batch_at, long_recipe(config, folder), label="autoencoder")
+
+
+def encode(params: Params, images: np.ndarray) -> tuple[Latents, float]:
+    """Scaled moments of scenes (N, 64, 64, 3) uint8, and the scaling factor 1 / standard deviation that scaled them."""
+    network = vae.build(VAE)
+    moments = jax.jit(lambda batch: network.apply(params, batch, method="encode"))
+    parts = [jax.device_get(moments(scenes.to_floats(images[i : i + 250]))) for i in range(0, len(images), 250)]
+    mean, logvar = (np.concatenate(part) for part in zip(*parts, strict=True))
+    std = np.exp(0.5 * logvar)
+    scale = round(float(1.0 / np.sqrt(np.var(mean) + np.mean(np.square(std)))), 5)
+    return Latents(mean * scale, std * scale), scale
+
+
+def caption_table(tokens: Any, labels: np.ndarray, variants: int, seed: int) -> np.ndarray:
+    """Token ids (N, variants, L): true captions of every scene, each in its own words."""
+    rng = np.random.default_rng(seed)
+    shown = [scenes.Scene(*map(int, row)) for row in labels]
+    rounds = [[captions.random_caption(rng, scene) for scene in shown] for _ in range(variants)]
+    return np.stack([pipelines.tokenize(tokens, texts) for texts in rounds], axis=1)
+
+
+def train_denoiser(
+    config: ml_collections.ConfigDict,
+    latents: Latents,
+    ids: np.ndarray,
+    empty: np.ndarray,
+    text: clip.ClipTextConfig,
+    folder: Path,
+) -> Params:
+    """The text tower and the UNet together, v-prediction, 10% of captions replaced by the empty one.
+
+    Args:
+      latents: scaled moments of the N training scenes.
+      ids: (N, variants, L) captions; empty: (L,) the empty caption.
+
+    Returns:
+      {"text_encoder": ..., "unet": ...}: the moving average over the run.
+    """
+    tower, network = clip.build(text), unet.build(UNET)
+    schedule = Schedule.from_config(SCHEDULER)
+
+    def loss(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        posterior_key, noise_key, time_key = jax.random.split(key, 3)
+        x0 = batch["mean"] + batch["std"] * jax.random.normal(posterior_key, batch["mean"].shape)
+        drawn = jax.random.normal(noise_key, x0.shape)
+        # Stratified over the batch: the same uniform distribution with less variance.
+        offset = (jnp.arange(len(x0)) + jax.random.uniform(time_key, (len(x0),))) / len(x0)
+        timesteps = (offset * schedule.num_train_timesteps).astype(jnp.int32)
+        alpha_bar = jnp.asarray(schedule.alphas_cumprod)[timesteps][:, None, None, None]
+        hidden = tower.apply(params["text_encoder"], batch["ids"]).last_hidden_state
+        output = network.apply(params["unet"], add_noise(x0, drawn, alpha_bar), timesteps, hidden)
+        return jnp.mean(jnp.square(output - training_target(schedule.prediction_type, x0, drawn, alpha_bar)))
+
+    def batch_at(step: int) -> dict[str, np.ndarray]:
+        rows = sampled_rows(len(ids), config.batch_size, config.seed, step)
+        rng = np.random.default_rng([config.seed + 1, step])
+        chosen = ids[rows, rng.integers(ids.shape[1], size=len(rows))]
+        chosen = np.where(rng.random(len(rows))[:, None] < config.caption_dropout, empty, chosen)
+        return {"mean": latents.mean[rows], "std": latents.std[rows], "ids": chosen.astype(np.int32)}
+
+    key = jax.random.key(config.seed)
+    params = {"text_encoder": tower.init(key), "unet": network.init(jax.random.fold_in(key, 1))}
+    return training.fit(loss, params, batch_at, long_recipe(config, folder), label="denoiser", ema=config.ema)
+
+
+def train_pipeline(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Writes `workdir`/pipeline, a complete diffusers folder; finished stages of an earlier try are taken over."""
+    target = workdir / "pipeline"
+    if (target / "model_index.json").exists():
+        return
+    shown = scenes.render(config.scenes.count, config.scenes.seed)
+    vae_params = stage(
+        workdir,
+        "autoencoder",
+        vae.build(VAE).abstract(),
+        lambda: train_autoencoder(config.autoencoder, shown.images, workdir / "training" / "autoencoder"),
+    )
+    latents, scale = encode(vae_params, shown.images)
+    tokenizer.write_tokenizer(target / "tokenizer", captions.words(), MODEL_MAX_LENGTH)
+    tokens = pipelines.load_tokenizer(target / "tokenizer")
+    text = text_config(len(tokens))
+    ids = caption_table(tokens, shown.labels, config.denoiser.caption_variants, config.denoiser.seed)
+    empty = pipelines.tokenize(tokens, [""])[0]
+    denoiser = stage(
+        workdir,
+        "denoiser",
+        {"text_encoder": clip.build(text).abstract(), "unet": unet.build(UNET).abstract()},
+        lambda: train_denoiser(config.denoiser, latents, ids, empty, text, workdir / "training" / "denoiser"),
+    )
+    pipelines.save_pipeline(
+        target,
+        {
+            "text_encoder": text,
+            "unet": UNET,
+            "vae": dataclasses.replace(VAE, scaling_factor=scale),
+            "scheduler": SCHEDULER,
+        },
+        {**denoiser, "vae": vae_params},
+        {"tokenizer": pipelines.read_tokenizer_files(target / "tokenizer")},
+    )
