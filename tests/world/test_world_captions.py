@@ -1,0 +1,54 @@
+"""Captions say what a scene shows, in words that are one token each."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from d2g_jax.digits import tokenizer
+from d2g_jax.pipeline.folder import load_tokenizer, tokenize
+from d2g_jax.teacher.world import MODEL_MAX_LENGTH
+from d2g_jax.world import captions, scenes
+from d2g_jax.world.scenes import UNCLEAR, Scene
+
+SCENE = Scene(digit=7, weight=2, slant=0, ink=1, texture=3, dark=2, light=1)
+
+
+@pytest.mark.parametrize("numeral", [False, True])
+@pytest.mark.parametrize("phrasing", range(captions.PHRASINGS))
+def test_every_phrasing_names_every_part(phrasing, numeral):
+    text = captions.caption(SCENE, phrasing, numeral)
+    for word in ("7" if numeral else "seven", "bold", "slanted to the left", "green", "bricks", "brown", "yellow"):
+        assert word in text
+    unclear = captions.caption(SCENE._replace(weight=UNCLEAR, slant=UNCLEAR), phrasing, numeral)
+    assert not re.search("bold|slanted|  |, ,", unclear)
+
+
+def test_random_captions_are_true_and_leave_something_out_at_times():
+    rng = np.random.default_rng(0)
+    texts = [captions.random_caption(rng, SCENE) for _ in range(200)]
+    assert all("green" in text and "bricks" in text for text in texts)
+    assert not any(word in text for text in texts for word in ("thin", "upright", "right", "red", "sky"))
+    assert 0.8 < np.mean(["bold" in text for text in texts]) < 1
+
+
+def test_evaluation_prompts_name_everything_and_are_clear():
+    prompts = captions.evaluation_prompts(300, 1)
+    assert prompts == captions.evaluation_prompts(300, 1)
+    assert all(UNCLEAR not in prompt.scene for prompt in prompts)
+    assert {prompt.scene.texture for prompt in prompts} == set(range(scenes.PARTS["texture"]))
+    assert len({prompt.prompt for prompt in prompts}) > 290
+
+
+def test_every_word_is_one_token_and_every_caption_fits(tmp_path):
+    words = captions.words()
+    tokenizer.write_tokenizer(tmp_path, words, MODEL_MAX_LENGTH)
+    tokens = load_tokenizer(tmp_path)
+    for weight, slant, phrasing in itertools.product((UNCLEAR, 0, 1, 2), (UNCLEAR, 0, 1, 2), range(captions.PHRASINGS)):
+        text = captions.caption(SCENE._replace(weight=weight, slant=slant), phrasing)
+        pieces = re.findall("[a-z]+|[0-9]|,", text)
+        assert set(re.findall("[a-z]+", text)) <= set(words)
+        (ids,) = tokenize(tokens, [text])
+        end = tokens.eos_token_id
+        assert int(np.argmax(ids == end)) == len(pieces) + 1  # the start token, and one for each word
