@@ -30,12 +30,15 @@ class Head:
       pool: height and width after average pooling as PyTorch's `AdaptiveAvgPool2d`; None leaves the tap as it is.
       hidden: widths of the layers between, each followed by ReLU and dropout.
       dropout: share of activations that training drops.
+      parts: of labels (B, P) that name several things at once, the classes of each, which add up to `classes`. A label
+        below 0 says nothing.
     """
 
     classes: int
     pool: int | None = None
     hidden: tuple[int, ...] = ()
     dropout: float = 0.0
+    parts: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,7 @@ class LabelledLatents:
       shape: (h, w, C) of a latent.
       read: (rows (B,), step) -> what the host has of these rows; a pure function that no device has a part in. Where
         images are encoded on the fly, the step decides about their crops.
-      encode: what `read` gave -> {"latents": float32 (B, h, w, C), "labels": int (B,)}.
+      encode: what `read` gave -> {"latents": float32 (B, h, w, C), "labels": int (B,) or (B, P)}.
     """
 
     count: int
@@ -63,7 +66,7 @@ class LabelledLatents:
 
     @classmethod
     def from_arrays(cls, latents: np.ndarray, labels: np.ndarray, classes: int) -> LabelledLatents:
-        """Of arrays at hand: float32 (N, h, w, C) and (N,)."""
+        """Of arrays at hand: float32 (N, h, w, C), and (N,) or (N, P)."""
         take = lambda rows, step: {"latents": latents[rows], "labels": labels[rows]}  # noqa: E731
         return cls(len(labels), classes, latents.shape[1:], take)
 
@@ -99,7 +102,7 @@ def train_classifier(
         tree = vgg.merge_statistics(params["trunk"], statistics)
         taps, _ = network.apply(tree, batch["latents"], method="train_features")
         logits = _logits(head, params["head"], taps[-1], key)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
+        return cross_entropy(logits, batch["labels"], head.parts)
 
     def rows_at(step: int) -> np.ndarray:
         return sampled_rows(data.count, recipe.batch_size, recipe.seed, step)
@@ -114,6 +117,19 @@ def train_classifier(
     measured = [measure(params["trunk"], data.batch(rows_at(step), step)["latents"]) for step in steps]
     final = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *jax.device_get(measured))
     return Classifier(vgg.merge_statistics(params["trunk"], final), params["head"])
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, parts: tuple[int, ...] = ()) -> jax.Array:
+    """Of logits (B, C) for labels (B,), a mean. With `parts` labels are (B, P): means over what is labelled, summed."""
+    if not parts:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    split = jnp.split(logits, np.cumsum(parts)[:-1], axis=-1)
+    known = labels >= 0
+    losses = [
+        optax.softmax_cross_entropy_with_integer_labels(one, jnp.maximum(labels[:, i], 0)) * known[:, i]
+        for i, one in enumerate(split)
+    ]
+    return sum(loss.sum() / jnp.maximum(known[:, i].sum(), 1) for i, loss in enumerate(losses))
 
 
 def accuracy(

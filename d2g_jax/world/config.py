@@ -20,6 +20,14 @@ def teacher() -> ConfigDict:
                 "kl_weight": 1e-3,
                 "seed": 0,
             },
+            "judge": {
+                "steps": 2500,
+                "batch_size": 128,
+                "learning_rate": 2e-3,
+                "b2": 0.999,
+                "weight_decay": 0.01,
+                "seed": 0,
+            },
             "denoiser": {
                 "steps": 15_000,
                 "batch_size": 64,

@@ -86,15 +86,21 @@ def render(count: int, seed: int, *, test: bool = False) -> Scenes:
         row = rng.integers(len(source.ink))
         labels[i, :3] = source.labels[row]
         labels[i, 3:] = rng.integers([PARTS[name] for name in ("ink", "texture", "dark", "light")])
-        images[i] = draw(Scene(*labels[i]), source.ink[row], rng)
+        images[i] = draw(Scene(*labels[i]), source.ink[row], random_place(rng), rng)
     return Scenes(images, labels)
 
 
-def draw(scene: Scene, ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """uint8 (64, 64, 3): `ink` (GLYPH, GLYPH) at a random place in front of a random texture of the scene's kind."""
+def random_place(rng: np.random.Generator) -> tuple[int, int]:
+    """Top and left of a digit, near the middle."""
+    top, left = rng.integers(4, SIZE - GLYPH - 3, 2)
+    return int(top), int(left)
+
+
+def draw(scene: Scene, ink: np.ndarray, place: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """uint8 (64, 64, 3): `ink` (GLYPH, GLYPH) at `place` in front of a random texture of the scene's kind."""
     share = texture(scene.texture, SIZE, rng)[..., None]
     picture = share * _colour(LIGHTS, scene.light) + (1 - share) * _colour(DARKS, scene.dark)
-    top, left = rng.integers(4, SIZE - GLYPH - 3, 2)
+    top, left = place
     cover = np.zeros((SIZE, SIZE, 1))
     cover[top : top + GLYPH, left : left + GLYPH, 0] = ink
     picture = cover * _colour(INKS, scene.ink) + (1 - cover) * picture
