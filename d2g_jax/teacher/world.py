@@ -39,9 +39,9 @@ VAE = vae.VaeConfig(
 
 UNET = unet.UNetConfig(
     sample_size=scenes.SIZE // 4,
-    down_block_types=("DownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "UpBlock2D"),
-    block_out_channels=(32, 64),
+    down_block_types=("DownBlock2D",) * 3,
+    up_block_types=("UpBlock2D",) * 3,
+    block_out_channels=(32, 64, 96),
     layers_per_block=1,
     attention_head_dim=4,  # diffusers' name for the number of heads
     cross_attention_dim=64,

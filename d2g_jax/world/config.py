@@ -28,8 +28,19 @@ def teacher() -> ConfigDict:
                 "weight_decay": 0.01,
                 "seed": 0,
             },
+            "metric": {
+                "trunk": {
+                    "steps": 2500,
+                    "batch_size": 128,
+                    "learning_rate": 2e-3,
+                    "b2": 0.999,
+                    "weight_decay": 0.01,
+                    "seed": 0,
+                },
+                "heads": {"steps": 1000, "batch_size": 50, "learning_rate": 1e-3, "triplets": 4000, "seed": 0},
+            },
             "denoiser": {
-                "steps": 15_000,
+                "steps": 18_000,
                 "batch_size": 64,
                 "learning_rate": 1.5e-3,
                 "b2": 0.99,
