@@ -13,6 +13,7 @@ from d2g_jax.digits import classifier, data, scores
 from d2g_jax.pipeline.draw import decode_all
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.results.frechet import frechet_distance
+from d2g_jax.results.unexplained import unexplained
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import sampler as sample
@@ -38,7 +39,8 @@ class DigitsJudge:
         self._pipeline, solution = teacher.pipeline, pairs.solution(config.pairs)
         self._held_out = HeldOut.make(config, teacher.pipeline, self._mesh)
         solve = lambda: self._held_out.solve(teacher.programs(self._mesh, solution))  # noqa: E731
-        self._reference = self._features(self._decode(cached(workdir / "evaluation" / "teacher.npy", solve)))
+        self._teacher = cached(workdir / "evaluation" / "teacher.npy", solve)
+        self._reference = self._features(self._decode(self._teacher))
         others = latents_of_pairs(pairs_folder, e.samples)
         self.floor = frechet_distance(self._features(self._decode(others)), self._reference)
         self.protocol = self._held_out.protocol | {
@@ -58,6 +60,7 @@ class DigitsJudge:
             "frechet_to_teacher": scores.distance_to(images, self._reference, self._classifier),
             **{f"accuracy_{name}": value for name, value in accuracy.items()},
             "latent_std": float(np.std(latents)),
+            "unexplained": unexplained(latents, self._teacher),
         }
 
     def _decode(self, latents: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from d2g_jax.ablate.rows import Ablation
 
 MEASURED = {
     "frechet_to_teacher": ("Frechet distance to teacher", ".2f"),
+    "unexplained": ("R", ".3f"),
     "accuracy_all": ("all three as asked", ".3f"),
     "images_per_second": ("img/s", ".1f"),
 }

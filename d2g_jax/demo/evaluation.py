@@ -9,6 +9,7 @@ import numpy as np
 
 from d2g_jax.digits import captions, classifier, data, scores
 from d2g_jax.results.frechet import frechet_distance
+from d2g_jax.results.unexplained import unexplained
 
 REAL = "real test images"
 FLOOR_ROUNDS = 5
@@ -43,7 +44,7 @@ def score(
       images: uint8 (N, 32, 32, 3) by system, all for the same `prompts` and noise; one of them is `teacher`.
       more_teacher_images: the teacher's on other noise and prompts, for the floor.
       calls: network calls per image by system.
-      latents: scaled, (N, C, h, w), by system; only their standard deviation is reported.
+      latents: scaled, (N, C, h, w), by system: of them the standard deviation and R (`results.unexplained`).
     """
     judge = classifier.load_classifier()
     train, test = data.load()
@@ -70,6 +71,7 @@ def score(
             "accuracy": scores.prompt_accuracy(drawn, *asked, judge),
             "network_calls": calls[name],
             "latent_std": float(np.std(latents[name])),
+            "unexplained": None if name == teacher else unexplained(latents[name], latents[teacher]),
         }
     floors = {
         "teacher_vs_teacher": frechet_distance(classifier.features(judge, more_teacher_images)[0], teacher_features),
@@ -133,17 +135,17 @@ def checks(systems: Mapping[str, Any], floors: Mapping[str, float], teacher: str
 
 def table(result: Mapping[str, Any]) -> str:
     """The systems as lines of text."""
-    lines = [
-        f"{'':32} {'Frechet to':>11} {'to real':>8}   accuracy: {'digit':>6} {'weight':>6} {'slant':>6} {'all':>6}"
-    ]
-    lines[0] = lines[0].replace("Frechet to", "to teacher", 1)
+    parts = ("digit", "weight", "slant", "all")
+    heads = " ".join(f"{part:>6}" for part in parts)
+    lines = [f"{'':32} {'to teacher':>11} {'to real':>8} {'R':>6}   accuracy: {heads}"]
     for name, values in result["systems"].items():
         numbers = [values.get("frechet_to_teacher"), values.get("frechet_to_real")]
         distances = " ".join(
             f"{'-' if x is None else format(x, '.2f'):>{width}}" for x, width in zip(numbers, (11, 8), strict=True)
         )
-        accuracy = " ".join(f"{values['accuracy'][key]:6.3f}" for key in ("digit", "weight", "slant", "all"))
-        lines.append(f"{name:32} {distances}             {accuracy}")
+        accuracy = " ".join(f"{values['accuracy'][key]:6.3f}" for key in parts)
+        r = values.get("unexplained")
+        lines.append(f"{name:32} {distances} {'-' if r is None else format(r, '.3f'):>6}             {accuracy}")
     lines.append("floors: " + ", ".join(f"{name} {value:.2f}" for name, value in result["floors"].items()))
     lines += [
         f"{'met   ' if check['met'] else 'MISSED'} {check['name']}: {check['value']}" for check in result["checks"]

@@ -14,6 +14,7 @@ from d2g_jax.runtime.errors import UserError
 
 _TITLES = {
     "frechet_to_teacher": "Fréchet to teacher",
+    "unexplained": "R, unexplained",
     "frechet_to_real": "Fréchet to real",
     "accuracy.digit": "Digit right",
     "accuracy.weight": "Weight right",

@@ -75,6 +75,7 @@ def check_result(workdir):
     assert list(result["systems"]) == names
     for name, values in result["systems"].items():
         assert 0 <= values["accuracy"]["all"] <= values["accuracy"]["digit"] <= 1, name
+        assert (values.get("unexplained") or 0) > 0 or name in (evaluation.REAL, demo.TEACHER)
     assert result["systems"][demo.TEACHER]["network_calls"] == 4
     assert result["systems"][demo.STUDENTS["full"]]["network_calls"] == 1
     assert set(result["seconds"]) >= {"pairs", "train mse", "train e_latent_lpips", "train full", "evaluate"}
