@@ -12,8 +12,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--workdir", type=Path, required=True)
     own, config = common.parse_with_config(parser, arguments)
     common.start(config)
-    from d2g_jax.teacher.teacher import make_teacher
+    if "scenes" in config.teacher:
+        from d2g_jax.teacher.world import make_world as make
+    else:
+        from d2g_jax.teacher.teacher import make_teacher as make
 
-    make_teacher(config.teacher, own.workdir)
+    make(config.teacher, own.workdir)
     print(own.workdir)
     return 0

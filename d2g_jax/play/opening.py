@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from d2g_jax.pairs import read_prompts
 from d2g_jax.pairs.job import solution as pairs_solution
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
@@ -22,6 +23,12 @@ from d2g_jax.sample.sampler import Sampler, latent_shape
 
 NONE = "none"
 """As a teacher: there is to be none."""
+
+OFFERED = 4
+"""Prompts of its own that the page opens with, where none is given."""
+
+SMALL_VOCABULARY = 2_000
+"""Tokens of a tokenizer whose words the page completes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +103,47 @@ def _find_teacher(choice: Choice, sampler: Sampler, mesh: jax.sharding.Mesh) -> 
     return Sampler(dataclasses.replace(sampler.pipeline, params=params), None)
 
 
+def own_prompts(model: str) -> tuple[str, ...]:
+    """A few prompts that a model is made for: of a workdir's pairs, or of a `prompts.txt` beside a pipeline folder.
+
+    Evenly spread over the file; none where there is no such file, as beside a hub id.
+    """
+    file = Path(model).absolute().parent / "prompts.txt"
+    if Path(model, "checkpoints").is_dir():
+        file = Path(_pairs_config(Path(model)).get("prompts") or file)
+    if not file.is_file() or file.suffix != ".txt":
+        return ()
+    lines = read_prompts(file).lines
+    return tuple(lines[i * len(lines) // OFFERED] for i in range(min(OFFERED, len(lines))))
+
+
+def vocabulary(pipeline: Pipeline) -> tuple[str, ...]:
+    """The words of letters that a small tokenizer has a token for, sorted.
+
+    None of a large one: to complete from CLIP's 49,408 tokens would help nobody.
+    """
+    tokens = pipeline.tokenizer.get_vocab()
+    if len(tokens) > SMALL_VOCABULARY:
+        return ()
+    whole = {token.removesuffix("</w>") for token in tokens if token.endswith("</w>")}
+    return tuple(sorted(word for word in whole if len(word) > 1 and word.isascii() and word.isalpha()))
+
+
 def _pairs_solution(workdir: Path) -> Solution:
     """How the teacher was solved for a workdir's pairs, by its config.json; the defaults of another folder."""
+    config = _pairs_config(workdir)
+    try:
+        return pairs_solution(ConfigDict(config)) if config else Solution()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{workdir / 'config.json'}: not the config of a training workdir ({error})") from error
+
+
+def _pairs_config(workdir: Path) -> dict[str, Any]:
+    """The section `pairs` of a training workdir's config.json; empty for another folder."""
     file = workdir / "config.json"
     if not (workdir / "checkpoints").is_dir() or not file.is_file():
-        return Solution()
+        return {}
     try:
-        return pairs_solution(ConfigDict(json.loads(file.read_text(encoding="utf-8"))["pairs"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["pairs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not the config of a training workdir ({error})") from error

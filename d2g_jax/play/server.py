@@ -86,11 +86,17 @@ def _host(listener: socket.socket) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def serve(studio: Studio, listener: socket.socket, limits: Limits, prompts: tuple[str, ...] = ()) -> None:
+def serve(
+    studio: Studio,
+    listener: socket.socket,
+    limits: Limits,
+    prompts: tuple[str, ...] = (),
+    words: tuple[str, ...] = (),
+) -> None:
     """Answers until SIGINT or SIGTERM, which it then raises again."""
     import uvicorn
 
-    app = application(studio, limits, prompts, hosts=hosts(listener))
+    app = application(studio, limits, prompts, words, hosts=hosts(listener))
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", ws="none", proxy_headers=False,
         server_header=False, timeout_graceful_shutdown=5,
@@ -99,9 +105,16 @@ def serve(studio: Studio, listener: socket.socket, limits: Limits, prompts: tupl
 
 
 def application(
-    studio: Studio, limits: Limits, prompts: tuple[str, ...] = (), *, hosts: tuple[str, ...] = _LOOPBACK
+    studio: Studio,
+    limits: Limits,
+    prompts: tuple[str, ...] = (),
+    words: tuple[str, ...] = (),
+    *,
+    hosts: tuple[str, ...] = _LOOPBACK,
 ) -> Starlette:
     """The routes above; `prompts` are offered as examples, the first one is there from the start.
+
+    `words` complete what is typed.
 
     Requests to other names than `hosts` are refused; "*" stands for any.
     """
@@ -112,7 +125,7 @@ def application(
     from starlette.responses import HTMLResponse, JSONResponse
     from starlette.routing import Route
 
-    html, under_way = page(studio, limits, prompts), 0
+    html, under_way = page(studio, limits, prompts, words), 0
 
     def refuse(status: int, problem: str) -> Response:
         return JSONResponse({"error": problem}, status)
@@ -152,12 +165,13 @@ def application(
     return Starlette(routes=routes, middleware=[trusted])
 
 
-def page(studio: Studio, limits: Limits, prompts: tuple[str, ...] = ()) -> str:
+def page(studio: Studio, limits: Limits, prompts: tuple[str, ...] = (), words: tuple[str, ...] = ()) -> str:
     """The page for these systems."""
     student, teacher = studio.systems["student"], studio.systems.get("teacher")
     settings: dict[str, Any] = {
         "size": list(studio.size),
-        "prompts": list(prompts),
+        "prompts": [prompt[: limits.prompt] for prompt in prompts],
+        "words": list(words),
         "maxPrompt": limits.prompt,
         "seeds": pad.SEEDS,
         "calls": {name: system.programs.network_calls for name, system in studio.systems.items()},

@@ -7,6 +7,7 @@ level alone, so that what it draws in fifty calls, a texture that agrees with it
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,14 @@ from d2g_jax.lpips_training import fit as training
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import folder as pipelines
+from d2g_jax.pipeline import weights
+from d2g_jax.runtime.atomic import write_text
 from d2g_jax.teacher.fit import long_recipe, sampled_rows
+from d2g_jax.teacher.judge import accuracy, train_judge
 from d2g_jax.teacher.teacher import SCHEDULER, stage
+from d2g_jax.teacher.world_metric import train_metric
 from d2g_jax.world import captions, scenes
+from d2g_jax.world import judge as judges
 
 VAE = vae.VaeConfig(
     down_block_types=("DownEncoderBlock2D",) * 3,
@@ -161,12 +167,33 @@ def train_denoiser(
     return training.fit(loss, params, batch_at, long_recipe(config, folder), label="denoiser", ema=config.ema)
 
 
-def train_pipeline(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def make_world(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """All that ships as package data: pipeline/, metric/, judge.safetensors, prompts.txt."""
+    shown = scenes.render(config.scenes.count, config.scenes.seed)
+    train_pipeline(config, shown, workdir)
+    pipeline = pipelines.Pipeline.load(workdir / "pipeline", without=("text_encoder", "unet"))
+    scale, network = pipeline.scaling_factor, vae.build(VAE)
+    means = jax.jit(lambda images: scale * network.apply(pipeline.params["vae"], images, method="encode")[0])
+    scores = train_metric(config.metric, shown, workdir, lambda images: np.asarray(means(images)))
+    print(f"metric: {scores}", file=sys.stderr)
+    judge = stage(
+        workdir,
+        "judge",
+        judges.build().abstract(),
+        lambda: train_judge(config.judge, shown, workdir / "training" / "judge"),
+    )
+    weights.save_state_dict(weights.to_state_dict(judge), workdir / "judge.safetensors", np.float16)
+    held_out = scenes.render(2000, config.scenes.seed + 1, test=True)
+    print(f"judge, on digits held out: {accuracy(judge, held_out)}", file=sys.stderr)
+    prompts = [p.prompt for p in captions.evaluation_prompts(config.prompts.count, config.prompts.seed)]
+    write_text(workdir / "prompts.txt", "\n".join(prompts) + "\n")
+
+
+def train_pipeline(config: ml_collections.ConfigDict, shown: scenes.Scenes, workdir: Path) -> None:
     """Writes `workdir`/pipeline, a complete diffusers folder; finished stages of an earlier try are taken over."""
     target = workdir / "pipeline"
     if (target / "model_index.json").exists():
         return
-    shown = scenes.render(config.scenes.count, config.scenes.seed)
     vae_params = stage(
         workdir,
         "autoencoder",

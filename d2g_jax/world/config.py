@@ -1,8 +1,51 @@
-"""Training of the embedded world's teacher, stage by stage."""
+"""The world's configuration: what the digits' becomes once the demo is on it. `configs/world.py` names it."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
+
+from d2g_jax.config.base_config import base_config
+from d2g_jax.digits.config import optimizer
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""Package data, made by `d2g teacher --config=configs/world.py`: pipeline/, metric/, judge.safetensors, prompts.txt."""
+
+
+def get_config() -> ConfigDict:
+    """Two CPU cores."""
+    c = base_config()
+    c.name = "world"
+    c.pipeline = str(WEIGHTS / "pipeline")
+    c.mesh.cpu_devices = 2
+    c.optimization_level = "O0"
+    c.pairs.update(
+        prompts=str(WEIGHTS / "prompts.txt"),
+        count=1024,
+        records_per_shard=512,
+        steps=25,
+        guidance_scale=3.0,
+        dtype="float32",
+    )
+    c.loss.update(metric=str(WEIGHTS / "metric"), l1_weight=1.0)
+    c.discriminator.head_channels = 32
+    c.adversarial.update(start_images=1_536, warmup_images=512)
+    c.optimizer = optimizer()
+    c.optimizer.generator.learning_rate = 1e-3
+    c.train.update(
+        images=4_096,
+        batch_size=64,
+        groups=2,
+        dtype="float32",
+        ema_half_life_images=512.0,
+        held_out=64,
+        log_every=512,
+        sample_every=2_048,
+        checkpoint_every=2_048,
+    )
+    c.teacher = teacher()
+    return c.lock()
 
 
 def teacher() -> ConfigDict:
@@ -10,6 +53,7 @@ def teacher() -> ConfigDict:
     return ConfigDict(
         {
             "scenes": {"count": 30_000, "seed": 1},
+            "prompts": {"count": 4096, "seed": 2},
             "autoencoder": {
                 "steps": 1500,
                 "batch_size": 32,

@@ -261,7 +261,14 @@ def test_in_a_browser(command, tmp_path):
         assert browser.run("[state.x.toFixed(1), state.y.toFixed(1)]") == ["0.6", "-0.4"]
         assert browser.run("Math.round(parseFloat(document.getElementById('marker').style.left))") in (79, 80, 81)
         assert browser.run("document.querySelector('#student [data-stage=text]').textContent") == "cached"
+        browser.run("document.getElementById('prompt').focus(), document.getElementById('prompt').select()")
+        browser.type("a thin handwritten zer")
+        assert browser.run("[...document.querySelectorAll('#words button')].map((b) => b.textContent)") == ["zero"]
+        browser.press("Tab", "\t")
+        assert browser.run("document.getElementById('prompt').value") == "a thin handwritten zero "
+        assert "slanted" in browser.run("document.getElementById('words').textContent")
         browser.run("document.getElementById('pad').focus()")
+        assert browser.run("document.getElementById('words').hidden")
         browser.press("Home")
         assert after(browser, dragged) == typed
 

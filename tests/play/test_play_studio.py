@@ -12,7 +12,8 @@ from PIL import Image
 from d2g_jax import export
 from d2g_jax.__main__ import main
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.play.opening import NONE, Choice, open_studio
+from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.play.opening import NONE, Choice, open_studio, own_prompts, vocabulary
 from d2g_jax.play.studio import Asked, Studio
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
@@ -167,3 +168,26 @@ def test_images_of_another_size():
     assert studio.draw("student", Asked("the digit 2")).image.shape == (40, 64, 3)
     with pytest.raises(UserError, match="--height=33"):
         open_studio(Choice(str(TEACHER), size=(33, None)))
+
+
+def test_prompts_of_ones_own_and_the_words_of_a_small_tokenizer(exported_student):
+    lines = (WEIGHTS / "prompts.txt").read_text().splitlines()
+    offered = own_prompts(str(TEACHER))
+    assert len(offered) == 4
+    assert offered[0] == lines[0]
+    assert set(offered) <= set(lines)
+    assert own_prompts("owner/name") == own_prompts(str(exported_student)) == ()
+    words = vocabulary(Pipeline.load(TEACHER, without=("text_encoder", "unet", "vae")))
+    assert {"seven", "bold", "slanted"} <= set(words)
+    assert all(word.isalpha() and len(word) > 1 for word in words)
+
+
+def test_prompts_of_a_workdirs_pairs(tmp_path):
+    workdir, prompts = tmp_path / "run", tmp_path / "mine.txt"
+    (workdir / "checkpoints").mkdir(parents=True)
+    prompts.write_text("".join(f"prompt {i}\n" for i in range(12)))
+    (workdir / "config.json").write_text(json.dumps({"pairs": {"prompts": str(prompts)}}))
+    assert own_prompts(str(workdir)) == ("prompt 0", "prompt 3", "prompt 6", "prompt 9")
+    (workdir / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="not the config of a training workdir"):
+        own_prompts(str(workdir))
