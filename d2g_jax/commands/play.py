@@ -52,8 +52,9 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
 
 def play(own: argparse.Namespace) -> None:
     """Serves the page until Ctrl-C, which is how it ends; SIGTERM raises `Terminated`."""
+    from d2g_jax.pipeline.words import known_words
     from d2g_jax.play import server
-    from d2g_jax.play.opening import Choice, open_studio, own_prompts, vocabulary
+    from d2g_jax.play.opening import Choice, open_studio, own_prompts
     from d2g_jax.runtime.interrupt import terminating
 
     given = common.given_solution(own)
@@ -71,7 +72,8 @@ def play(own: argparse.Namespace) -> None:
         print(server.address(listener), flush=True)
         _say("open this address in a browser; Ctrl-C ends it")
         with contextlib.suppress(KeyboardInterrupt):  # not raised where a shell has told us to ignore it
-            limits, words = server.Limits(own.max_prompt, own.queue), vocabulary(studio.systems["student"].pipeline)
+            limits = server.Limits(own.max_prompt, own.queue)
+            words = known_words(studio.systems["student"].pipeline.tokenizer)
             server.serve(studio, listener, limits, tuple(own.prompt) or own_prompts(own.model), words)
         _say("ended")
 

@@ -23,6 +23,7 @@ from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.hub import resolve
+from d2g_jax.pipeline.words import unknown_words
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.atomic import write_bytes
 from d2g_jax.runtime.errors import UserError
@@ -193,7 +194,10 @@ _TOKENIZING = threading.Lock()
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
-    """Prompts as int32 (N, L) with L = `model_max_length`, padded; what is too long is cut off with a warning."""
+    """Prompts as int32 (N, L) with L = `model_max_length`, padded.
+
+    Warns of what is cut off as too long, and of words that a tokenizer of few words has never seen.
+    """
     if not prompts:
         return np.zeros((0, tokenizer.model_max_length), np.int32)
     length = tokenizer.model_max_length
@@ -204,6 +208,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
         if len(ids) > length:
             lost = tokenizer.decode(ids[length - 1 : -1])
             warnings.warn(f"prompt longer than {length} tokens, cut off {lost!r}: {prompt!r}", stacklevel=2)
+    if unknown := unknown_words(tokenizer, prompts):
+        warnings.warn(f"words that this model has never seen: {', '.join(unknown)}", stacklevel=2)
     return np.asarray(fitted, np.int32)
 
 

@@ -27,9 +27,6 @@ NONE = "none"
 OFFERED = 4
 """Prompts of its own that the page opens with, where none is given."""
 
-SMALL_VOCABULARY = 2_000
-"""Tokens of a tokenizer whose words the page completes."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -115,18 +112,6 @@ def own_prompts(model: str) -> tuple[str, ...]:
         return ()
     lines = read_prompts(file).lines
     return tuple(lines[i * len(lines) // OFFERED] for i in range(min(OFFERED, len(lines))))
-
-
-def vocabulary(pipeline: Pipeline) -> tuple[str, ...]:
-    """The words of letters that a small tokenizer has a token for, sorted.
-
-    None of a large one: to complete from CLIP's 49,408 tokens would help nobody.
-    """
-    tokens = pipeline.tokenizer.get_vocab()
-    if len(tokens) > SMALL_VOCABULARY:
-        return ()
-    whole = {token.removesuffix("</w>") for token in tokens if token.endswith("</w>")}
-    return tuple(sorted(word for word in whole if len(word) > 1 and word.isascii() and word.isalpha()))
 
 
 def _pairs_solution(workdir: Path) -> Solution:

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.models import vae
 from d2g_jax.pipeline import folder as pipelines
-from d2g_jax.pipeline import weights
+from d2g_jax.pipeline import weights, words
 from d2g_jax.pipeline.conditioning import encode_text, tokenize_prompts
 from d2g_jax.pipeline.folder import Pipeline, tokenize
 from d2g_jax.runtime.errors import UserError
@@ -288,3 +289,19 @@ def test_tokenizing_in_many_threads_at_once():
     with ThreadPoolExecutor(8) as pool:
         for prompt, ids in zip(prompts * 200, pool.map(lambda p: tokenize(tokenizer, [p]), prompts * 200), strict=True):
             np.testing.assert_array_equal(ids, expected[prompts.index(prompt)])
+
+
+def test_words_that_a_small_tokenizer_has_never_seen():
+    tokenizer = Pipeline.load(WEIGHTS / "pipeline", without=("text_encoder", "unet", "vae")).tokenizer
+    assert {"seven", "bold", "slanted"} <= set(words.known_words(tokenizer))
+    with pytest.warns(UserWarning, match="never seen: purple, cow$"):
+        pipelines.tokenize(tokenizer, ["a bold Purple seven", "a thin cow, 3", "a purple 5"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipelines.tokenize(tokenizer, ["", "a bold seven slanted to the right", "the digit 3, thin strokes"])
+
+
+def test_a_tokenizer_that_spells_has_no_list_of_words(tiny_sd):
+    tokenizer = Pipeline.load(tiny_sd, without=("text_encoder", "unet", "vae")).tokenizer
+    assert words.known_words(tokenizer) == ()
+    assert words.unknown_words(tokenizer, ["zebra"]) == []
