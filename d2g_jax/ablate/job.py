@@ -16,7 +16,7 @@ import jax
 import ml_collections
 
 from d2g_jax import pairs, records
-from d2g_jax.ablate.judge import DigitsJudge, check_digits
+from d2g_jax.ablate.judge import StudentJudge, check_images
 from d2g_jax.ablate.rows import Ablation, Row
 from d2g_jax.ablate.students import check_config, images_per_second, last_phase, student_config
 from d2g_jax.ablate.table import progress_line, summarize, table
@@ -40,7 +40,7 @@ class Job:
     ablation: Ablation
     seeds: Sequence[int]
     pairs_folder: Path
-    judge: DigitsJudge | None
+    judge: StudentJudge | None
 
     def folder(self, row: Row, seed: int) -> Path:
         """The workdir of a student's `d2g train`."""
@@ -76,13 +76,13 @@ def ablate(
     check_config(config, ablation)
     judged = "evaluation" in config
     if judged:
-        check_digits(config)
+        check_images(config)
     with locked(workdir), terminating():
         given = None if pairs_folder is None else _check_pairs(config, pairs_folder)
         runs.claim(workdir, _identity(config, ablation, given))
         done = _finished(config, workdir, ablation, seeds)
         folder = pairs.make_pairs(config, workdir) if pairs_folder is None else pairs_folder
-        judge = DigitsJudge(config, workdir, folder) if judged else None
+        judge = StudentJudge(config, workdir, folder) if judged else None
         job = Job(config, workdir, ablation, seeds, folder, judge)
         for seed, row in itertools.product(seeds, ablation.rows):
             if seed not in done[row.name]:

@@ -12,7 +12,8 @@ from d2g_jax.ablate.rows import Ablation
 MEASURED = {
     "frechet_to_teacher": ("Frechet distance to teacher", ".2f"),
     "unexplained": ("R", ".3f"),
-    "accuracy_all": ("all three as asked", ".3f"),
+    "sharpness": ("sharpness", ".2f"),
+    "accuracy_all": ("all as asked", ".3f"),
     "images_per_second": ("img/s", ".1f"),
 }
 """The figures that the table shows, where a student has them: heading and format."""

@@ -19,6 +19,7 @@ import numpy as np
 from d2g_jax import pairs
 from d2g_jax.demo import evaluation
 from d2g_jax.demo.held_out import HeldOut, cached, latents_of_pairs
+from d2g_jax.demo.judges import judge_of
 from d2g_jax.pipeline.draw import decode_all
 from d2g_jax.report import LivePage, finish
 from d2g_jax.runtime import atomic, runs
@@ -28,7 +29,7 @@ from d2g_jax.runtime.lock import locked
 from d2g_jax.sample import sampler as sample
 from d2g_jax.train import train
 
-TEACHER, ONE_STEP = "teacher, 50 steps", "teacher, 1 step"
+ONE_STEP = "teacher, 1 step"
 STUDENTS = {
     "mse": "MSE student, 1 step",
     "pseudo_huber": "pseudo-Huber student, 1 step",
@@ -38,6 +39,11 @@ STUDENTS = {
 }
 ONLY_IN_FULL = ("pseudo_huber", "latent_lpips")
 SHOWN = 12
+
+
+def teacher_title(config: ml_collections.ConfigDict) -> str:
+    """What tables call the teacher, solved as for the pairs."""
+    return f"teacher, {config.pairs.steps} steps"
 
 
 def student_configs(config: ml_collections.ConfigDict, *, full: bool) -> dict[str, ml_collections.ConfigDict]:
@@ -112,11 +118,11 @@ def measure(
     """Draws every system on the same held-out noise and prompts and scores it; see `result.json`."""
     e = config.evaluation
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
-    teacher = sample.Sampler.load(config.pipeline, mesh)
+    teacher, title = sample.Sampler.load(config.pipeline, mesh), teacher_title(config)
     held_out, solution = HeldOut.make(config, teacher.pipeline, mesh), pairs.solution(config.pairs)
-    systems, latents = {TEACHER: teacher.programs(mesh, solution)}, {}
+    systems, latents = {title: teacher.programs(mesh, solution)}, {}
     with clock.stage("teacher samples"):
-        latents[TEACHER] = cached(workdir / "evaluation" / "teacher.npy", lambda: held_out.solve(systems[TEACHER]))
+        latents[title] = cached(workdir / "evaluation" / "teacher.npy", lambda: held_out.solve(systems[title]))
     with clock.stage("evaluate"):
         systems[ONE_STEP] = teacher.programs(mesh, dataclasses.replace(solution, steps=1))
         for name in student_configs(config, full=full):
@@ -125,7 +131,9 @@ def measure(
         calls = {name: programs.network_calls for name, programs in systems.items()}
         images = {name: decode_all(teacher.pipeline, mesh, x, e.batch_size) for name, x in latents.items()}
         other_images = decode_all(teacher.pipeline, mesh, latents_of_pairs(pairs_folder, e.samples), e.batch_size)
-        result = evaluation.score(images, other_images, held_out.prompts, calls, latents, teacher=TEACHER)
+        kinds = {"teacher": title, **STUDENTS}
+        judge = judge_of(config)
+        result = evaluation.score(judge, images, other_images, held_out.prompts, calls, latents, kinds)
         _show(workdir, [p.prompt for p in held_out.prompts[:SHOWN]], images)
     result["protocol"] |= {
         "prompts": f"{e.samples} drawn with seed {e.seed} from the captions that the pairs were drawn from",

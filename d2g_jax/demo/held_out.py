@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
 from d2g_jax import records
-from d2g_jax.digits import captions
+from d2g_jax.demo.judges import judge_of
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Programs, draw
 from d2g_jax.pipeline.folder import Pipeline
@@ -31,7 +32,7 @@ class HeldOut:
       batch_size: images per call, a multiple of the mesh's devices.
     """
 
-    prompts: Sequence[captions.Prompt]
+    prompts: Sequence[Any]
     noise_seed: int
     noise: np.ndarray
     input_ids: np.ndarray
@@ -42,7 +43,7 @@ class HeldOut:
     def make(cls, config: ml_collections.ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> HeldOut:
         """By `config.evaluation`; the noise's seed is the one after the sum of the config's and the pairs'."""
         e, seed = config.evaluation, config.seed + 1 + config.pairs.seed
-        prompts = captions.evaluation_prompts(e.samples, e.seed)
+        prompts = judge_of(config).prompts(e.samples, e.seed)
         noise = sample.draw_noise(seed, e.samples, sample.latent_shape(pipeline))
         ids = tokenize_prompts(pipeline, [p.prompt for p in prompts])
         return cls(prompts, seed, noise, ids, e.batch_size, mesh)

@@ -44,6 +44,9 @@ def get_config() -> ConfigDict:
         sample_every=2_048,
         checkpoint_every=2_048,
     )
+    c.evaluation = ConfigDict(
+        {"samples": 1000, "batch_size": 256, "seed": 1, "judge": str(WEIGHTS / "judge.safetensors")}
+    )
     c.teacher = teacher()
     return c.lock()
 

@@ -68,7 +68,7 @@ def trained(monkeypatch):
 
     train.stop = None
     monkeypatch.setattr(job, "train", train)
-    monkeypatch.setattr(job, "DigitsJudge", Judge)
+    monkeypatch.setattr(job, "StudentJudge", Judge)
     monkeypatch.setattr(job, "_forget_programs", lambda: None)
     return made, train
 

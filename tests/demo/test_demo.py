@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from d2g_jax.__main__ import main
-from d2g_jax.demo import demo, evaluation
+from d2g_jax.demo import demo, evaluation, judges
 from d2g_jax.digits.config import get_config
 from d2g_jax.report.status import read_status
 from d2g_jax.runtime import runs
@@ -30,6 +30,7 @@ SMALL = (
     "--config.optimizer.generator.warmup_images=16",
     "--config.optimizer.discriminator.warmup_images=16",
 )
+TEACHER = "teacher, 2 steps"
 
 
 def figures(workdir):
@@ -70,13 +71,13 @@ def trained(tmp_path_factory):
 
 def check_result(workdir):
     result = json.loads((workdir / "result.json").read_text())
-    names = [evaluation.REAL, demo.TEACHER, demo.ONE_STEP]
+    names = [evaluation.REAL, TEACHER, demo.ONE_STEP]
     names += [demo.STUDENTS[name] for name in ("mse", "e_latent_lpips", "full")]
     assert list(result["systems"]) == names
     for name, values in result["systems"].items():
         assert 0 <= values["accuracy"]["all"] <= values["accuracy"]["digit"] <= 1, name
-        assert (values.get("unexplained") or 0) > 0 or name in (evaluation.REAL, demo.TEACHER)
-    assert result["systems"][demo.TEACHER]["network_calls"] == 4
+        assert (values.get("unexplained") or 0) > 0 or name in (evaluation.REAL, TEACHER)
+    assert result["systems"][TEACHER]["network_calls"] == 4
     assert result["systems"][demo.STUDENTS["full"]]["network_calls"] == 1
     assert set(result["seconds"]) >= {"pairs", "train mse", "train e_latent_lpips", "train full", "evaluate"}
     page = (workdir / "report.html").read_text()
@@ -166,19 +167,36 @@ def test_students_differ_in_their_loss_alone():
     assert [bool(c.adversarial.weight) for c in configs.values()] == [False] * 4 + [True]
 
 
-def test_checks_hold_values_to_their_bars():
-    def system(distance, everything):
-        accuracy = {"digit": 0.99, "weight": 0.96, "slant": 0.94, "all": everything}
-        return {"frechet_to_teacher": distance, "frechet_to_real": 20.0, "accuracy": accuracy}
+KINDS = {"teacher": "T", "mse": "M", "e_latent_lpips": "E", "full": "F"}
 
-    systems = {
-        "teacher": system(None, 0.9),
-        "MSE student": system(12.0, 0.5),
-        "E-LatentLPIPS student": system(4.0, 0.8),
-        "full student": system(4.4, 0.86),
-    }
-    found = [c["met"] for c in evaluation.checks(systems, {"real_vs_real": 10.0}, "teacher")]
-    assert found == [True, True, False, True, True, False, True]
+
+def system(distance, everything, parts, **figures):
+    accuracy = {**dict.fromkeys(parts, 0.96), "all": everything}
+    return {"frechet_to_teacher": distance, "frechet_to_real": 20.0, "accuracy": accuracy, **figures}
+
+
+def test_checks_hold_values_to_their_bars():
+    parts = judges.Digits.parts
+    systems = {"T": system(None, 0.9, parts), "M": system(12.0, 0.5, parts)}
+    systems |= {"E": system(4.0, 0.8, parts), "F": system(4.4, 0.86, parts)}
+    systems["T"]["accuracy"]["slant"] = 0.94
+    checks = evaluation.checks(judges.Digits.bars(judges.Digits, systems, {"real_vs_real": 10.0}, KINDS))
+    assert [check["met"] for check in checks] == [True, True, False, True, True, False, True]
+
+
+def test_the_worlds_bars():
+    parts = judges.World.parts
+    systems = {"T": system(None, 0.9, parts), "M": system(12.0, 0.5, parts, unexplained=0.34, sharpness=0.6)}
+    systems |= {"E": system(7.0, 0.8, parts), "F": system(4.4, 0.86, parts, sharpness=1.2)}
+    systems["T"]["accuracy"]["texture"] = 0.89
+    checks = evaluation.checks(judges.World.bars(judges.World, systems, {}, KINDS))
+    missed = [check["name"] for check in checks if not check["met"]]
+    assert len(checks) == 14
+    assert missed == [
+        "teacher: accuracy of texture at least 0.9",
+        "E-LatentLPIPS student: Frechet distance over the MSE student's, at most 1/2",
+        "full student: sharpness at most 1.15",
+    ]
 
 
 def test_real_against_real_is_near_zero_for_equal_halves():
