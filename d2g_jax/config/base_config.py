@@ -27,6 +27,8 @@ def check_counts(config: ConfigDict) -> None:
         value = config.get(group, {}).get(field)
         if value is not None and value < 1:
             raise UserError(f"{name}={value}: give 1 or more")
+    if (kept := config.get("train", {}).get("held_out", 0)) < 0:
+        raise UserError(f"train.held_out={kept}: give 0 or more")
 
 
 def base_config() -> ConfigDict:

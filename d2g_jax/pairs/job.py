@@ -179,7 +179,7 @@ def _make(
         for batch in batches:
             shard = batch.inputs.shard
             rest = itertools.islice(batches, teacher.batches_of(shard) - 1)
-            content = progress.over(_records(teacher, itertools.chain([batch], rest)))
+            content = _records(teacher, itertools.chain([batch], rest), progress)
             yield _write(teacher, folder, shard, content), shard
 
 
@@ -195,9 +195,13 @@ def _write(teacher: Teacher, folder: Path, shard: int, content: Iterator[dict[st
         return records.read_shard_info(folder, teacher.manifest, shard)
 
 
-def _records(teacher: Teacher, batches: Iterable[Batch]) -> Iterator[dict[str, Any]]:
+def _records(teacher: Teacher, batches: Iterable[Batch], progress: Progress) -> Iterator[dict[str, Any]]:
     for batch in batches:
-        yield from teacher.records(batch)
+        count = 0
+        for record in teacher.records(batch):
+            yield record
+            count += 1
+        progress.advance(count)
 
 
 def _finish(folder: Path, manifest: records.Manifest, claims: Claims) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ from d2g_jax.pipeline.conditioning import Conditioning, encode_negative, encode_
 from d2g_jax.pipeline.folder import Pipeline, decode, to_uint8
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
+
+MAX_GUIDANCE = 100.0
 
 _OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
@@ -45,6 +48,17 @@ class Solution:
     solver: str = "ddim"
     spacing: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises `UserError` for values that no solution can have."""
+        if not isinstance(self.steps, Integral) or self.steps < 1:
+            raise UserError(f"steps={self.steps!r}; give a whole number from 1")
+        if not _is_number(self.guidance_scale) or not abs(self.guidance_scale) <= MAX_GUIDANCE:
+            raise UserError(f"guidance_scale={self.guidance_scale!r}; give a number, {MAX_GUIDANCE:g} at most")
+        if not _is_number(self.guidance_rescale) or not 0.0 <= self.guidance_rescale <= 1.0:
+            raise UserError(f"guidance_rescale={self.guidance_rescale!r}; give a number from 0 to 1")
+        if not isinstance(self.negative_prompt, str):
+            raise UserError(f"negative_prompt={self.negative_prompt!r}; give one text, empty for none")
+
     def schedule(self, pipeline: Pipeline) -> Schedule:
         """The pipeline's schedule; raises `UserError` for a spacing or for noise levels that are not implemented.
 
@@ -64,6 +78,10 @@ class Solution:
         """UNet evaluations per image, both halves of guidance counted."""
         halves = 2 if self.guidance_scale > 1.0 else 1
         return halves * solvers.network_calls(self.solver, self.steps)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,22 +17,20 @@ from d2g_jax.runtime import distributed
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10.0
-SETTLING_SECONDS = 1.0
-"""After the first unit: what comes with it, a batch, is over by then, and the rate counts from there."""
 
 
 class Progress:
-    """A context manager; `advance` counts units done.
+    """A context manager; `advance` counts units done, all of a batch at once.
 
-    `beginning` says what is done before the first of them is, such as "compiling": it has no part in the rate.
+    The rate is that between the first batch and the last: what comes before, which `beginning` names ("compiling"), and
+    what comes after have no part in it.
     """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0, beginning: str = ""):
         self._label, self._total, self._unit = label, total, unit
         self._done, self._note = done, beginning
         self._last_line = time.monotonic()
-        self._start = self._origin = (self._last_line, done)  # when, and how much was done then
-        self._settled = float("inf")
+        self._start = self._first = self._latest = (self._last_line, done)  # when, and how much was done then
         self._shown = distributed.process_id() == 0
         terminal = self._shown and sys.stderr.isatty()
         self._bar = tqdm(desc=label, total=total, initial=done, unit=unit) if terminal else None
@@ -52,13 +50,12 @@ class Progress:
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Counts `units` more; `note`, until there is another, is shown behind the rate."""
-        now, first = time.monotonic(), self._done == self._start[1]
+        now, first = time.monotonic(), self._first is self._start
         self._done += units
         self._note = note or ("" if first else self._note)
-        if first:
-            self._settled = now + SETTLING_SECONDS
-        if now < self._settled:
-            self._origin = (now, self._done)
+        if units:
+            self._latest = (now, self._done)
+            self._first = self._latest if first else self._first
         if self._bar is not None:
             self._bar.update(units)
             if note:
@@ -91,9 +88,9 @@ class Progress:
         if not self._shown:
             return
         text = f"{self._label}: {self._done}/{self._total} {self._unit}"
-        # A job that was over before it settled has no other rate than that of all its time.
-        since, before = self._start if self._done == self._total == self._origin[1] else self._origin
-        if self._done > before:
-            rate = (self._done - before) / max(self._last_line - since, 1e-9)
+        since, before = self._start if self._first is self._latest else self._first
+        finished = self._done == self._total
+        if self._done > before and (self._first is not self._latest or finished):  # of one batch only the whole time
+            rate = (self._done - before) / max(self._latest[0] - since, 1e-9)
             text += f", {rate:.1f} {self._unit}/s, {(self._total - self._done) / rate:.0f} s left"
         print(f"{text}, {self._note}" if self._note else text, file=sys.stderr, flush=True)

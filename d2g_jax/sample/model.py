@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from d2g_jax.pipeline.draw import Drawn, Programs, Solution, draw
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample.sampler import Sampler, noise_of
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Model:
@@ -55,13 +59,17 @@ class Model:
             that are no multiple of the VAE's factor, noise of another shape, results that are not finite.
           TypeError: an option that does not exist.
         """
-        return [Image.fromarray(image) for image in self.draw(prompts, **options).images]
+        return [Image.fromarray(image) for image in self.run(self._asked(prompts, **options)).images]
 
     def latents(self, prompts: str | Sequence[str], **options: Any) -> np.ndarray:
         """As a call, but not decoded: float32 (N, C, h, w), scaled as diffusion networks take them."""
-        return self.draw(prompts, decode=False, **options).latents
+        return self.run(self._asked(prompts, **options), decode=False).latents
 
-    def draw(
+    def draw(self, prompts: str | Sequence[str], **options: Any) -> Drawn:
+        """As a call, as arrays: `latents` float32 (N, C, h, w) and `images` uint8 (N, H, W, 3)."""
+        return self.run(self._asked(prompts, **options))
+
+    def _asked(
         self,
         prompts: str | Sequence[str],
         *,
@@ -72,14 +80,13 @@ class Model:
         width: int | None = None,
         batch: int = 64,
         tiled: bool = False,
-        decode: bool = True,
         **solution: Any,
-    ) -> Drawn:
-        """As a call, as arrays: `latents` float32 (N, C, h, w) and, with `decode`, `images` uint8 (N, H, W, 3)."""
-        drawing = self.prepare(
-            prompts, seed, latents, images, (height, width), batch, tiled, Solution(**solution) if solution else None
-        )
-        return self.run(drawing, decode=decode)
+    ) -> Drawing:
+        known = [field.name for field in dataclasses.fields(Solution)]
+        if unknown := [name for name in solution if name not in known]:
+            raise TypeError(f"no option {unknown[0]!r}; a teacher's are {', '.join(known)}")
+        size, asked = (height, width), Solution(**solution) if solution else None
+        return self.prepare(prompts, seed, latents, images, size, batch, tiled, asked)
 
     def prepare(
         self,
@@ -93,12 +100,14 @@ class Model:
         solution: Solution | None,
     ) -> Drawing:
         """What a call will draw with which programs; nothing is compiled yet. Raises as a call does."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = [prompts] if isinstance(prompts, str) else prompts if prompts is None else list(prompts)
         if not prompts:
             raise UserError("no prompts; give --prompt=TEXT or --prompts=FILE")
+        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise UserError(f"prompt {wrong[0]!r} is no text; give text, or a list of texts")
         for name, count in (("images", images), ("batch", batch)):
-            if count < 1:
-                raise UserError(f"{name}={count}; it must be at least 1")
+            if not isinstance(count, Integral) or count < 1:
+                raise UserError(f"{name}={count!r}; give a whole number from 1")
         if solution is not None and self.sampler.one_step is not None:
             raise UserError(
                 f"{self._name}: this is a one-step student; leave out --steps, --guidance, --solver and --negative"
@@ -111,10 +120,10 @@ class Model:
         if key not in self._programs:
             self._programs[key] = self.sampler.programs(self.mesh, solution, key[1:3], tiled=tiled)
         devices = meshes.batch_shards(self.mesh)
-        rows, known = -(-min(batch, len(prompts)) // devices) * devices, self._rows.setdefault(key, set())
-        rows = min((other for other in known if rows <= other <= 2 * rows), default=rows)
-        known.add(rows)
-        return Drawing(prompts, noise, tokenize_prompts(pipeline, prompts), self._programs[key], rows)
+        least, most = (-(-count // devices) * devices for count in (min(batch, len(prompts)), batch))
+        known = self._rows.setdefault(key, set())
+        rows = min((other for other in known if least <= other <= min(2 * least, most)), default=least)
+        return Drawing(prompts, noise, tokenize_prompts(pipeline, prompts), self._programs[key], rows, known)
 
     def run(self, drawing: Drawing, *, decode: bool = True, seconds: dict[str, float] | None = None) -> Drawn:
         """Draws it. `seconds`: see `pipeline.draw.draw`. Raises `UserError` where latents are not finite."""
@@ -128,6 +137,7 @@ class Model:
             seconds=seconds,
         )
         latents, images = zip(*batches, strict=True)
+        drawing.drawn_before.add(drawing.batch_size)
         latents = np.concatenate(latents)
         finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
         if not finite.all():
@@ -147,6 +157,7 @@ class Drawing:
       noise: float32 (N, C, h, w); ids: int32 (N, T L).
       programs: the compiled calls.
       batch_size: rows a call, a multiple of the devices.
+      drawn_before: batch sizes that these programs have drawn.
     """
 
     prompts: list[str]
@@ -154,6 +165,7 @@ class Drawing:
     ids: np.ndarray
     programs: Programs
     batch_size: int
+    drawn_before: set[int]
 
     def first(self) -> Drawing:
         """Its first batch alone: whoever draws that has compiled all."""
@@ -182,5 +194,9 @@ def load(
     Raises:
       UserError: one line that says what is wrong with the files and what to do.
     """
+    if not isinstance(model, str | os.PathLike) or not str(model):
+        raise UserError(f"model {model!r}: give the path of a folder, or a hub id 'owner/name'")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
     mesh, kind = meshes.make_mesh() if mesh is None else mesh, jnp.dtype(dtype)
     return Model(Sampler.load(model, mesh, kind, kind, revision, system, unet), mesh, str(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from numbers import Integral
 from pathlib import Path
 
 import jax
@@ -60,11 +61,15 @@ class Sampler:
         Raises `UserError` for a student of ours with a `system` or a `unet`, as `Pipeline.load` does, and for a folder
         that is neither pipeline nor workdir.
         """
+        if jnp.dtype(dtype) == jnp.float16 and mesh.devices.flat[0].platform == "cpu":
+            raise UserError("--dtype=float16: XLA multiplies no float16 matrices on CPUs; give bfloat16 or float32")
         foreign = None if system is None else find_system(system)
         if Path(model, "checkpoints").is_dir():
             _check_own(model, system, unet)
             return cls._from_workdir(Path(model), mesh, dtype, storage)
         folder = resolve(model, revision)
+        if folder.is_file():
+            raise UserError(f"{model}: a file; give the folder of a pipeline, an export or a workdir")
         if not (folder / "model_index.json").exists():
             raise UserError(f"{model}: neither a pipeline folder (model_index.json) nor a workdir (checkpoints/)")
         described = exported.read_description(folder)
@@ -112,17 +117,24 @@ def latent_shape(pipeline: Pipeline, size: tuple[int | None, int | None] = (None
     *native, channels = pipeline.latent_shape
     factor, sides = pipeline.vae.config.downscale, []
     for name, pixels, latent in zip(("height", "width"), size, native, strict=True):
-        if pixels is not None and pixels not in range(factor, MAX_SIDE + 1, factor):
+        good = pixels is None or (isinstance(pixels, Integral) and pixels in range(factor, MAX_SIDE + 1, factor))
+        if not good:
             raise UserError(
-                f"--{name}={pixels} is not a multiple of {factor}, the VAE's factor, from {factor} to {MAX_SIDE}"
+                f"--{name}={pixels!r}: give a multiple of {factor}, the VAE's factor, from {factor} to {MAX_SIDE}"
             )
         sides.append(latent if pixels is None else pixels // factor)
     return channels, *sides
 
 
 def draw_noise(seed: int, count: int, shape: tuple[int, int, int]) -> np.ndarray:
-    """float32 noise (count, C, h, w) of images 0 to count - 1 under `seed`, the same on every backend."""
-    return np.asarray(noise.record_noise(seed, jnp.arange(count, dtype=jnp.uint32), shape))
+    """float32 noise (count, C, h, w) of images 0 to count - 1 under `seed`, the same on every backend.
+
+    Raises `UserError` for a seed that is none of the 32 bits that noise is drawn by.
+    """
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed!r}; give a whole number from 0 to {2**32 - 1}")
+    rows = 1 << (count - 1).bit_length()  # of few sizes, so that another count compiles nothing
+    return np.asarray(noise.record_noise(int(seed), jnp.arange(rows, dtype=jnp.uint32), shape))[:count]
 
 
 def noise_of(
@@ -145,8 +157,14 @@ def noise_of(
     if isinstance(latents, str | Path):
         try:
             latents = np.load(latents, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{name}: cannot be read as .npy ({error}); give float32 (N, C, h, w)") from error
+    try:
+        latents = np.asarray(latents)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{name}: no array ({error}); give float32 (N, C, h, w)") from error
+    if not jnp.issubdtype(latents.dtype, jnp.floating):
+        raise UserError(f"{name}: holds {latents.dtype}; give standard normal noise as float32 (N, C, h, w)")
     asked = tuple("any" if given is None else side for given, side in zip(size, sides, strict=True))
     wanted, shape = (count, channels, *asked), np.shape(latents)
     if len(shape) != 4 or any(side not in ("any", found) for side, found in zip(wanted, shape, strict=True)):
@@ -154,6 +172,7 @@ def noise_of(
         raise UserError(f"{name}: shape {shape}; this model and {count} prompts need ({text})")
     factor = pipeline.vae.config.downscale
     latent_shape(pipeline, (shape[2] * factor, shape[3] * factor))  # refuses what is too large
+    latents = latents.astype(np.float32)
     if not np.isfinite(latents).all():
         raise UserError(f"{name}: holds values that are not finite; give standard normal noise")
-    return np.asarray(latents, np.float32)
+    return latents

@@ -55,7 +55,7 @@ def loop(
     batch = next(batches)
     page.update("compiling", images, at_once=True)
     if is_first():
-        print(f"train {config.name}: compiling", file=sys.stderr, flush=True)
+        print(f"train {config.name}: R on {len(kept)} records of {len(source)}; compiling", file=sys.stderr, flush=True)
     programs = compile_programs(config, d, frozen, state, batch, mesh)
     with (
         StopRequests() as requests,

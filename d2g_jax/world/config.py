@@ -77,7 +77,7 @@ def teacher() -> ConfigDict:
             },
             "metric": {
                 "trunk": {
-                    "steps": 2500,
+                    "steps": 1200,
                     "batch_size": 128,
                     "learning_rate": 2e-3,
                     "b2": 0.999,

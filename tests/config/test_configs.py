@@ -45,12 +45,18 @@ def test_every_count_is_a_setting():
 
 
 @pytest.mark.parametrize(
-    "flag", ["train.keep_checkpoints=0", "train.log_every=-1", "train.groups=0", "train.batch_size=0"]
+    "flag",
+    ["train.keep_checkpoints=0", "train.log_every=-1", "train.groups=0", "train.batch_size=0"],
 )
 def test_counts_below_one_are_refused_at_once(flag, tmp_path, capsys):
     assert main(["train", f"--workdir={tmp_path / 'run'}", f"--config.{flag}"]) == 2
     assert capsys.readouterr().err == f"d2g: {flag}: give 1 or more\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_records_kept_out_may_be_none_but_not_fewer(tmp_path, capsys):
+    assert main(["train", f"--workdir={tmp_path / 'run'}", "--config.train.held_out=-1"]) == 2
+    assert capsys.readouterr().err == "d2g: train.held_out=-1: give 0 or more\n"
 
 
 def test_a_plan_looks_at_its_file_first(tmp_path, capsys):

@@ -382,7 +382,7 @@ def test_weights_are_arguments_and_only_those_that_draw(tiny_sd: Path, tmp_path:
         ({"dtype": "int8"}, "--dtype=int8 is unknown"),
         ({"timestep": 1000}, "timestep 1000 is out of range: the teacher's schedule has 0 to 999"),
         ({"to": "stablehlo", "timestep": None}, "this is a teacher; take diffusers or flax"),
-        ({"to": "stablehlo", "size": (30, None)}, "--height=30 is not a multiple of 4"),
+        ({"to": "stablehlo", "size": (30, None)}, "--height=30: give a multiple of 4"),
         ({"size": (64, 64)}, "--height and --width are for --to=stablehlo"),
         ({"out": "full"}, "full: is not empty; give --out a new place"),
         ({"to": "stablehlo", "out": "full"}, "full: is a folder, and --to=stablehlo writes one file"),

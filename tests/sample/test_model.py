@@ -10,6 +10,7 @@ import pytest
 import d2g_jax
 from d2g_jax.__main__ import main
 from d2g_jax.export import export_student
+from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
@@ -90,6 +91,14 @@ def test_on_one_device_as_on_a_mesh(student, tiny_sd):
         ({"latents": np.zeros((2, 4, 8, 8)), "height": 64}, r"need \(2, 4, 16, any\)"),
         ({"latents": np.full((2, 4, 8, 8), np.nan)}, "latents: holds values that are not finite"),
         ({"latents": "no-such.npy"}, "no-such.npy: cannot be read"),
+        ({"latents": np.zeros((2, 4, 8, 8), complex)}, "latents: holds complex128"),
+        ({"latents": np.zeros((2, 4, 8, 8), "M8[s]")}, "latents: holds datetime64"),
+        ({"latents": [[1.0], [1.0, 2.0]]}, "latents: no array"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"height": 32.0}, "--height=32.0: give a multiple"),
+        ({"batch": 1.5}, "batch=1.5"),
     ],
 )
 def test_bad_options_are_one_line(student, options, message):
@@ -98,11 +107,58 @@ def test_bad_options_are_one_line(student, options, message):
     assert "\n" not in str(refused.value)
 
 
-def test_an_option_that_does_not_exist(student):
-    with pytest.raises(TypeError, match="guidance"):
-        student(PROMPTS, guidance=3.0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+        ({"guidance_scale": "7"}, "guidance_scale='7'"),
+        ({"guidance_rescale": float("nan")}, "guidance_rescale=nan; give a number from 0 to 1"),
+        ({"guidance_rescale": -1.0}, "guidance_rescale=-1.0"),
+        ({"steps": 2.0}, "steps=2.0"),
+        ({"steps": 0}, "steps=0"),
+        ({"negative_prompt": None}, "negative_prompt=None"),
+        ({"solver": "ddpm"}, "ddpm"),
+    ],
+)
+def test_bad_solutions_are_one_line(teacher, options, message):
+    with pytest.raises(UserError, match=message):
+        teacher(PROMPTS, **options)
+
+
+def test_options_and_prompts_that_do_not_exist(student):
+    for option in ("guidance", "num_inference_steps", "decode"):
+        with pytest.raises(TypeError, match=option):
+            student(PROMPTS, **{option: 3.0})
     with pytest.raises(UserError, match="no prompts"):
         student([])
+    with pytest.raises(UserError, match="prompt 1 is no text"):
+        student([1])
+
+
+def test_bad_models_are_one_line(tiny_sd):
+    for model, options, message in (
+        (None, {}, "model None"),
+        ("", {}, "model ''"),
+        (tiny_sd, {"dtype": "float99"}, "dtype='float99'; choose one of"),
+        (tiny_sd, {"dtype": "float16"}, "--dtype=float16"),
+        (tiny_sd / "model_index.json", {}, "model_index.json: a file; give the folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            d2g_jax.load(model, **options)
+
+
+def test_never_more_rows_than_the_batch_that_is_asked_for(tiny_sd):
+    fresh = d2g_jax.load(tiny_sd)
+    ask = lambda count, batch: fresh.prepare(  # noqa: E731
+        ["the cat"] * count, 0, None, 1, (None, None), batch, False, Solution(steps=1)
+    )
+    first = ask(8, 8)
+    assert ask(7, 8).batch_size == 8  # rounded up to the devices; nothing has been drawn yet
+    assert ask(5, 8).batch_size == 6
+    fresh.run(first, decode=False)
+    assert ask(5, 8).batch_size == 8
+    assert ask(8, 4).batch_size == 4
+    assert ask(2, 8).batch_size == 2  # the other would be four times as much
 
 
 def test_given_noise_takes_the_seeds_place(student):
