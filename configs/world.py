@@ -7,6 +7,6 @@
 Every field and its meaning: d2g_jax/config/base_config.py. What it is for: docs/when.md.
 """
 
-from d2g_jax.world.config import get_config
+from d2g_jax.digits.world.config import get_config
 
 __all__ = ["get_config"]

@@ -13,11 +13,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from d2g_jax.runtime.version import __version__
+
 if TYPE_CHECKING:
     from d2g_jax.losses.perceptual import LatentLPIPS, e_latent_lpips
     from d2g_jax.sample.model import load
 
-__version__ = "0.1.0"
 __all__ = ["LatentLPIPS", "__version__", "e_latent_lpips", "load"]
 
 _HOME = {

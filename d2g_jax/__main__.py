@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import d2g_jax
 from d2g_jax.commands.common import JOBS
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.interrupt import Terminated
+from d2g_jax.runtime.version import __version__
 
 _library_format = warnings.formatwarning
 
@@ -68,7 +68,7 @@ def _run(arguments: list[str]) -> int:
         print(f"{usage}\n\n`d2g JOB --help` lists the flags of a job; `d2g --version` says which d2g_jax this is.")
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(f"d2g_jax {d2g_jax.__version__}")
+        print(f"d2g_jax {__version__}")
         return 0
     job, rest = arguments[0], arguments[1:]
     if job not in JOBS:

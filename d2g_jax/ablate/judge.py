@@ -10,6 +10,7 @@ import numpy as np
 from d2g_jax import pairs
 from d2g_jax.demo.held_out import HeldOut, cached, latents_of_pairs
 from d2g_jax.demo.judges import judge_of
+from d2g_jax.digits.world.scores import sharp_energy
 from d2g_jax.pipeline.draw import decode_all
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.results.frechet import frechet_distance
@@ -17,7 +18,6 @@ from d2g_jax.results.unexplained import unexplained
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import sampler as sample
-from d2g_jax.world.scores import sharp_energy
 
 
 class StudentJudge:

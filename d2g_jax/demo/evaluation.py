@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from d2g_jax.demo.judges import Bar, Judge
+from d2g_jax.digits.world.scores import sharp_energy
 from d2g_jax.results.frechet import frechet_distance
 from d2g_jax.results.unexplained import unexplained
-from d2g_jax.world.scores import sharp_energy
 
 REAL = "real test images"
 FLOOR_ROUNDS = 5

@@ -13,7 +13,7 @@ import numpy as np
 from d2g_jax.digits import captions as digit_captions
 from d2g_jax.digits import classifier, data
 from d2g_jax.digits import scores as digit_scores
-from d2g_jax.world import captions, judge, scenes, scores
+from d2g_jax.digits.world import captions, judge, scenes, scores
 
 Bar = tuple[str, float, float, bool]
 """What is asked, the value found, the bar, and whether more is better."""

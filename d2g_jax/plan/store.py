@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jaxlib
 
-import d2g_jax
 from d2g_jax.plan.targets import libtpu_version
 from d2g_jax.runtime import atomic
 
@@ -30,7 +29,7 @@ def versions() -> dict[str, str | None]:
 
 def source_hash() -> str:
     """SHA-256 over this package's Python files: another program may mean another plan."""
-    root = Path(d2g_jax.__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         digest.update(str(file.relative_to(root)).encode() + file.read_bytes())

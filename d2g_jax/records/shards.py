@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-import d2g_jax
 from d2g_jax.records.files import read_json, write_atomic, write_json
 from d2g_jax.records.framing import frame
 from d2g_jax.records.manifest import Manifest
 from d2g_jax.records.schema import DATASET, SPLIT, PairSchema
 from d2g_jax.runtime import buckets
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.version import __version__
 
 
 class ForeignShard(UserError):
@@ -186,4 +186,4 @@ def _frames(
 def library_versions() -> dict[str, str]:
     """What a shard is made with."""
     libraries = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "tensorflow-datasets")}
-    return {"d2g_jax": d2g_jax.__version__, **libraries}
+    return {"d2g_jax": __version__, **libraries}

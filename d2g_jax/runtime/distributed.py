@@ -26,8 +26,8 @@ from typing import Any
 import jax
 from jax._src import distributed as runtime
 
-import d2g_jax
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.version import __version__
 
 CLUSTERS = ("slurm", "gketpu", "gcetpu", "k8s", "ompi", "mpi4py")
 """What `D2G_CLUSTER` may be: JAX's names of its detectors."""
@@ -145,7 +145,7 @@ def start(facts: Mapping[str, Any], environment: Mapping[str, str] = os.environ)
     """
     join(environment)
     if _client() is not None:
-        _agree({**facts, "jax": jax.__version__, "d2g_jax": d2g_jax.__version__})
+        _agree({**facts, "jax": jax.__version__, "d2g_jax": __version__})
 
 
 def process_id() -> int:

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import ml_collections
 
-import d2g_jax
 from d2g_jax.runtime import atomic
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.processes import is_first
+from d2g_jax.runtime.version import __version__
 
 _PLACE_KEYS = ("environment",)
 
@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "d2g_jax": d2g_jax.__version__,
+        "d2g_jax": __version__,
     }
 
 

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-import d2g_jax
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.version import __version__
 
 DESCRIPTION = "d2g.json"
 """The description's file name."""
@@ -50,7 +50,7 @@ def describe(pipeline: Pipeline, timestep: int | None, form: str, dtype: str) ->
         "scaling_factor": pipeline.scaling_factor,
         "latent_shape": dict(zip(("height", "width", "channels"), pipeline.latent_shape, strict=True)),
         "dtype": dtype,
-        "versions": {"jax": jax.__version__, "flax": flax.__version__, "d2g_jax": d2g_jax.__version__},
+        "versions": {"jax": jax.__version__, "flax": flax.__version__, "d2g_jax": __version__},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -8,12 +8,12 @@ import jax
 import ml_collections
 import numpy as np
 
+from d2g_jax.digits.world import judge, scenes
+from d2g_jax.digits.world.scores import prompt_accuracy
 from d2g_jax.lpips_training import fit as training
 from d2g_jax.lpips_training.classify import cross_entropy
 from d2g_jax.models.network import Params
 from d2g_jax.teacher.fit import long_recipe, sampled_rows
-from d2g_jax.world import judge, scenes
-from d2g_jax.world.scores import prompt_accuracy
 
 
 def train_judge(config: ml_collections.ConfigDict, shown: scenes.Scenes, folder: Path) -> Params:

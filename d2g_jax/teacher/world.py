@@ -18,6 +18,8 @@ import numpy as np
 
 from d2g_jax.diffusion.schedule import Schedule, add_noise, training_target
 from d2g_jax.digits import tokenizer
+from d2g_jax.digits.world import captions, scenes
+from d2g_jax.digits.world import judge as judges
 from d2g_jax.lpips_training import fit as training
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Params
@@ -28,8 +30,6 @@ from d2g_jax.teacher.fit import long_recipe, sampled_rows
 from d2g_jax.teacher.judge import accuracy, train_judge
 from d2g_jax.teacher.teacher import SCHEDULER, stage
 from d2g_jax.teacher.world_metric import train_metric
-from d2g_jax.world import captions, scenes
-from d2g_jax.world import judge as judges
 
 VAE = vae.VaeConfig(
     down_block_types=("DownEncoderBlock2D",) * 3,

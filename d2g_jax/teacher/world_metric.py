@@ -14,12 +14,12 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 
+from d2g_jax.digits.world import distortions, scenes
 from d2g_jax.losses.perceptual import LatentLPIPS, LatentSpace, save_metric
 from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.models import vgg
 from d2g_jax.runtime.atomic import write_text
 from d2g_jax.teacher.fit import adamw_recipe, long_recipe
-from d2g_jax.world import distortions, scenes
 
 TRUNK = vgg.VGGConfig(in_channels=4, widths=(16, 32, 32, 48, 48))
 HEAD = classify.Head(sum(scenes.PARTS.values()), parts=tuple(scenes.PARTS.values()))

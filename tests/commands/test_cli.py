@@ -38,6 +38,7 @@ def test_help_names_every_job(capsys):
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"d2g_jax {d2g_jax.__version__}\n"
+    assert f"\nversion = {d2g_jax.__version__}\n" in Path("setup.cfg").read_text()
 
 
 @pytest.mark.parametrize("job", JOBS)

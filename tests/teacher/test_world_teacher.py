@@ -6,14 +6,14 @@ import optax
 import pytest
 
 from d2g_jax.__main__ import main
+from d2g_jax.digits.world import config, distortions
+from d2g_jax.digits.world.judge import load_judge
+from d2g_jax.digits.world.scores import prompt_accuracy, sharp_energy
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.lpips_training.classify import cross_entropy
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.teacher import world
 from d2g_jax.teacher.fit import long_recipe
-from d2g_jax.world import config, distortions
-from d2g_jax.world.judge import load_judge
-from d2g_jax.world.scores import prompt_accuracy, sharp_energy
 
 SHORT = [
     "--config=configs/world.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from d2g_jax.world.scenes import PARTS
+from d2g_jax.digits.world.scenes import PARTS
 
 
 def prompt_accuracy(found: np.ndarray, asked: np.ndarray) -> dict[str, float]:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from d2g_jax.world import scenes
-from d2g_jax.world.textures import KINDS, PERIOD, texture
+from d2g_jax.digits.world import scenes
+from d2g_jax.digits.world.textures import KINDS, PERIOD, texture
 
 
 @pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)

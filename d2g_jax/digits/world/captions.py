@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from d2g_jax.digits import data
-from d2g_jax.world.scenes import DARKS, INKS, LIGHTS, UNCLEAR, Scene, glyphs
-from d2g_jax.world.textures import KINDS
+from d2g_jax.digits.world.scenes import DARKS, INKS, LIGHTS, UNCLEAR, Scene, glyphs
+from d2g_jax.digits.world.textures import KINDS
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SLANTS = ("slanted to the left", "upright", "slanted to the right")

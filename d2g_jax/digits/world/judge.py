@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from d2g_jax.digits.world.scenes import PARTS, SIZE, to_floats
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import weights
-from d2g_jax.world.scenes import PARTS, SIZE, to_floats
 
 FEATURES = 64
 

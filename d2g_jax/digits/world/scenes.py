@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from d2g_jax.digits import data
-from d2g_jax.world.textures import KINDS, texture
+from d2g_jax.digits.world.textures import KINDS, texture
 
 SIZE = 64
 GLYPH = 50

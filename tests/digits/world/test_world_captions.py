@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from d2g_jax.digits import tokenizer
+from d2g_jax.digits.world import captions, scenes
+from d2g_jax.digits.world.scenes import UNCLEAR, Scene
 from d2g_jax.pipeline.folder import load_tokenizer, tokenize
 from d2g_jax.teacher.world import MODEL_MAX_LENGTH
-from d2g_jax.world import captions, scenes
-from d2g_jax.world.scenes import UNCLEAR, Scene
 
 SCENE = Scene(digit=7, weight=2, slant=0, ink=1, texture=3, dark=2, light=1)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import fft, ndimage
 
-from d2g_jax.world.scenes import PARTS, SIZE, Scene, draw, glyphs, random_place
+from d2g_jax.digits.world.scenes import PARTS, SIZE, Scene, draw, glyphs, random_place
 
 Distortion = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 """(image float64 (H, W, 3) in [0, 1], amount, generator) -> another; what leaves [0, 1] is not clipped."""
