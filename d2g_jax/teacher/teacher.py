@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 
 from d2g_jax.diffusion.schedule import Schedule, add_noise, training_target
 from d2g_jax.digits import captions, classifier, data, tokenizer
+from d2g_jax.lpips_training.fit import Loss
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import folder as pipelines
@@ -82,7 +83,7 @@ def text_config(vocab_size: int) -> clip.ClipTextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """Moments of the training images under the autoencoder, scaled: mean and standard deviation (N, 8, 8, 4)."""
+    """Moments of the training images under the autoencoder, scaled: mean and standard deviation (N, h, w, C)."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -110,11 +111,19 @@ def train_autoencoder(config: ml_collections.ConfigDict, images: np.ndarray) -> 
     )
 
 
-def encode(params: Params, images: np.ndarray) -> tuple[Latents, float]:
-    """Scaled moments of images (N, 32, 32, 3), and the scaling factor 1 / standard deviation that scaled them."""
-    network = vae.build(VAE)
+def encode(
+    params: Params,
+    images: np.ndarray,
+    config: vae.VaeConfig = VAE,
+    to_floats: Callable[[np.ndarray], np.ndarray] = lambda images: images,
+) -> tuple[Latents, float]:
+    """Scaled moments of images (N, H, W, 3), and the scaling factor 1 / standard deviation that scaled them.
+
+    `to_floats` makes of some of the images what the autoencoder takes.
+    """
+    network = vae.build(config)
     moments = jax.jit(lambda batch: network.apply(params, batch, method="encode"))
-    parts = [jax.device_get(moments(images[i : i + 128])) for i in range(0, len(images), 128)]
+    parts = [jax.device_get(moments(to_floats(images[i : i + 128]))) for i in range(0, len(images), 128)]
     mean, logvar = (np.concatenate(part) for part in zip(*parts, strict=True))
     std = np.exp(0.5 * logvar)
     scale = round(float(1.0 / np.sqrt(np.var(mean) + np.mean(np.square(std)))), 5)
@@ -130,19 +139,29 @@ def caption_table(tokens: Any, train: data.Digits, variants: int, seed: int) -> 
     return np.stack(ids, axis=1)
 
 
-def train_denoiser(
-    config: ml_collections.ConfigDict, latents: Latents, ids: np.ndarray, empty: np.ndarray, text: clip.ClipTextConfig
-) -> Params:
+class Denoising(NamedTuple):
+    """What `fit` takes: loss, first parameters {"text_encoder": ..., "unet": ...}, and the batch of a step."""
+
+    loss: Loss
+    params: Params
+    batch_at: Callable[[int], dict[str, np.ndarray]]
+
+
+def denoising(
+    config: ml_collections.ConfigDict,
+    latents: Latents,
+    ids: np.ndarray,
+    empty: np.ndarray,
+    text: clip.ClipTextConfig,
+    unet_config: unet.UNetConfig,
+) -> Denoising:
     """The text tower and the UNet together, v-prediction, 10% of captions replaced by the empty one.
 
     Args:
       latents: scaled moments of the N training images.
       ids: (N, variants, L) captions; empty: (L,) the empty caption.
-
-    Returns:
-      {"text_encoder": ..., "unet": ...}: the moving average over the run.
     """
-    tower, network = clip.build(text), unet.build(UNET)
+    tower, network = clip.build(text), unet.build(unet_config)
     schedule = Schedule.from_config(SCHEDULER)
 
     def loss(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
@@ -166,10 +185,16 @@ def train_denoiser(
 
     key = jax.random.key(config.seed)
     params = {"text_encoder": tower.init(key), "unet": network.init(jax.random.fold_in(key, 1))}
+    return Denoising(loss, params, batch_at)
+
+
+def train_denoiser(
+    config: ml_collections.ConfigDict, latents: Latents, ids: np.ndarray, empty: np.ndarray, text: clip.ClipTextConfig
+) -> Params:
+    """`denoising` by the digits' recipe. Returns the parameters' moving average over the run."""
+    parts = denoising(config, latents, ids, empty, text, UNET)
     return fit(
-        loss,
-        params,
-        batch_at,
+        *parts,
         steps=config.steps,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from d2g_jax.diffusion.schedule import Schedule, add_noise, training_target
 from d2g_jax.digits import tokenizer
 from d2g_jax.digits.world import captions, scenes
 from d2g_jax.digits.world import judge as judges
@@ -28,7 +27,7 @@ from d2g_jax.pipeline import weights
 from d2g_jax.runtime.atomic import write_text
 from d2g_jax.teacher.fit import long_recipe, sampled_rows
 from d2g_jax.teacher.judge import accuracy, train_judge
-from d2g_jax.teacher.teacher import SCHEDULER, stage
+from d2g_jax.teacher.teacher import SCHEDULER, denoising, encode, stage
 from d2g_jax.teacher.world_metric import train_metric
 
 VAE = vae.VaeConfig(
@@ -76,14 +75,6 @@ def text_config(vocab_size: int) -> clip.ClipTextConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Latents:
-    """Moments of the training images under the autoencoder, scaled: mean and standard deviation (N, 16, 16, 4)."""
-
-    mean: np.ndarray
-    std: np.ndarray
-
-
 def train_autoencoder(config: ml_collections.ConfigDict, images: np.ndarray, folder: Path) -> Params:
     """An AutoencoderKL on crops of scenes (N, 64, 64, 3) uint8: squared and absolute error, and a light KL term."""
     network = vae.build(VAE)
@@ -104,67 +95,12 @@ def train_autoencoder(config: ml_collections.ConfigDict, images: np.ndarray, fol
     return training.fit(loss, start, batch_at, long_recipe(config, folder), label="autoencoder")
 
 
-def encode(params: Params, images: np.ndarray) -> tuple[Latents, float]:
-    """Scaled moments of scenes (N, 64, 64, 3) uint8, and the scaling factor 1 / standard deviation that scaled them."""
-    network = vae.build(VAE)
-    moments = jax.jit(lambda batch: network.apply(params, batch, method="encode"))
-    parts = [jax.device_get(moments(scenes.to_floats(images[i : i + 250]))) for i in range(0, len(images), 250)]
-    mean, logvar = (np.concatenate(part) for part in zip(*parts, strict=True))
-    std = np.exp(0.5 * logvar)
-    scale = round(float(1.0 / np.sqrt(np.var(mean) + np.mean(np.square(std)))), 5)
-    return Latents(mean * scale, std * scale), scale
-
-
 def caption_table(tokens: Any, labels: np.ndarray, variants: int, seed: int) -> np.ndarray:
     """Token ids (N, variants, L): true captions of every scene, each in its own words."""
     rng = np.random.default_rng(seed)
     shown = [scenes.Scene(*map(int, row)) for row in labels]
     rounds = [[captions.random_caption(rng, scene) for scene in shown] for _ in range(variants)]
     return np.stack([pipelines.tokenize(tokens, texts) for texts in rounds], axis=1)
-
-
-def train_denoiser(
-    config: ml_collections.ConfigDict,
-    latents: Latents,
-    ids: np.ndarray,
-    empty: np.ndarray,
-    text: clip.ClipTextConfig,
-    folder: Path,
-) -> Params:
-    """The text tower and the UNet together, v-prediction, 10% of captions replaced by the empty one.
-
-    Args:
-      latents: scaled moments of the N training scenes.
-      ids: (N, variants, L) captions; empty: (L,) the empty caption.
-
-    Returns:
-      {"text_encoder": ..., "unet": ...}: the moving average over the run.
-    """
-    tower, network = clip.build(text), unet.build(UNET)
-    schedule = Schedule.from_config(SCHEDULER)
-
-    def loss(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-        posterior_key, noise_key, time_key = jax.random.split(key, 3)
-        x0 = batch["mean"] + batch["std"] * jax.random.normal(posterior_key, batch["mean"].shape)
-        drawn = jax.random.normal(noise_key, x0.shape)
-        # Stratified over the batch: the same uniform distribution with less variance.
-        offset = (jnp.arange(len(x0)) + jax.random.uniform(time_key, (len(x0),))) / len(x0)
-        timesteps = (offset * schedule.num_train_timesteps).astype(jnp.int32)
-        alpha_bar = jnp.asarray(schedule.alphas_cumprod)[timesteps][:, None, None, None]
-        hidden = tower.apply(params["text_encoder"], batch["ids"]).last_hidden_state
-        output = network.apply(params["unet"], add_noise(x0, drawn, alpha_bar), timesteps, hidden)
-        return jnp.mean(jnp.square(output - training_target(schedule.prediction_type, x0, drawn, alpha_bar)))
-
-    def batch_at(step: int) -> dict[str, np.ndarray]:
-        rows = sampled_rows(len(ids), config.batch_size, config.seed, step)
-        rng = np.random.default_rng([config.seed + 1, step])
-        chosen = ids[rows, rng.integers(ids.shape[1], size=len(rows))]
-        chosen = np.where(rng.random(len(rows))[:, None] < config.caption_dropout, empty, chosen)
-        return {"mean": latents.mean[rows], "std": latents.std[rows], "ids": chosen.astype(np.int32)}
-
-    key = jax.random.key(config.seed)
-    params = {"text_encoder": tower.init(key), "unet": network.init(jax.random.fold_in(key, 1))}
-    return training.fit(loss, params, batch_at, long_recipe(config, folder), label="denoiser", ema=config.ema)
 
 
 def make_world(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -200,7 +136,7 @@ def train_pipeline(config: ml_collections.ConfigDict, shown: scenes.Scenes, work
         vae.build(VAE).abstract(),
         lambda: train_autoencoder(config.autoencoder, shown.images, workdir / "training" / "autoencoder"),
     )
-    latents, scale = encode(vae_params, shown.images)
+    latents, scale = encode(vae_params, shown.images, VAE, scenes.to_floats)
     tokenizer.write_tokenizer(target / "tokenizer", captions.words(), MODEL_MAX_LENGTH)
     tokens = pipelines.load_tokenizer(target / "tokenizer")
     text = text_config(len(tokens))
@@ -210,7 +146,12 @@ def train_pipeline(config: ml_collections.ConfigDict, shown: scenes.Scenes, work
         workdir,
         "denoiser",
         {"text_encoder": clip.build(text).abstract(), "unet": unet.build(UNET).abstract()},
-        lambda: train_denoiser(config.denoiser, latents, ids, empty, text, workdir / "training" / "denoiser"),
+        lambda: training.fit(
+            *denoising(config.denoiser, latents, ids, empty, text, UNET),
+            long_recipe(config.denoiser, workdir / "training" / "denoiser"),
+            label="denoiser",
+            ema=config.denoiser.ema,
+        ),
     )
     pipelines.save_pipeline(
         target,
