@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
 
 
 def teacher() -> ConfigDict:
-    """Three hours of two CPU cores, most of them the denoiser's."""
+    """Hours of two CPU cores, most of them the denoiser's."""
     return ConfigDict(
         {
             "scenes": {"count": 30_000, "seed": 1},
