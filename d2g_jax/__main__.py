@@ -33,18 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Terminated:
         return _finish(143, "terminated; the same command goes on from here")
     except Exception:
-        if "d2g_jax.runtime.distributed" in sys.modules:
-            from d2g_jax.runtime import distributed
-
+        if distributed := _joined():
             distributed.crash()
         raise
 
 
+def _joined() -> Any:
+    """`runtime.distributed`, where a job has imported it; else this process has joined no others, and needs no jax."""
+    return sys.modules.get("d2g_jax.runtime.distributed")
+
+
 def _finish(code: int, message: str = "") -> int:
     """Says how it ended, once for all processes of a job."""
-    if "d2g_jax.runtime.distributed" in sys.modules:  # else this process has joined no others, and need not import jax
-        from d2g_jax.runtime import distributed
-
+    if distributed := _joined():
         return distributed.finish(code, message)
     if message:
         print(f"d2g: {message}", file=sys.stderr)
@@ -56,9 +57,8 @@ def _format_warning(message: Warning | str, category: type[Warning], *place: Any
     if category is not UserWarning:
         return _library_format(message, category, *place)
     # Which process, where there are several: it may be about that one's share of the data.
-    process = (
-        sys.modules["d2g_jax.runtime.distributed"].process_id() if "d2g_jax.runtime.distributed" in sys.modules else 0
-    )
+    distributed = _joined()
+    process = distributed.process_id() if distributed else 0
     return f"d2g: {f'process {process}: ' if process else ''}warning: {message}\n"
 
 

@@ -128,8 +128,7 @@ def load() -> tuple[Digits, Digits]:
     source = load_digits()
     images = to_images(enlarge(source.images / 16))
     labels = source.target.astype(np.int64)
-    order = np.random.RandomState(0).permutation(len(labels))  # RandomState's stream is frozen, Generator's is not
-    train, test = order[:TRAIN_IMAGES], order[TRAIN_IMAGES:]
+    train, test = _split(len(labels))
     return Digits(images[train], labels[train]), Digits(images[test], labels[test])
 
 
@@ -137,8 +136,14 @@ def small(*, test: bool) -> np.ndarray:
     """The same images as scikit-learn has them: ink float64 (N, 8, 8) in [0, 1]."""
     from sklearn.datasets import load_digits
 
-    order = np.random.RandomState(0).permutation(len(load_digits().target))
-    return load_digits().images[order[TRAIN_IMAGES:] if test else order[:TRAIN_IMAGES]] / 16
+    images = load_digits().images / 16
+    return images[_split(len(images))[1 if test else 0]]
+
+
+def _split(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the training and of the test images."""
+    order = np.random.RandomState(0).permutation(count)  # RandomState's stream is frozen, Generator's is not
+    return order[:TRAIN_IMAGES], order[TRAIN_IMAGES:]
 
 
 def weight_values(ink: np.ndarray) -> np.ndarray:

@@ -66,14 +66,14 @@ UNET = unet.UNetConfig(
 )
 
 
-def text_config(vocab_size: int) -> clip.ClipTextConfig:
+def text_config(vocab_size: int, max_length: int = tokenizer.MODEL_MAX_LENGTH) -> clip.ClipTextConfig:
     return clip.ClipTextConfig(
         vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=tokenizer.MODEL_MAX_LENGTH,
+        max_position_embeddings=max_length,
         projection_dim=64,
         bos_token_id=vocab_size - 2,
         eos_token_id=vocab_size - 1,

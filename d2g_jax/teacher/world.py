@@ -25,32 +25,21 @@ from d2g_jax.models.network import Params
 from d2g_jax.pipeline import folder as pipelines
 from d2g_jax.pipeline import weights
 from d2g_jax.runtime.atomic import write_text
+from d2g_jax.teacher import teacher
 from d2g_jax.teacher.fit import long_recipe, sampled_rows
 from d2g_jax.teacher.judge import accuracy, train_judge
 from d2g_jax.teacher.teacher import SCHEDULER, denoising, encode, stage
 from d2g_jax.teacher.world_metric import train_metric
 
-VAE = vae.VaeConfig(
-    down_block_types=("DownEncoderBlock2D",) * 3,
-    up_block_types=("UpDecoderBlock2D",) * 3,
-    block_out_channels=(16, 16, 32),
-    layers_per_block=1,
-    latent_channels=4,
-    norm_num_groups=8,
-    sample_size=scenes.SIZE,
-    scaling_factor=1.0,  # measured after training
-    mid_block_add_attention=False,  # it is trained on crops
-)
+# Trained on crops, and so without attention.
+VAE = dataclasses.replace(teacher.VAE, sample_size=scenes.SIZE, mid_block_add_attention=False)
 
-UNET = unet.UNetConfig(
-    sample_size=scenes.SIZE // 4,
+UNET = dataclasses.replace(
+    teacher.UNET,
+    sample_size=scenes.SIZE // VAE.downscale,
     down_block_types=("DownBlock2D",) * 3,
     up_block_types=("UpBlock2D",) * 3,
     block_out_channels=(32, 64, 96),
-    layers_per_block=1,
-    attention_head_dim=4,  # diffusers' name for the number of heads
-    cross_attention_dim=64,
-    norm_num_groups=8,
 )
 
 MODEL_MAX_LENGTH = 20
@@ -58,21 +47,6 @@ MODEL_MAX_LENGTH = 20
 
 CROP = 32
 """Pixels: the autoencoder has no need of whole scenes."""
-
-
-def text_config(vocab_size: int) -> clip.ClipTextConfig:
-    return clip.ClipTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MODEL_MAX_LENGTH,
-        projection_dim=64,
-        bos_token_id=vocab_size - 2,
-        eos_token_id=vocab_size - 1,
-        pad_token_id=vocab_size - 1,
-    )
 
 
 def train_autoencoder(config: ml_collections.ConfigDict, images: np.ndarray, folder: Path) -> Params:
@@ -139,7 +113,7 @@ def train_pipeline(config: ml_collections.ConfigDict, shown: scenes.Scenes, work
     latents, scale = encode(vae_params, shown.images, VAE, scenes.to_floats)
     tokenizer.write_tokenizer(target / "tokenizer", captions.words(), MODEL_MAX_LENGTH)
     tokens = pipelines.load_tokenizer(target / "tokenizer")
-    text = text_config(len(tokens))
+    text = teacher.text_config(len(tokens), MODEL_MAX_LENGTH)
     ids = caption_table(tokens, shown.labels, config.denoiser.caption_variants, config.denoiser.seed)
     empty = pipelines.tokenize(tokens, [""])[0]
     denoiser = stage(
