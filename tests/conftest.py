@@ -24,7 +24,9 @@ os.environ.setdefault("JAX_OPTIMIZATION_LEVEL", "O0")
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="d2g_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(8 * 2**30)
-    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["D2G_JAX_TINY"] = _tiny = tempfile.mkdtemp(prefix="d2g_jax_tiny_")
+    for _folder in (_cache, _tiny):
+        atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 
 import jax
 import pytest

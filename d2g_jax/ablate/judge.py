@@ -9,8 +9,8 @@ import numpy as np
 
 from d2g_jax import pairs
 from d2g_jax.demo.held_out import HeldOut, cached, latents_of_pairs
-from d2g_jax.demo.judges import judge_of
-from d2g_jax.digits.world.scores import sharp_energy
+from d2g_jax.demo.judge import judge_of
+from d2g_jax.digits.scores import sharp_energy
 from d2g_jax.pipeline.draw import decode_all
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.results.frechet import frechet_distance

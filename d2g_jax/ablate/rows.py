@@ -76,6 +76,15 @@ LOSSES = Ablation(
     published="SD 1.5 with guidance 3, regression alone, 20,000 iterations of 256, COCO; img/s on the authors' GPUs",
 )
 
+PERCEPTUAL = Ablation(
+    name="perceptual",
+    title="loss",
+    rows=(LOSSES.rows[0], LOSSES.rows[-1]),
+    switches=(),
+    published=LOSSES.published,
+)
+"""The two rows whose ratio is drawn in docs/when.md."""
+
 _NO_Z: Changes = (("discriminator.z_conditioning", False),)
 _NO_R1: Changes = (("adversarial.r1_gamma", 0.0),)
 _NO_SCALES: Changes = (("discriminator.multiscale_inputs", False), ("discriminator.multiscale_heads", False))
@@ -102,4 +111,4 @@ DISCRIMINATOR = Ablation(
     published="SD 1.5 with guidance 3, E-LatentLPIPS, COCO 2014 (30k); longer training than in the paper's loss table",
 )
 
-ABLATIONS = {ablation.name: ablation for ablation in (LOSSES, DISCRIMINATOR)}
+ABLATIONS = {ablation.name: ablation for ablation in (LOSSES, PERCEPTUAL, DISCRIMINATOR)}

@@ -25,7 +25,7 @@ CONSUMPTION = {"digits": 190.0, "sd15": 27.0}
 """Images per second that training takes: the digits' fastest student on two CPU cores (README), and SD 1.5 at 40% of an
 H100's peak (planned, not measured)."""
 
-SHAPES = {"digits": ((4, 8, 8), 24), "sd15": ((4, 64, 64), 77)}
+SHAPES = {"digits": ((4, 16, 16), 20), "sd15": ((4, 64, 64), 77)}
 """Latents (C, h, w) and tokens of a record."""
 
 _SHUFFLE_BUFFER = 1024  # records, of tf.data

@@ -59,7 +59,7 @@ class PairsRequest:
     """
 
     model: str
-    prompt: str = "a bold handwritten seven slanted to the right"
+    prompt: str = "a bold red seven slanted to the right on navy and white stripes"
     batch: int = 64
     steps: int = 50
     guidance_scale: float = 3.0

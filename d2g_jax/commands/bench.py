@@ -161,7 +161,7 @@ def _pairs(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dic
         help="sd15, sdxl, digits or a hub id of a known size, with random weights; or a folder, with its own; default "
         "is the digits teacher",
     )
-    parser.add_argument("--prompt", default="a bold handwritten seven slanted to the right")
+    parser.add_argument("--prompt", default="a bold red seven slanted to the right on navy and white stripes")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)

@@ -12,11 +12,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--workdir", type=Path, required=True)
     own, config = common.parse_with_config(parser, arguments)
     common.start(config)
-    if "scenes" in config.teacher:
-        from d2g_jax.teacher.world import make_world as make
-    else:
-        from d2g_jax.teacher.teacher import make_teacher as make
+    from d2g_jax.teacher.teacher import make_teacher
 
-    make(config.teacher, own.workdir)
+    make_teacher(config.teacher, own.workdir)
     print(own.workdir)
     return 0

@@ -197,7 +197,7 @@ def overfit() -> ConfigDict:
             "metric": "",
             "lpips": "",  # pixel LPIPS, the loss `lpips` and everyone's judge
             "preset": "bgo",  # of e_latent_lpips, as in `loss`
-            "images": "",  # an image, or a folder of images; empty takes the digits' test set
+            "images": "",  # an image, or a folder of images; empty takes scenes of held-out digits
             "targets": 8,  # images, from the first on; all are optimised at once, each by itself
             "steps": 15_000,  # the released script's, as is the rate
             "every": 100,  # steps between measurements, and between saved states

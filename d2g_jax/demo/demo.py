@@ -19,7 +19,7 @@ import numpy as np
 from d2g_jax import pairs
 from d2g_jax.demo import evaluation
 from d2g_jax.demo.held_out import HeldOut, cached, latents_of_pairs
-from d2g_jax.demo.judges import judge_of
+from d2g_jax.demo.judge import judge_of
 from d2g_jax.pipeline.draw import decode_all
 from d2g_jax.report import LivePage, finish
 from d2g_jax.runtime import atomic, runs
@@ -39,6 +39,8 @@ STUDENTS = {
 }
 ONLY_IN_FULL = ("pseudo_huber", "latent_lpips")
 SHOWN = 12
+ENLARGED, SCALE = 6, 4
+"""Columns of the README's grid, and pixels for one of an image."""
 
 
 def teacher_title(config: ml_collections.ConfigDict) -> str:
@@ -156,5 +158,5 @@ def _show(workdir: Path, prompts: list[str], images: dict[str, np.ndarray]) -> N
             save_png(workdir / file, image)
         columns.append({"name": name, "images": files})
     atomic.write_text(workdir / "samples" / "comparison.json", json.dumps({"prompts": prompts, "columns": columns}))
-    rows = np.concatenate([drawn[: 2 * SHOWN] for drawn in images.values()])
-    save_png(workdir / "samples" / "grid.png", grid(rows, 2 * SHOWN))
+    rows = np.concatenate([drawn[:ENLARGED] for name, drawn in images.items() if name != ONE_STEP])
+    save_png(workdir / "samples" / "grid.png", grid(rows.repeat(SCALE, 1).repeat(SCALE, 2), ENLARGED, 2 * SCALE))

@@ -1,4 +1,4 @@
-"""Figures of the demo: Frechet distances in the classifier's features, prompt accuracy, and their bars."""
+"""Figures of the demo: Frechet distances in the judge's features, prompt accuracy, and their bars."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax.demo.judges import Bar, Judge
-from d2g_jax.digits.world.scores import sharp_energy
+from d2g_jax.demo.judge import Bar, Judge
+from d2g_jax.digits.scores import sharp_energy
 from d2g_jax.results.frechet import frechet_distance
 from d2g_jax.results.unexplained import unexplained
 

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from d2g_jax import records
-from d2g_jax.demo.judges import judge_of
+from d2g_jax.demo.judge import judge_of
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Programs, draw
 from d2g_jax.pipeline.folder import Pipeline
@@ -43,7 +43,7 @@ class HeldOut:
     def make(cls, config: ml_collections.ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> HeldOut:
         """By `config.evaluation`; the noise's seed is the one after the sum of the config's and the pairs'."""
         e, seed = config.evaluation, config.seed + 1 + config.pairs.seed
-        prompts = judge_of(config).prompts(e.samples, e.seed)
+        prompts = judge_of(config).prompts(e.samples, e.seed, e.grounds)
         noise = sample.draw_noise(seed, e.samples, sample.latent_shape(pipeline))
         ids = tokenize_prompts(pipeline, [p.prompt for p in prompts])
         return cls(prompts, seed, noise, ids, e.batch_size, mesh)

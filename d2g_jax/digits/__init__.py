@@ -1,1 +1,4 @@
-"""The embedded data set: scikit-learn's handwritten digits with captions measured from their pixels."""
+"""The embedded world: real handwritten digits in colour on two-tone textures, with captions that say what is there.
+
+Images, captions, tokenizer and judge; no job is in it.
+"""

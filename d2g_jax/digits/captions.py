@@ -1,123 +1,108 @@
-"""Captions that say what an image really shows: the digit, and if clear the weight of its strokes and its slant."""
+"""Captions that say what a scene shows, in one of several phrasings; what is unclear is never mentioned."""
 
 from __future__ import annotations
 
-import functools
+import itertools
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from d2g_jax.digits import data
+from d2g_jax.digits.scenes import DARKS, INKS, LIGHTS, UNCLEAR, Scene, glyphs
+from d2g_jax.digits.textures import KINDS
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-PHRASINGS = 6
-"""How many ways `caption` knows of saying the same thing."""
-
-_LEANING = ("slanted to the left", "upright", "slanted to the right")
-_STROKES = ("thin strokes", "regular strokes", "bold strokes")
-_SLANTED = ("left slanted", "upright", "right slanted")
+SLANTS = ("slanted to the left", "upright", "slanted to the right")
+PHRASINGS = 4
+"""How many ways `caption` knows of saying the same thing; each with the digit as a word or as a numeral."""
 
 
 class Prompt(NamedTuple):
     """A prompt with the labels it was built from: nothing ever parses a caption."""
 
     prompt: str
-    digit: int
-    weight: int  # index into data.WEIGHTS
-    slant: int  # index into data.SLANTS
+    scene: Scene
 
 
-def caption(digit: int, weight: int | None, slant: int | None, phrasing: int) -> str:
-    """The caption of `digit` (0..9) in one of `PHRASINGS` phrasings; an attribute that is None is not mentioned.
-
-    `weight` and `slant` are indices into `data.WEIGHTS` and `data.SLANTS`.
-    """
-    word, numeral = NUMBER_WORDS[digit], str(digit)
-    bold = "" if weight is None else data.WEIGHTS[weight]
-    strokes = "" if weight is None else _STROKES[weight]
-    leaning = "" if slant is None else _LEANING[slant]
-    slanted = "" if slant is None else _SLANTED[slant]
+def caption(scene: Scene, phrasing: int, numeral: bool = False) -> str:
+    """What `scene` shows; a weight or slant that is `UNCLEAR` is left out. A ground without texture is plain."""
+    digit = str(scene.digit) if numeral else NUMBER_WORDS[scene.digit]
+    bold = "" if scene.weight == UNCLEAR else data.WEIGHTS[scene.weight]
+    slanted = "" if scene.slant == UNCLEAR else SLANTS[scene.slant]
+    ink, ground = list(INKS)[scene.ink], _ground(scene, phrasing)
     match phrasing:
         case 0:
-            return _with_article(_words(bold, "handwritten", word, leaning))
+            return f"a {_words(bold, ink, digit, slanted)} on {ground}"
         case 1:
-            return _commas(f"the digit {numeral}", strokes, leaning)
+            return f"{_words(bold, ink, 'digit', digit, slanted)}, {ground}"
         case 2:
-            return _words(bold, numeral, leaning)
+            return f"{ground} behind a {_words(bold, ink, digit, slanted)}"
         case 3:
-            return _with_article(_words(slanted, word, "with" if strokes else "", strokes))
-        case 4:
-            return _commas(f"the handwritten number {word}", slanted, bold)
-        case 5:
-            return _words(slanted, bold, numeral)
+            return f"a {_words(ink, digit, slanted)} in {bold or 'handwritten'} strokes on {ground}"
         case _:
             raise ValueError(f"phrasing {phrasing} is not one of 0..{PHRASINGS - 1}")
 
 
-def random_caption(
-    rng: np.random.Generator, digit: int, weight: int | None, slant: int | None, mention: float = 0.9
-) -> str:
-    """A caption in a random phrasing that mentions each attribute that is not None with probability `mention`."""
-    phrasing, keep = int(rng.integers(PHRASINGS)), rng.random(2) < mention
-    return caption(digit, weight if keep[0] else None, slant if keep[1] else None, phrasing)
+def _ground(scene: Scene, phrasing: int) -> str:
+    """What is behind the digit: a texture in two colours, or the one colour that is named."""
+    dark, light = ("" if i == UNCLEAR else list(c)[i] for c, i in ((DARKS, scene.dark), (LIGHTS, scene.light)))
+    if scene.texture == UNCLEAR:
+        return f"{PLAIN} {dark}{light}"
+    kind = KINDS[scene.texture]
+    return (
+        f"{dark} and {light} {kind}",
+        f"{kind} in {light} and {dark}",
+        f"{kind} of {dark} and {light}",
+        f"{light} and {dark} {kind}",
+    )[phrasing % PHRASINGS]
 
 
-def random_captions(
-    rng: np.random.Generator, digits: np.ndarray, measured: data.Attributes, mention: float = 0.9
-) -> list[str]:
-    """One true random caption per image: an attribute in its dead band is never mentioned."""
-    weights = [
-        int(index) if clear else None for index, clear in zip(measured.weight, measured.weight_clear, strict=True)
-    ]
-    slants = [int(index) if clear else None for index, clear in zip(measured.slant, measured.slant_clear, strict=True)]
-    return [
-        random_caption(rng, int(digit), weight, slant, mention)
-        for digit, weight, slant in zip(digits, weights, slants, strict=True)
-    ]
+def random_caption(rng: np.random.Generator, scene: Scene, mention: float = 0.9) -> str:
+    """A true caption in a random phrasing that mentions weight and slant each with probability `mention`."""
+    weight, slant = (
+        label if keep else UNCLEAR
+        for label, keep in zip((scene.weight, scene.slant), rng.random(2) < mention, strict=True)
+    )
+    shown = scene._replace(weight=weight, slant=slant)
+    return caption(shown, int(rng.integers(PHRASINGS)), bool(rng.random() < 0.5))
 
 
-def evaluation_prompts(n: int, seed: int) -> list[Prompt]:
-    """`n` prompts that name the digit and both attributes.
+PLAIN = "plain"
+"""In place of a texture's name: a ground of one colour."""
 
-    The labels are those of the real training images in random order (again from the start when `n` exceeds their
-    number), so that samples and real images may be compared by a Frechet distance.
+
+def evaluation_prompts(count: int, seed: int, grounds: Sequence[str] = KINDS) -> list[Prompt]:
+    """`count` prompts that name everything; digits, weights and slants as often together as where both are clear.
+
+    `grounds`: of `KINDS`, or `PLAIN`; each is as frequent as another.
     """
     rng = np.random.default_rng(seed)
-    digits, weights, slants = _training_labels()
-    rounds = -(-n // len(digits))
-    order = np.concatenate([rng.permutation(len(digits)) for _ in range(rounds)])[:n] if n else np.zeros(0, int)
-    phrasings = rng.integers(PHRASINGS, size=n)
-    labels = [(int(digits[i]), int(weights[i]), int(slants[i])) for i in order]
-    return [Prompt(caption(*label, int(phrasing)), *label) for label, phrasing in zip(labels, phrasings, strict=True)]
+    kinds = [UNCLEAR if ground == PLAIN else KINDS.index(ground) for ground in grounds]
+    clear = glyphs().labels[(glyphs().labels != UNCLEAR).all(axis=1)]
+    prompts = []
+    for row in rng.integers(len(clear), size=count):
+        ink, kind, dark, light = rng.integers([len(INKS), len(kinds), len(DARKS), len(LIGHTS)])
+        if kinds[kind] == UNCLEAR:
+            dark, light = (UNCLEAR, light) if rng.random() < 0.5 else (dark, UNCLEAR)
+        scene = Scene(*map(int, (*clear[row], ink, kinds[kind], dark, light)))
+        prompts.append(Prompt(caption(scene, int(rng.integers(PHRASINGS)), bool(rng.random() < 0.5)), scene))
+    return prompts
 
 
-def all_captions() -> list[str]:
-    """Every caption there is, with and without attributes."""
-    choices = (None, 0, 1, 2)
-    return [
-        caption(digit, weight, slant, phrasing)
-        for digit in range(10)
-        for weight in choices
-        for slant in choices
-        for phrasing in range(PHRASINGS)
-    ]
-
-
-@functools.cache
-def _training_labels() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    train, _ = data.load()
-    measured = data.attributes(train.images, train.labels)
-    return train.labels, measured.weight, measured.slant
+def words() -> list[str]:
+    """Every word of letters that a caption can hold, sorted."""
+    sides = [range(10), (UNCLEAR, 0, 1, 2), (UNCLEAR, 0, 1, 2), range(len(INKS)), range(len(KINDS))]
+    sides += [range(len(DARKS)), range(len(LIGHTS))]
+    found: set[str] = {PLAIN}
+    for place, side in enumerate(sides):  # every label in every phrasing, the others at their first
+        for label, phrasing in itertools.product(side, range(PHRASINGS)):
+            scene = [0] * len(sides)
+            scene[place] = label
+            found |= set(re.findall("[a-z]+", caption(Scene(*scene), phrasing)))
+    return sorted(found)
 
 
 def _words(*parts: str) -> str:
     return " ".join(part for part in parts if part)
-
-
-def _commas(*parts: str) -> str:
-    return ", ".join(part for part in parts if part)
-
-
-def _with_article(phrase: str) -> str:
-    return f"{'an' if phrase[0] in 'aeiou' and not phrase.startswith('one') else 'a'} {phrase}"

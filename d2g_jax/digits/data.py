@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits at 32x32, and the attributes that captions name, measured from the pixels.
+"""scikit-learn's 1,797 handwritten digits, and the attributes that captions name, measured from the pixels at 32x32.
 
 An attribute is relative to its digit: a seven's crossbar and a two's foot give their second moments a lean that no
 reader would call a slant, and a one has fewer edges to its ink than an eight. So the thresholds are per digit: the
@@ -17,12 +17,12 @@ WEIGHTS = ("thin", "regular", "bold")
 SLANTS = ("left", "upright", "right")
 
 INK_FLOOR = 0.1
-"""Ink below this is paper: a haze of 0.02 over a whole generated image would else weigh as much as a stroke."""
+"""Ink below this is paper: a haze of 0.02 over a whole image would else weigh as much as a stroke."""
 
 CLEAR_MARGIN = 0.2
 """Half-width of the dead band around a threshold, in units of the digit's interquartile range (about 0.27 sigma)."""
 
-# Lower and upper quartile per digit, written by `find_thresholds(*training set)`; a test finds them again.
+# Lower and upper quartile per digit, written by `find_thresholds(training set)`; a test finds them again.
 WEIGHT_THRESHOLDS = np.array(
     [
         [2.4191, 3.1728],
@@ -55,9 +55,9 @@ SLANT_THRESHOLDS = np.array(
 
 @dataclasses.dataclass(frozen=True)
 class Digits:
-    """Images float32 (N, 32, 32, 3) in [-1, 1], white ink on black, three equal channels; labels int64 (N,) 0..9."""
+    """As scikit-learn has them: ink float64 (N, 8, 8) in [0, 1], and labels int64 (N,) 0..9."""
 
-    images: np.ndarray
+    ink: np.ndarray
     labels: np.ndarray
 
 
@@ -91,34 +91,14 @@ def cubic_matrix(inputs: int, outputs: int) -> np.ndarray:
     return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
 
 
-def enlarge(images: np.ndarray) -> np.ndarray:
-    """8x8 ink (N, 8, 8) in [0, 1] -> float32 (N, 32, 32) in [0, 1].
+def enlarge(ink: np.ndarray, size: int = SIZE) -> np.ndarray:
+    """Ink (N, 8, 8) in [0, 1] -> float64 (N, size, size), which the cubic takes a little below 0 and above 1.
 
     A border of one empty pixel is added first: the data set crops its digits to the box, and a stroke cut by the
     image's edge would have no edge of its own.
     """
-    matrix = cubic_matrix(10, SIZE)[:, 1:9]
-    return np.clip(np.einsum("oi,nij,pj->nop", matrix, images, matrix), 0, 1).astype(np.float32)
-
-
-def to_ink(images: np.ndarray) -> np.ndarray:
-    """Any image batch -> float64 ink (N, H, W) in [0, 1].
-
-    Takes uint8 (N, H, W, 3) or (N, H, W), floats (N, H, W, 3) in [-1, 1], or floats (N, H, W) that are ink already.
-    """
-    images = np.asarray(images)
-    if images.dtype == np.uint8:
-        ink = images.astype(np.float64) / 255
-    elif images.ndim == 4:
-        ink = images.astype(np.float64) / 2 + 0.5
-    else:
-        ink = images.astype(np.float64)
-    return np.clip(ink.mean(-1) if ink.ndim == 4 else ink, 0, 1)
-
-
-def to_images(ink: np.ndarray) -> np.ndarray:
-    """Ink (N, H, W) in [0, 1] -> float32 (N, H, W, 3) in [-1, 1]."""
-    return np.repeat((np.asarray(ink, np.float32) * 2 - 1)[..., None], 3, axis=-1)
+    matrix = cubic_matrix(10, size)[:, 1:9]
+    return np.einsum("oi,nij,pj->nop", matrix, ink, matrix)
 
 
 def load() -> tuple[Digits, Digits]:
@@ -126,18 +106,9 @@ def load() -> tuple[Digits, Digits]:
     from sklearn.datasets import load_digits  # scikit-learn takes a second to import
 
     source = load_digits()
-    images = to_images(enlarge(source.images / 16))
-    labels = source.target.astype(np.int64)
+    ink, labels = source.images / 16, source.target.astype(np.int64)
     train, test = _split(len(labels))
-    return Digits(images[train], labels[train]), Digits(images[test], labels[test])
-
-
-def small(*, test: bool) -> np.ndarray:
-    """The same images as scikit-learn has them: ink float64 (N, 8, 8) in [0, 1]."""
-    from sklearn.datasets import load_digits
-
-    images = load_digits().images / 16
-    return images[_split(len(images))[1 if test else 0]]
+    return Digits(ink[train], labels[train]), Digits(ink[test], labels[test])
 
 
 def _split(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -176,25 +147,27 @@ def slant_values(ink: np.ndarray) -> np.ndarray:
     return -mu11 / np.maximum(mu02, 1e-12)
 
 
-def attributes(images: np.ndarray, digits: np.ndarray) -> Attributes:
-    """Measures images in any form that `to_ink` takes; `digits` (N,) says by whose thresholds.
-
-    For generated images `digits` are those asked for.
-    """
-    ink = to_ink(images)
-    digits = np.asarray(digits)
+def attributes(digits: Digits) -> Attributes:
+    """Measured on the digits at 32x32, by the thresholds of each."""
+    ink = _measured_ink(digits)
     weight_value, slant_value = weight_values(ink), slant_values(ink)
-    weight, weight_clear = _classify(weight_value, WEIGHT_THRESHOLDS[digits])
-    slant, slant_clear = _classify(slant_value, SLANT_THRESHOLDS[digits])
+    weight, weight_clear = _classify(weight_value, WEIGHT_THRESHOLDS[digits.labels])
+    slant, slant_clear = _classify(slant_value, SLANT_THRESHOLDS[digits.labels])
     return Attributes(weight_value, slant_value, weight, slant, weight_clear, slant_clear)
 
 
-def find_thresholds(images: np.ndarray, digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find_thresholds(digits: Digits) -> tuple[np.ndarray, np.ndarray]:
     """The quartiles (10, 2) of weight and of slant per digit, rounded to 4 places: what the constants above hold."""
-    ink = to_ink(images)
+    ink = _measured_ink(digits)
     values = weight_values(ink), slant_values(ink)
-    tables = [[np.quantile(value[digits == digit], [0.25, 0.75]) for digit in range(10)] for value in values]
+    tables = [[np.quantile(value[digits.labels == digit], [0.25, 0.75]) for digit in range(10)] for value in values]
     return np.round(tables[0], 4), np.round(tables[1], 4)
+
+
+def _measured_ink(digits: Digits) -> np.ndarray:
+    """(N, 32, 32) in [0, 1]. Through float32 and [-1, 1], as when the thresholds were found."""
+    ink = np.clip(enlarge(digits.ink), 0, 1).astype(np.float32)
+    return np.clip((ink * 2 - 1).astype(np.float64) / 2 + 0.5, 0, 1)
 
 
 def _above_floor(ink: np.ndarray) -> np.ndarray:

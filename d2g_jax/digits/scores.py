@@ -1,48 +1,31 @@
-"""What samples are judged by: is it the digit, the weight and the slant asked for, and how far from the real ones."""
+"""What samples are measured by: is everything as asked, and are edges as sharp as the teacher's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from d2g_jax.digits import data
-from d2g_jax.digits.classifier import features
-from d2g_jax.models.network import Params
-from d2g_jax.results import frechet
+from d2g_jax.digits.scenes import PARTS, UNCLEAR
 
 
-def prompt_accuracy(
-    images: np.ndarray,
-    digit: Sequence[int],
-    weight: Sequence[int],
-    slant: Sequence[int],
-    classifier: Params,
-) -> dict[str, float]:
-    """Fractions of images whose digit, weight, slant, and all three together, are as asked.
+def prompt_accuracy(found: np.ndarray, asked: np.ndarray) -> dict[str, float]:
+    """Shares of images that the judge finds as asked: each part of the caption, and all together under "all".
 
     Args:
-      images: (N, 32, 32, 3) uint8 or float in [-1, 1], or whatever else `data.to_ink` takes.
-      digit, weight, slant: (N,) labels asked for; weight and slant are indices into `data.WEIGHTS`, `data.SLANTS`
-        and are measured by the plain thresholds of the digit asked for.
-      classifier: parameters from `load_classifier`.
-
-    Returns:
-      {"digit": f, "weight": f, "slant": f, "all": f}.
+      found, asked: labels int64 (N, 7) in the order of `PARTS`. What is asked as `UNCLEAR` is right whatever it is.
     """
-    if not len(images) == len(digit) == len(weight) == len(slant):
-        raise ValueError(f"{len(images)} images, {len(digit)}, {len(weight)} and {len(slant)} labels")
-    _, logits = features(classifier, images)
-    measured = data.attributes(images, np.asarray(digit))
-    right = {
-        "digit": logits.argmax(1) == np.asarray(digit),
-        "weight": measured.weight == np.asarray(weight),
-        "slant": measured.slant == np.asarray(slant),
-    }
-    right["all"] = right["digit"] & right["weight"] & right["slant"]
-    return {name: float(hit.mean()) for name, hit in right.items()}
+    right = (found == asked) | (asked == UNCLEAR)
+    shares = dict(zip(PARTS, right.mean(axis=0), strict=True)) | {"all": right.all(axis=1).mean()}
+    return {name: float(share) for name, share in shares.items()}
 
 
-def distance_to(images: np.ndarray, reference: np.ndarray, classifier: Params) -> float:
-    """Frechet distance of images to reference features (M, 64), as `features` of the same classifier gave them."""
-    return frechet.frechet_distance(features(classifier, images)[0], reference)
+def sharp_energy(images: np.ndarray) -> float:
+    """Energy of images (N, H, W, 3) uint8 above half the Nyquist frequency, a mean over images, pixels and channels.
+
+    Of a student over the teacher's it is the demo's sharpness: 1 is right, a blur is far below, noise above.
+    """
+    height, width = images.shape[1:3]
+    spectrum = np.fft.rfft2(images.astype(np.float32) / 255, axes=(1, 2))
+    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    twice = np.where((np.arange(width // 2 + 1) % (width / 2)) == 0, 1.0, 2.0)  # the half that rfft leaves out
+    weight = (twice * (radius > 0.25))[..., None]
+    return float((np.square(np.abs(spectrum)) * weight).sum(axis=(1, 2)).mean() / (height * width) ** 2)

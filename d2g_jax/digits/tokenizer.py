@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from d2g_jax.digits import captions
 from d2g_jax.runtime import atomic
 
-MODEL_MAX_LENGTH = 16
+MODEL_MAX_LENGTH = 20
+"""Tokens of a caption, its two ends included."""
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 
@@ -54,19 +54,12 @@ def merges_for(words: list[str]) -> list[tuple[str, str]]:
     return list(ranks)
 
 
-def caption_words() -> list[str]:
-    """Every word of letters that a caption can hold, sorted."""
-    return sorted({word for text in captions.all_captions() for word in re.findall("[a-z]+", text)})
-
-
-def tokenizer_files(words: Sequence[str] | None = None, max_length: int = MODEL_MAX_LENGTH) -> dict[str, str]:
+def tokenizer_files() -> dict[str, str]:
     """File name -> contents: vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json.
-
-    `words` are those that become one token each; None for the captions'.
 
     The end token has the highest id, so pooling at the highest id and pooling at the end token are the same.
     """
-    merges = merges_for(list(caption_words() if words is None else words))
+    merges = merges_for(captions.words())
     symbols = byte_symbols()
     tokens = [*symbols, *(symbol + WORD_END for symbol in symbols), *("".join(pair) for pair in merges), START, END]
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
@@ -74,7 +67,7 @@ def tokenizer_files(words: Sequence[str] | None = None, max_length: int = MODEL_
         "add_prefix_space": False,
         "do_lower_case": True,
         "errors": "replace",
-        "model_max_length": max_length,
+        "model_max_length": MODEL_MAX_LENGTH,
         "tokenizer_class": "CLIPTokenizer",
     }
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -91,7 +84,7 @@ def vocab_size() -> int:
     return len(json.loads(tokenizer_files()["vocab.json"]))
 
 
-def write_tokenizer(folder: str | Path, words: Sequence[str] | None = None, max_length: int = MODEL_MAX_LENGTH) -> None:
+def write_tokenizer(folder: str | Path) -> None:
     """Writes the four files of `tokenizer_files` into `folder`, which is made if it is missing."""
-    for name, text in tokenizer_files(words, max_length).items():
+    for name, text in tokenizer_files().items():
         atomic.write_text(Path(folder) / name, text)

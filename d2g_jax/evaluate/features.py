@@ -1,4 +1,4 @@
-"""Features for FID, KID, precision and recall: clean-fid's Inception-v3, or the demo's digit classifier."""
+"""Features for FID, KID, precision and recall: clean-fid's Inception-v3, or the demo's judge."""
 
 from __future__ import annotations
 
@@ -45,13 +45,14 @@ def make_extractor(protocol: Protocol, inception: Path | None) -> Extractor:
 
 
 def _digits() -> Extractor:
-    from d2g_jax.digits import classifier
+    from d2g_jax.digits import judge
+    from d2g_jax.digits.config import JUDGE
 
-    params = classifier.load_classifier()
+    params = judge.load_judge(JUDGE)
     return Extractor(
-        "d2g_jax digit classifier, 64 features",
-        metric_weights.sha256_of(classifier.WEIGHTS_FILE),
-        lambda images: classifier.features(params, images)[0].astype(np.float32),
+        "d2g_jax judge of digits and textures, 64 features",
+        metric_weights.sha256_of(JUDGE),
+        lambda images: judge.judge(params, images)[0].astype(np.float32),
     )
 
 

@@ -190,10 +190,11 @@ def _of_features(plan: Plan, drawn: np.ndarray, real: np.ndarray) -> dict[str, A
 
 
 def _accuracy(labels: list[Any], images: np.ndarray) -> dict[str, float]:
-    from d2g_jax.digits import classifier, scores
+    from d2g_jax.digits import judge, scores
+    from d2g_jax.digits.config import JUDGE
 
-    asked = [np.array([getattr(label, name) for label in labels]) for name in ("digit", "weight", "slant")]
-    return scores.prompt_accuracy(images, *asked, classifier.load_classifier())
+    found = judge.judge(judge.load_judge(JUDGE), images)[1]
+    return scores.prompt_accuracy(found, np.array([label.scene for label in labels]))
 
 
 def _measure_diversity(plan: Plan, opened: Opened, several: Survey | None, result: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ class Protocol:
       size: pixels along a side of what every metric sees.
       resize: PIL's filter to that size, after a centre crop to the short side; None takes only images of that size.
       features: whose features FID, KID, precision and recall are taken in: "inception" (clean-fid's: bicubic to 299 in
-        float, then Inception-v3 of 2015-12-05) or "digits" (the independent classifier of the demo).
+        float, then Inception-v3 of 2015-12-05) or "digits" (the independent judge of the demo).
       clip_prefix: what stands before each prompt for the CLIP score.
       kid_subsets, kid_subset_size, kid_seed: of KID's subsets, drawn by numpy's frozen RandomState.
       neighbours: k of precision and recall.
@@ -54,11 +54,11 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol("coco2014-30k", samples=30_000, size=256),
         # The paper says no more than "5k": one caption of each image of val2017, prepared as above
         Protocol("coco2017-5k", samples=5_000, size=256),
-        # The embedded teacher's: captions drawn with DIGITS_PROMPTS_SEED, reference all 1,797 real images
+        # The embedded teacher's: captions drawn with DIGITS_PROMPTS_SEED, reference 2,000 real scenes
         Protocol(
             "digits",
             samples=2_000,
-            size=32,
+            size=64,
             resize=None,
             features=DIGITS,
             clip_prefix="",

@@ -97,13 +97,12 @@ def read_reference(path: Path, protocol: Protocol, extractor: Extractor) -> Refe
 
 
 def digits_reference(protocol: Protocol, extractor: Extractor) -> Reference:
-    """All 1,797 real digits, which the package brings, not rounded to 8 bits: as the demo's "to real"."""
-    from d2g_jax.digits import data
+    """2,000 real scenes, which the package draws: as the demo's "to real"."""
+    from d2g_jax.digits.scenes import real_scenes
 
-    train, test = data.load()
-    images = np.concatenate([train.images, test.images])
+    images = real_scenes().images
     digest = hashlib.sha256(images.tobytes()).hexdigest()
-    source = "scikit-learn's digits, 1,797 images"
+    source = f"scikit-learn's digits in front of textures, {len(images)} images"
     return _describe(extractor.extract(images), protocol, extractor, digest, {"array": len(images)}, source)
 
 

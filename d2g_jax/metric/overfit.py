@@ -169,20 +169,19 @@ def set_up(config: ml_collections.ConfigDict) -> tuple[list[str], Scene, np.ndar
 
 
 def read_targets(settings: ml_collections.ConfigDict, size: int) -> tuple[list[str], np.ndarray]:
-    """Names and images float32 (N, size, size, 3) in [-1, 1]: the first of the digits' test set, or of the user's.
+    """Names and images float32 (N, size, size, 3) in [-1, 1]: the first scenes of held-out digits, or the user's.
 
     The user's are an image or a folder's images by name; of each the centre, brought to `size`.
     """
     count = settings.targets
     if not settings.images:
-        from d2g_jax.digits import data
+        from d2g_jax.digits import captions, scenes
 
-        if size != data.SIZE:
+        if size != scenes.SIZE:
             raise UserError(f"overfit.images is empty, and the digits are no {size}x{size} pixels; give images")
-        _, test = data.load()
-        if count > len(test.images):
-            raise UserError(f"overfit.targets={count}; the digits' test set has {len(test.images)} images")
-        return [f"{label} (test image {i})" for i, label in enumerate(test.labels[:count])], test.images[:count]
+        shown = scenes.render(count, seed=0, test=True)
+        names = [captions.caption(scenes.Scene(*map(int, row)), phrasing=0, numeral=True) for row in shown.labels]
+        return names, scenes.to_floats(shown.images)
     source = Path(settings.images)
     inside = sorted(source.iterdir()) if source.is_dir() else [source] if source.exists() else []
     files = [file for file in inside if file.suffix.lower() in SUFFIXES][:count]

@@ -27,7 +27,7 @@ class Model:
     """A teacher, a student or an export that draws; `load` makes one.
 
         student = d2g_jax.load("runs/demo/students/full")
-        images = student(["a bold seven", "a thin three"], seed=0)
+        images = student(["a red seven on navy and white dots", "a thin green three on plain sky"], seed=0)
 
     Compiled at the first call of a kind and reused by all later ones: programs are kept for each size and solution, and
     a call is padded to the batch of an earlier one, if that has at most twice its rows. The batch is split over the

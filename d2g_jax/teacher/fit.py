@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_collections
-import numpy as np
 import optax
 
-from d2g_jax.lpips_training import fit as training
-from d2g_jax.lpips_training.fit import Loss, Recipe, sampled_rows
-
-__all__ = ["adamw_recipe", "fit", "long_recipe", "sampled_rows"]
+from d2g_jax.lpips_training.fit import Recipe
 
 
 def adamw_recipe(steps: int, learning_rate: float, seed: int, *, batch_size: int, weight_decay: float = 0.0) -> Recipe:
@@ -40,21 +34,3 @@ def long_recipe(config: ml_collections.ConfigDict, folder: Path) -> Recipe:
         optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=config.b2, weight_decay=config.weight_decay)
     )
     return Recipe(optimizer, config.steps, config.batch_size, config.seed, folder, save_every=500)
-
-
-def fit(
-    loss: Loss,
-    params: Any,
-    batch_at: Callable[[int], dict[str, np.ndarray]],
-    *,
-    steps: int,
-    learning_rate: float,
-    seed: int,
-    label: str,
-    weight_decay: float = 0.0,
-    ema: float = 0.0,
-) -> Any:
-    """`lpips_training.fit.fit` by `adamw_recipe`, nothing kept on disk; see there for the arguments."""
-    # The loop asks `batch_at` for its batches and never for their size.
-    recipe = adamw_recipe(steps, learning_rate, seed, batch_size=1, weight_decay=weight_decay)
-    return training.fit(loss, params, batch_at, recipe, label=label, ema=ema)

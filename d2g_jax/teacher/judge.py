@@ -8,12 +8,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from d2g_jax.digits.world import judge, scenes
-from d2g_jax.digits.world.scores import prompt_accuracy
+from d2g_jax.digits import judge, scenes
+from d2g_jax.digits.scores import prompt_accuracy
 from d2g_jax.lpips_training import fit as training
 from d2g_jax.lpips_training.classify import cross_entropy
+from d2g_jax.lpips_training.fit import sampled_rows
 from d2g_jax.models.network import Params
-from d2g_jax.teacher.fit import long_recipe, sampled_rows
+from d2g_jax.teacher.fit import long_recipe
 
 
 def train_judge(config: ml_collections.ConfigDict, shown: scenes.Scenes, folder: Path) -> Params:
@@ -34,6 +35,4 @@ def train_judge(config: ml_collections.ConfigDict, shown: scenes.Scenes, folder:
 
 def accuracy(params: Params, shown: scenes.Scenes) -> dict[str, float]:
     """On scenes, by part of the caption; a part that is unclear counts as right, since no caption would name it."""
-    _, found = judge.judge(params, shown.images)
-    asked = np.where(shown.labels == scenes.UNCLEAR, found, shown.labels)
-    return prompt_accuracy(found, asked)
+    return prompt_accuracy(judge.judge(params, shown.images)[1], shown.labels)

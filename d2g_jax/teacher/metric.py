@@ -1,83 +1,86 @@
-"""The digits' LatentLPIPS: a narrow VGG-BN classifier on latents, its heads calibrated on distortion triplets.
+"""The embedded world's LatentLPIPS: a narrow VGG-BN that classifies latents by all that captions name, calibrated.
 
 The paper's recipe at this size (paper: ImageNet classification on latents, then linear calibration on human 2AFC
-judgements), by the functions of `d2g lpips`: the classes are digit x weight x slant, and the judges are distortions of
-known strength.
+judgements), by the functions of `d2g lpips`; the judges are distortions of known strength, and they prefer a sharp
+texture of another phase to a flat patch of the right mean.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import ml_collections
 import numpy as np
 
-from d2g_jax.digits import classifier, data, distortions
+from d2g_jax.digits import distortions, scenes
 from d2g_jax.losses.perceptual import LatentLPIPS, LatentSpace, save_metric
 from d2g_jax.lpips_training import calibrate, classify
-from d2g_jax.lpips_training.fit import Recipe
 from d2g_jax.models import vgg
 from d2g_jax.runtime.atomic import write_text
-from d2g_jax.teacher.fit import adamw_recipe
+from d2g_jax.teacher.fit import adamw_recipe, long_recipe
 
 TRUNK = vgg.VGGConfig(in_channels=4, widths=(16, 32, 32, 48, 48))
-HEAD = classify.Head(10 * len(data.WEIGHTS) * len(data.SLANTS))  # linear, on the whole last tap
+HEAD = classify.Head(sum(scenes.PARTS.values()), parts=tuple(scenes.PARTS.values()))
 SPACE = LatentSpace("digits", TRUNK.in_channels, 1.0)
 
+CHUNK = 250
+"""Triplets that are held as images at once."""
+
 Encoder = Callable[[np.ndarray], np.ndarray]
-"""Images (N, 32, 32, 3) in [-1, 1] -> scaled latents (N, 8, 8, 4): the posterior's mean."""
+"""Images float32 (N, 64, 64, 3), in [-1, 1] or beyond, -> scaled latents (N, 16, 16, 4): the posterior's mean."""
 
 
-def labelled_latents(images: data.Digits, encode: Encoder, rounds: int, seed: int) -> classify.LabelledLatents:
-    """Every image under `rounds` random small warps, labelled by what the warped image shows."""
-    ink = data.to_ink(images.images).astype(np.float32)
-    warp = jax.jit(classifier.augment)
-    warped = [np.asarray(warp(ink, jax.random.fold_in(jax.random.key(seed), i))) for i in range(rounds)]
-    views, digits = np.concatenate([ink, *warped]), np.tile(images.labels, rounds + 1)
-    measured = data.attributes(views, digits)
-    labels = (digits * len(data.WEIGHTS) + measured.weight) * len(data.SLANTS) + measured.slant
-    return classify.LabelledLatents.from_arrays(encode(data.to_images(views)), labels, HEAD.classes)
+def chunks_of_triplets(count: int, seed: int, *, test: bool) -> Iterator[distortions.Triplets]:
+    """`count` triplets, a multiple of `CHUNK`, a chunk at a time."""
+    for first in range(0, count, CHUNK):
+        yield distortions.triplets(CHUNK, seed * 100_000 + first, test=test)
 
 
-def encode_triplets(triplets: distortions.Triplets, encode: Encoder) -> calibrate.Triplets:
-    """The same triplets as latents."""
-    return calibrate.Triplets(*(encode(images) for images in triplets[:3]), triplets.judgement)
+def latent_triplets(encode: Encoder, count: int, seed: int, *, test: bool = False) -> calibrate.Triplets:
+    """`count` triplets, a multiple of `CHUNK`, as latents."""
+    made = chunks_of_triplets(count, seed, test=test)
+    parts = [(*(encode(images) for images in chunk[:3]), chunk.judgement) for chunk in made]
+    return calibrate.Triplets(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
-def train_metric(config: ml_collections.ConfigDict, folder: Path, encode: Encoder) -> dict[str, float]:
-    """Trains trunk and heads, writes the metric folder, and returns its 2AFC scores on triplets of test images."""
+def prefers_sharp_textures(metric: LatentLPIPS, encode: Encoder, count: int, seed: int) -> float:
+    """The share of `texture_question`s about held-out digits in which `metric` finds the sharp texture closer."""
+    asked = [distortions.texture_question(np.random.default_rng([seed, i]), test=True) for i in range(count)]
+    sides = list(zip(*asked, strict=True))[:3]
+    reference, left, right = (encode(np.stack(side).astype(np.float32) * 2 - 1) for side in sides)
+    near_left = metric.distance(left, reference, scaled=True) < metric.distance(right, reference, scaled=True)
+    sharp_is_right = np.array([question[3] > 0.5 for question in asked])
+    return float(np.mean(np.asarray(near_left) != sharp_is_right))
+
+
+def train_metric(
+    config: ml_collections.ConfigDict, shown: scenes.Scenes, workdir: Path, encode: Encoder
+) -> dict[str, float]:
+    """Trains trunk and heads, writes `workdir`/metric, and returns its scores on triplets of held-out digits."""
+    folder = workdir / "metric"
     if (folder / "scores.json").exists():
         return json.loads((folder / "scores.json").read_text())
-    train, test = data.load()
-    labelled = labelled_latents(train, encode, config.trunk.rounds, config.trunk.seed)
-    trunk = classify.train_classifier(_recipe(config.trunk), TRUNK, HEAD, labelled, label="metric.trunk").trunk
-    metric, n = calibrate.uncalibrated(TRUNK, trunk, SPACE), config.heads.triplets
+    parts = [shown.images[i : i + 1000] for i in range(0, len(shown.images), 1000)]
+    latents = np.concatenate([encode(scenes.to_floats(part)) for part in parts])
+    labelled = classify.LabelledLatents.from_arrays(latents, shown.labels.astype(np.int32), HEAD.classes)
+    recipe = long_recipe(config.trunk, workdir / "training" / "metric")
+    trunk = classify.train_classifier(recipe, TRUNK, HEAD, labelled, label="metric.trunk").trunk
+    metric, heads = calibrate.uncalibrated(TRUNK, trunk, SPACE), config.heads
     seen, held_out = (
-        calibrate.differences(metric, encode_triplets(distortions.triplets(images, seed, count), encode))
-        for images, seed, count in (
-            (train.images, config.heads.seed, n),
-            (test.images, config.heads.seed + 1, n // 4),
-        )
+        calibrate.differences(metric, latent_triplets(encode, count, seed, test=test))
+        for count, seed, test in ((heads.triplets, heads.seed, False), (heads.triplets // 4, heads.seed + 1, True))
     )
-    heads = calibrate.calibrate(_recipe(config.heads), seen, label="metric.heads")
-    save_metric(folder, TRUNK, trunk, heads, SPACE)
+    recipe = adamw_recipe(heads.steps, heads.learning_rate, heads.seed, batch_size=heads.batch_size)
+    save_metric(folder, TRUNK, trunk, calibrate.calibrate(recipe, seen, label="metric.heads"), SPACE)
+    trained = LatentLPIPS.load(folder)
     scores = {
-        "2afc": calibrate.two_afc(LatentLPIPS.load(folder).heads, held_out),
+        "2afc": calibrate.two_afc(trained.heads, held_out),
         "2afc_without_calibration": calibrate.two_afc(calibrate.uniform_heads(TRUNK), held_out),
         "2afc_of_judges": calibrate.two_afc_of_judges(held_out.judgement),
+        "sharp_over_flat": prefers_sharp_textures(trained, encode, 250, heads.seed + 2),
+        "sharp_over_flat_without_calibration": prefers_sharp_textures(metric, encode, 250, heads.seed + 2),
     }
     write_text(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
     return scores
-
-
-def _recipe(config: ml_collections.ConfigDict) -> Recipe:
-    return adamw_recipe(
-        config.steps,
-        config.learning_rate,
-        config.seed,
-        batch_size=config.batch_size,
-        weight_decay=config.get("weight_decay", 0.0),
-    )

@@ -1,8 +1,8 @@
-"""The digits' pixel LPIPS: what the latent metric of `metric` is, on the images themselves.
+"""The embedded world's pixel LPIPS: what the latent metric of `metric` is, on the images themselves.
 
-No VGG weights come with this package, and a network for photographs would be a strange judge of 32x32 digits. So the
-trunk is a narrow VGG-BN that classifies the digits' images by the labels that the latent metric learns from. Its batch
-norms are folded away, because LPIPS has none, and its heads are calibrated on the same distortions of known strength.
+No VGG weights come with this package, and a network for photographs would be a strange judge of drawn digits. So the
+trunk is a narrow VGG-BN that classifies scenes by the labels that the latent metric learns from. Its batch norms are
+folded away, because LPIPS has none, and its heads are calibrated on the same distortions of known strength.
 """
 
 from __future__ import annotations
@@ -18,50 +18,52 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from d2g_jax.digits import data, distortions
+from d2g_jax.digits import scenes
 from d2g_jax.losses.lpips import LPIPS, SCALE, SHIFT, save_lpips
 from d2g_jax.lpips_training import calibrate, classify
-from d2g_jax.lpips_training.fit import Recipe
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
 from d2g_jax.runtime.atomic import write_text
-from d2g_jax.teacher.fit import adamw_recipe
-from d2g_jax.teacher.metric import HEAD, labelled_latents
+from d2g_jax.teacher.fit import adamw_recipe, long_recipe
+from d2g_jax.teacher.metric import HEAD, chunks_of_triplets
 
 TRUNK = dataclasses.replace(vgg.PIXELS, widths=(16, 32, 32, 48, 48), batch_norm=True)
-"""Four pools: the last tap of a 32x32 image has 2x2 locations."""
+"""Four pools: the last tap of a 64x64 image has 4x4 locations."""
 
 SCORES = "scores.json"
 
 
-def train_pixel_metric(config: ml_collections.ConfigDict, folder: Path) -> dict[str, float]:
-    """Trains trunk and heads, writes a folder for `LPIPS.load`, and returns its 2AFC scores on test triplets.
+def train_pixel_metric(config: ml_collections.ConfigDict, shown: scenes.Scenes, workdir: Path) -> dict[str, float]:
+    """Trains trunk and heads, writes `workdir`/lpips for `LPIPS.load`, and returns its scores on held-out triplets.
 
     `config` has the sections of `teacher.pixel_metric`. A folder with scores is finished and taken as it is.
     """
+    folder, heads = workdir / "lpips", config.heads
     if (folder / SCORES).exists():
         return json.loads((folder / SCORES).read_text())
-    train, _ = data.load()
-    labelled = labelled_latents(train, normalise, config.trunk.rounds, config.trunk.seed)
-    recipe = _recipe(config.trunk)
+
+    def take(rows: np.ndarray, step: int) -> dict[str, np.ndarray]:
+        return {"latents": normalise(scenes.to_floats(shown.images[rows])), "labels": shown.labels[rows]}
+
+    labelled = classify.LabelledLatents(len(shown.images), HEAD.classes, shown.images.shape[1:], take)
+    recipe = long_recipe(config.trunk, workdir / "training" / "lpips")
     trained = classify.train_classifier(recipe, TRUNK, HEAD, labelled, label="pixel_metric.trunk")
     plain, params = without_batch_norm(TRUNK, trained.trunk)
     metric = LPIPS.from_params(params, calibrate.uniform_heads(plain), plain)
-    seen = differences(metric, distortions.triplets(train.images, config.heads.seed, config.heads.triplets))
-    heads = calibrate.calibrate(_recipe(config.heads), seen, label="pixel_metric.heads")
-    save_lpips(folder, params, heads, plain)
-    scores = score(LPIPS.load(folder), config.heads)
+    recipe = adamw_recipe(heads.steps, heads.learning_rate, heads.seed, batch_size=heads.batch_size)
+    seen = differences(metric, heads.triplets, heads.seed)
+    save_lpips(folder, params, calibrate.calibrate(recipe, seen, label="pixel_metric.heads"), plain)
+    scores = score(LPIPS.load(folder), heads)
     write_text(folder / SCORES, json.dumps(scores, indent=2) + "\n")
     return scores
 
 
 def score(metric: LPIPS, config: ml_collections.ConfigDict) -> dict[str, float]:
-    """2AFC on a quarter as many triplets of test images as `config` (`teacher.pixel_metric.heads`) trains on.
+    """2AFC on a quarter as many triplets of held-out digits as `config` (`teacher.pixel_metric.heads`) trains on.
 
     With the metric's heads, with uniform ones, and of a judge who always sides with the majority.
     """
-    _, test = data.load()
-    held_out = differences(metric, distortions.triplets(test.images, config.seed + 1, config.triplets // 4))
+    held_out = differences(metric, config.triplets // 4, config.seed + 1, test=True)
     return {
         "2afc": calibrate.two_afc(metric.heads, held_out),
         "2afc_without_calibration": calibrate.two_afc(calibrate.uniform_heads(metric.network.config), held_out),
@@ -90,17 +92,20 @@ def without_batch_norm(config: vgg.VGGConfig, trunk: Params) -> tuple[vgg.VGGCon
     return plain, params
 
 
-def differences(metric: LPIPS, triplets: distortions.Triplets, batch_size: int = 250) -> calibrate.Differences:
-    """What calibration and scoring see of `triplets`; the heads of `metric` play no part."""
-    left, right = (head_differences(metric, x, triplets.reference, batch_size) for x in triplets[1:3])
-    return calibrate.Differences(left, right, triplets.judgement)
+def differences(metric: LPIPS, count: int, seed: int, *, test: bool = False) -> calibrate.Differences:
+    """What calibration and scoring see of `count` triplets, a multiple of `CHUNK`; `metric`'s heads play no part."""
+    left, right, judgement = [], [], []
+    for made in chunks_of_triplets(count, seed, test=test):
+        left.append(head_differences(metric, made.left, made.reference))
+        right.append(head_differences(metric, made.right, made.reference))
+        judgement.append(made.judgement)
+    by_tap = ([np.concatenate(tap) for tap in zip(*side, strict=True)] for side in (left, right))
+    return calibrate.Differences(*by_tap, np.concatenate(judgement))
 
 
-def head_differences(metric: LPIPS, a: np.ndarray, b: np.ndarray, batch_size: int) -> list[np.ndarray]:
+def head_differences(metric: LPIPS, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
     """Everything of N distances but the heads: (N, C_k) per tap."""
-    slices = [slice(i, i + batch_size) for i in range(0, len(a), batch_size)]
-    parts = [jax.device_get(_channel_differences(metric, a[part], b[part])) for part in slices]
-    return [np.concatenate(tap) for tap in zip(*parts, strict=True)]
+    return jax.device_get(_channel_differences(metric, a, b))
 
 
 @jax.jit
@@ -114,13 +119,3 @@ def _channel_differences(metric: LPIPS, a: jax.Array, b: jax.Array) -> list[jax.
 
     values = jax.vmap(terms)(tuple(unit[:, :width] for width in widths))  # (C, B, K)
     return [values[:width, :, k].T for k, width in enumerate(widths)]
-
-
-def _recipe(config: ml_collections.ConfigDict) -> Recipe:
-    return adamw_recipe(
-        config.steps,
-        config.learning_rate,
-        config.seed,
-        batch_size=config.batch_size,
-        weight_decay=config.get("weight_decay", 0.0),
-    )

@@ -1,8 +1,8 @@
-"""`d2g teacher`: the embedded miniature Stable Diffusion, trained from nothing on scikit-learn's digits.
+"""`d2g teacher`: the embedded miniature Stable Diffusion, trained from nothing on digits in front of textures.
 
-Stages, each skipped when its files are there: autoencoder, text tower and denoiser (together, with caption dropout for
-guidance), latent metric, pixel metric, independent classifier. The result is a diffusers folder beside the metrics'
-and the classifier's weights; what ships as package data was made by this command.
+Stages, each skipped when its files are there and gone on with where it stopped: autoencoder, text tower and denoiser
+(together, with caption dropout for guidance), latent metric, pixel metric, independent judge. The result is a diffusers
+folder beside the metrics' and the judge's weights; what ships as package data was made by this command.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ import ml_collections
 import numpy as np
 
 from d2g_jax.diffusion.schedule import Schedule, add_noise, training_target
-from d2g_jax.digits import captions, classifier, data, tokenizer
-from d2g_jax.lpips_training.fit import Loss
+from d2g_jax.digits import captions, scenes, tokenizer
+from d2g_jax.digits import judge as judges
+from d2g_jax.lpips_training import fit as training
+from d2g_jax.lpips_training.fit import Loss, sampled_rows
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import folder as pipelines
 from d2g_jax.pipeline import weights
 from d2g_jax.runtime.atomic import write_text
-from d2g_jax.teacher import metric, pixel_metric
-from d2g_jax.teacher.fit import fit, sampled_rows
+from d2g_jax.teacher.fit import long_recipe
+from d2g_jax.teacher.judge import accuracy, train_judge
+from d2g_jax.teacher.metric import train_metric
+from d2g_jax.teacher.pixel_metric import train_pixel_metric
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -50,30 +54,36 @@ VAE = vae.VaeConfig(
     layers_per_block=1,
     latent_channels=4,
     norm_num_groups=8,
-    sample_size=data.SIZE,
+    sample_size=scenes.SIZE,
+    mid_block_add_attention=False,  # it is trained on crops
     scaling_factor=1.0,  # measured after training
 )
 
 UNET = unet.UNetConfig(
-    sample_size=8,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(32, 64),
+    sample_size=scenes.SIZE // VAE.downscale,
+    down_block_types=("DownBlock2D",) * 3,
+    up_block_types=("UpBlock2D",) * 3,
+    block_out_channels=(32, 64, 96),
     layers_per_block=1,
     attention_head_dim=4,  # diffusers' name for the number of heads
     cross_attention_dim=64,
     norm_num_groups=8,
 )
+"""It attends at its lowest level alone, so that what it draws in many calls, a texture that agrees with itself over the
+whole picture, one cannot: docs/when.md."""
+
+CROP = 32
+"""Pixels: the autoencoder has no need of whole scenes."""
 
 
-def text_config(vocab_size: int, max_length: int = tokenizer.MODEL_MAX_LENGTH) -> clip.ClipTextConfig:
+def text_config(vocab_size: int) -> clip.ClipTextConfig:
     return clip.ClipTextConfig(
         vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=max_length,
+        max_position_embeddings=tokenizer.MODEL_MAX_LENGTH,
         projection_dim=64,
         bos_token_id=vocab_size - 2,
         eos_token_id=vocab_size - 1,
@@ -89,54 +99,49 @@ class Latents:
     std: np.ndarray
 
 
-def train_autoencoder(config: ml_collections.ConfigDict, images: np.ndarray) -> Params:
-    """An AutoencoderKL on images (N, 32, 32, 3): squared error plus a light KL term."""
+def train_autoencoder(config: ml_collections.ConfigDict, images: np.ndarray, folder: Path) -> Params:
+    """An AutoencoderKL on crops of scenes (N, 64, 64, 3) uint8: squared and absolute error, and a light KL term."""
     network = vae.build(VAE)
 
     def loss(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
         mean, logvar = network.apply(params, batch["images"], method="encode")
         latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        error = jnp.mean(jnp.square(network.apply(params, latents, method="decode") - batch["images"]))
+        error = network.apply(params, latents, method="decode") - batch["images"]
         kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
-        return error + config.kl_weight * kl
+        return jnp.mean(jnp.square(error)) + config.l1_weight * jnp.mean(jnp.abs(error)) + config.kl_weight * kl
 
-    return fit(
-        loss,
-        network.init(jax.random.key(config.seed)),
-        lambda step: {"images": images[sampled_rows(len(images), config.batch_size, config.seed, step)]},
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        seed=config.seed,
-        label="autoencoder",
-    )
+    def batch_at(step: int) -> dict[str, np.ndarray]:
+        rows = sampled_rows(len(images), config.batch_size, config.seed, step)
+        top, left = np.random.default_rng([config.seed + 1, step]).integers(scenes.SIZE - CROP + 1, size=2)
+        return {"images": scenes.to_floats(images[rows, top : top + CROP, left : left + CROP])}
+
+    start = network.init(jax.random.key(config.seed))
+    return training.fit(loss, start, batch_at, long_recipe(config, folder), label="autoencoder")
 
 
-def encode(
-    params: Params,
-    images: np.ndarray,
-    config: vae.VaeConfig = VAE,
-    to_floats: Callable[[np.ndarray], np.ndarray] = lambda images: images,
-) -> tuple[Latents, float]:
-    """Scaled moments of images (N, H, W, 3), and the scaling factor 1 / standard deviation that scaled them.
-
-    `to_floats` makes of some of the images what the autoencoder takes.
-    """
-    network = vae.build(config)
+def encode(params: Params, images: np.ndarray, scale: float | None = None) -> tuple[Latents, float]:
+    """Scaled moments of uint8 images (N, H, W, 3), and the factor that scaled them: `scale`, or 1 / their deviation."""
+    network = vae.build(VAE)
     moments = jax.jit(lambda batch: network.apply(params, batch, method="encode"))
-    parts = [jax.device_get(moments(to_floats(images[i : i + 128]))) for i in range(0, len(images), 128)]
+    parts = [jax.device_get(moments(scenes.to_floats(images[i : i + 128]))) for i in range(0, len(images), 128)]
     mean, logvar = (np.concatenate(part) for part in zip(*parts, strict=True))
     std = np.exp(0.5 * logvar)
-    scale = round(float(1.0 / np.sqrt(np.var(mean) + np.mean(np.square(std)))), 5)
+    if scale is None:
+        scale = round(float(1.0 / np.sqrt(np.var(mean) + np.mean(np.square(std)))), 5)
     return Latents(mean * scale, std * scale), scale
 
 
-def caption_table(tokens: Any, train: data.Digits, variants: int, seed: int) -> np.ndarray:
-    """Token ids (N, variants, L): true captions of every training image, each in its own words."""
-    measured = data.attributes(train.images, train.labels)
+def caption_table(tokens: Any, labels: np.ndarray, variants: int, seed: int) -> np.ndarray:
+    """Token ids (N, variants, L): true captions of every scene, each in its own words."""
     rng = np.random.default_rng(seed)
-    rounds = [captions.random_captions(rng, train.labels, measured) for _ in range(variants)]
-    ids = [pipelines.tokenize(tokens, texts) for texts in rounds]
-    return np.stack(ids, axis=1)
+    shown = [scenes.Scene(*map(int, row)) for row in labels]
+    rounds = [[captions.random_caption(rng, scene) for scene in shown] for _ in range(variants)]
+    return np.stack([pipelines.tokenize(tokens, texts) for texts in rounds], axis=1)
+
+
+def join(*parts: Latents) -> Latents:
+    """One after another."""
+    return Latents(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(Latents)))
 
 
 class Denoising(NamedTuple):
@@ -153,7 +158,6 @@ def denoising(
     ids: np.ndarray,
     empty: np.ndarray,
     text: clip.ClipTextConfig,
-    unet_config: unet.UNetConfig,
 ) -> Denoising:
     """The text tower and the UNet together, v-prediction, 10% of captions replaced by the empty one.
 
@@ -161,7 +165,7 @@ def denoising(
       latents: scaled moments of the N training images.
       ids: (N, variants, L) captions; empty: (L,) the empty caption.
     """
-    tower, network = clip.build(text), unet.build(unet_config)
+    tower, network = clip.build(text), unet.build(UNET)
     schedule = Schedule.from_config(SCHEDULER)
 
     def loss(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
@@ -188,46 +192,62 @@ def denoising(
     return Denoising(loss, params, batch_at)
 
 
-def train_denoiser(
-    config: ml_collections.ConfigDict, latents: Latents, ids: np.ndarray, empty: np.ndarray, text: clip.ClipTextConfig
-) -> Params:
-    """`denoising` by the digits' recipe. Returns the parameters' moving average over the run."""
-    parts = denoising(config, latents, ids, empty, text, UNET)
-    return fit(
-        *parts,
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        label="denoiser",
-        ema=config.ema,
+def make_teacher(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """All that ships as package data: pipeline/, metric/, lpips/, judge.safetensors, prompts.txt."""
+    shown = scenes.render(config.scenes.count, config.scenes.seed)
+    train_pipeline(config, shown, workdir)
+    pipeline = pipelines.Pipeline.load(workdir / "pipeline", without=("text_encoder", "unet"))
+    scale, network = pipeline.scaling_factor, vae.build(VAE)
+    means = jax.jit(lambda images: scale * network.apply(pipeline.params["vae"], images, method="encode")[0])
+    scores = train_metric(config.metric, shown, workdir, lambda images: np.asarray(means(images)))
+    print(f"metric: {scores}", file=sys.stderr)
+    print(f"pixel metric: {train_pixel_metric(config.pixel_metric, shown, workdir)}", file=sys.stderr)
+    judge = stage(
+        workdir,
+        "judge",
+        judges.build().abstract(),
+        lambda: train_judge(config.judge, shown, workdir / "training" / "judge"),
     )
+    weights.save_state_dict(weights.to_state_dict(judge), workdir / "judge.safetensors", np.float16)
+    held_out = scenes.render(2000, config.scenes.seed + 1, test=True)
+    print(f"judge, on digits held out: {accuracy(judge, held_out)}", file=sys.stderr)
+    prompts = [p.prompt for p in captions.evaluation_prompts(config.prompts.count, config.prompts.seed)]
+    write_text(workdir / "prompts.txt", "\n".join(prompts) + "\n")
 
 
-def train_pipeline(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def train_pipeline(config: ml_collections.ConfigDict, shown: scenes.Scenes, workdir: Path) -> None:
     """Writes `workdir`/pipeline, a complete diffusers folder; finished stages of an earlier try are taken over."""
-    folder = workdir / "pipeline"
-    if (folder / "model_index.json").exists():
+    target = workdir / "pipeline"
+    if (target / "model_index.json").exists():
         return
-    train, _ = data.load()
     vae_params = stage(
-        workdir, "autoencoder", vae.build(VAE).abstract(), lambda: train_autoencoder(config.autoencoder, train.images)
+        workdir,
+        "autoencoder",
+        vae.build(VAE).abstract(),
+        lambda: train_autoencoder(config.autoencoder, shown.images, workdir / "training" / "autoencoder"),
     )
-    latents, scale = encode(vae_params, train.images)
-
-    tokenizer.write_tokenizer(folder / "tokenizer")
-    tokens = pipelines.load_tokenizer(folder / "tokenizer")
+    latents, scale = encode(vae_params, shown.images)
+    tokenizer.write_tokenizer(target / "tokenizer")
+    tokens = pipelines.load_tokenizer(target / "tokenizer")
     text = text_config(len(tokens))
-    ids = caption_table(tokens, train, config.denoiser.caption_variants, config.denoiser.seed)
+    plain = scenes.render(config.scenes.plain, config.scenes.seed + 2, plain=True)
+    latents = join(latents, encode(vae_params, plain.images, scale)[0])
+    labels = np.concatenate([shown.labels, plain.labels])
+    ids = caption_table(tokens, labels, config.denoiser.caption_variants, config.denoiser.seed)
     empty = pipelines.tokenize(tokens, [""])[0]
     denoiser = stage(
         workdir,
         "denoiser",
         {"text_encoder": clip.build(text).abstract(), "unet": unet.build(UNET).abstract()},
-        lambda: train_denoiser(config.denoiser, latents, ids, empty, text),
+        lambda: training.fit(
+            *denoising(config.denoiser, latents, ids, empty, text),
+            long_recipe(config.denoiser, workdir / "training" / "denoiser"),
+            label="denoiser",
+            ema=config.denoiser.ema,
+        ),
     )
     pipelines.save_pipeline(
-        folder,
+        target,
         {
             "text_encoder": text,
             "unet": UNET,
@@ -235,31 +255,8 @@ def train_pipeline(config: ml_collections.ConfigDict, workdir: Path) -> None:
             "scheduler": SCHEDULER,
         },
         {**denoiser, "vae": vae_params},
-        {"tokenizer": pipelines.read_tokenizer_files(folder / "tokenizer")},
+        {"tokenizer": pipelines.read_tokenizer_files(target / "tokenizer")},
     )
-
-
-def make_teacher(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Everything that ships as package data: pipeline/, metric/, lpips/, classifier.safetensors, prompts.txt."""
-    train_pipeline(config, workdir)
-    pipeline = pipelines.Pipeline.load(workdir / "pipeline")
-    params, scale = pipeline.params["vae"], pipeline.scaling_factor
-    scores = metric.train_metric(config.metric, workdir / "metric", lambda images: _means(params, images, scale))
-    print(f"metric: {scores}", file=sys.stderr)
-    scores = pixel_metric.train_pixel_metric(config.pixel_metric, workdir / "lpips")
-    print(f"pixel metric: {scores}", file=sys.stderr)
-    train, _ = data.load()
-    if not (workdir / "classifier.safetensors").exists():
-        trained = classifier.train_classifier(train.images, train.labels)
-        classifier.save_classifier(trained, workdir / "classifier.safetensors")
-    prompts = [p.prompt for p in captions.evaluation_prompts(config.prompts.count, config.prompts.seed)]
-    write_text(workdir / "prompts.txt", "\n".join(prompts) + "\n")
-
-
-def _means(params: Params, images: np.ndarray, scale: float) -> np.ndarray:
-    """The posterior's mean of images, scaled by the pipeline's own factor."""
-    latents, factor = encode(params, images)
-    return latents.mean * (scale / factor)
 
 
 def stage(workdir: Path, name: str, abstract: Params, train: Callable[[], Params]) -> Params:

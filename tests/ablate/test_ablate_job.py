@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from tiny import CONFIG
 
 from d2g_jax import pairs
 from d2g_jax.__main__ import main
@@ -13,6 +14,7 @@ from d2g_jax.ablate.rows import DISCRIMINATOR, LOSSES
 from d2g_jax.digits.config import WEIGHTS, get_config
 
 SMALL = (
+    CONFIG,
     "--config.pairs.count=72",
     "--config.pairs.records_per_shard=36",
     "--config.pairs.steps=2",
@@ -125,7 +127,7 @@ def test_more_seeds_are_added_and_fewer_shown(trained, folder, tmp_path, capsys)
     [
         ("discriminator", "--config.seed=0", r"job='ablate losses' \(this one has 'ablate discriminator'\)"),
         ("losses", "--config.train.images=8192", r"config\.train\.images=4096 \(this one has 8192\)"),
-        ("losses", "--config.evaluation.samples=100", r"config\.evaluation\.samples=2000 \(this one has 100\)"),
+        ("losses", "--config.evaluation.samples=100", r"config\.evaluation\.samples=1000 \(this one has 100\)"),
     ],
 )
 def test_a_workdir_of_something_else_is_refused(name, flag, message, trained, folder, tmp_path, capsys):
@@ -176,7 +178,7 @@ def test_another_teacher_is_timed_and_its_judging_left_to_evaluate(trained, fold
         (["augmentations"], "invalid choice: 'augmentations'"),
         ([], "NAME"),
         (["losses", "--pairs=nowhere"], "nowhere"),
-        (["losses", "--config.pairs.guidance_scale=4.0"], "guidance_scale=2.0; give --config.pairs.guidance_scale=2.0"),
+        (["losses", "--config.pairs.guidance_scale=4.0"], "guidance_scale=3.0; give --config.pairs.guidance_scale=3.0"),
         (["discriminator", "--config.adversarial.r1_gamma=0.0"], "adversarial.r1_gamma is 0.0"),
     ],
 )

@@ -5,10 +5,10 @@ import importlib.util
 
 import numpy as np
 import pytest
+from tiny import get_config
 
 from d2g_jax.bench import train, training
 from d2g_jax.bench.train import TrainRequest, run_train
-from d2g_jax.digits.config import get_config
 from d2g_jax.runtime.errors import UserError
 
 TORCH = all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "transformers"))

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import get_config
 
 from d2g_jax import pairs, records
 from d2g_jax.__main__ import main
-from d2g_jax.digits.config import WEIGHTS, get_config
+from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.runtime import runs
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.train import loop, train
@@ -148,7 +149,7 @@ def test_the_teacher_in_diffusers_draws_the_same_digits(tmp_path):
     torch = pytest.importorskip("torch")
     from diffusers import StableDiffusionPipeline
 
-    prompts = ["a bold handwritten seven slanted to the right", "the digit 3, thin strokes, upright", "0"]
+    prompts = ["a bold red seven on navy and white stripes", "thin green digit 3 upright, dots in sky and brown", "0"]
     out = tmp_path / "ours"
     code = main(
         ["sample", f"--model={WEIGHTS / 'pipeline'}", "--steps=20", "--guidance=3", "--seed=4", f"--out={out}"]

@@ -1,59 +1,69 @@
+"""Captions say what a scene shows, in words that are one token each."""
+
+import itertools
+import re
+
 import numpy as np
 import pytest
 
-from d2g_jax.digits import captions, data
+from d2g_jax.digits import captions, scenes, tokenizer
+from d2g_jax.digits.scenes import UNCLEAR, Scene
+from d2g_jax.digits.textures import KINDS
+from d2g_jax.pipeline.folder import load_tokenizer, tokenize
+
+SCENE = Scene(digit=7, weight=2, slant=0, ink=1, texture=3, dark=2, light=1)
 
 
-def test_captions_say_what_they_are_given():
-    assert captions.caption(7, 2, 0, 0) == "a bold handwritten seven slanted to the left"
-    assert captions.caption(7, 0, 1, 1) == "the digit 7, thin strokes, upright"
-    assert captions.caption(3, 0, None, 2) == "thin 3"
-    assert captions.caption(8, None, None, 3) == "an eight"
-    assert captions.caption(1, None, None, 3) == "a one"
-    assert captions.caption(4, 1, None, 3) == "a four with regular strokes"
-    assert captions.caption(5, None, 2, 4) == "the handwritten number five, right slanted"
+@pytest.mark.parametrize("numeral", [False, True])
+@pytest.mark.parametrize("phrasing", range(captions.PHRASINGS))
+def test_every_phrasing_names_every_part(phrasing, numeral):
+    text = captions.caption(SCENE, phrasing, numeral)
+    for word in ("7" if numeral else "seven", "bold", "slanted to the left", "green", "bricks", "brown", "yellow"):
+        assert word in text
+    unclear = captions.caption(SCENE._replace(weight=UNCLEAR, slant=UNCLEAR), phrasing, numeral)
+    assert not re.search("bold|slanted|  |, ,", unclear)
 
 
-def test_distinct_labels_give_distinct_captions():
-    texts = captions.all_captions()
-    assert len(texts) == 10 * 4 * 4 * captions.PHRASINGS
-    # One phrasing pair coincides: a bare numeral (phrasings 2 and 5) and "bold 3".
-    for phrasing in range(captions.PHRASINGS):
-        one_phrasing = texts[phrasing :: captions.PHRASINGS]
-        assert len(set(one_phrasing)) == len(one_phrasing)
+@pytest.mark.parametrize("phrasing", range(captions.PHRASINGS))
+def test_a_plain_ground_has_the_one_colour_that_is_named(phrasing):
+    text = captions.caption(SCENE._replace(texture=UNCLEAR, dark=UNCLEAR), phrasing)
+    assert "plain yellow" in text
+    assert not re.search("brown|bricks|and|  ", text)
 
 
-def test_unknown_phrasing_is_refused():
-    with pytest.raises(ValueError, match="phrasing 6"):
-        captions.caption(0, None, None, captions.PHRASINGS)
+def test_random_captions_are_true_and_leave_something_out_at_times():
+    rng = np.random.default_rng(0)
+    texts = [captions.random_caption(rng, SCENE) for _ in range(200)]
+    assert all("green" in text and "bricks" in text for text in texts)
+    assert not any(word in text for text in texts for word in ("thin", "upright", "right", "red", "sky"))
+    assert 0.8 < np.mean(["bold" in text for text in texts]) < 1
 
 
-def test_unclear_attributes_are_never_mentioned():
-    clear = np.array([True, False] * 300)
-    zeros = np.zeros(600, int)
-    measured = data.Attributes(zeros, zeros, zeros, zeros, clear, ~clear)  # thin, slanted to the left
-    texts = captions.random_captions(np.random.default_rng(0), zeros, measured)
-    thin = ["thin" in text for text in texts]
-    left = ["left" in text for text in texts]
-    assert not any(thin[1::2])
-    assert not any(left[0::2])
-    assert 0.8 < np.mean(thin[0::2]) < 1  # mention = 0.9
-    assert 0.8 < np.mean(left[1::2]) < 1
+def test_evaluation_prompts_name_everything_and_are_clear():
+    prompts = captions.evaluation_prompts(300, 1)
+    assert prompts == captions.evaluation_prompts(300, 1)
+    assert all(UNCLEAR not in prompt.scene for prompt in prompts)
+    assert {prompt.scene.texture for prompt in prompts} == set(range(scenes.PARTS["texture"]))
+    assert len({prompt.prompt for prompt in prompts}) > 290
 
 
-def test_evaluation_prompts_follow_the_training_distribution():
-    prompts = captions.evaluation_prompts(data.TRAIN_IMAGES, seed=3)
-    train, _ = data.load()
-    measured = data.attributes(train.images, train.labels)
-    real = sorted(zip(train.labels.tolist(), measured.weight.tolist(), measured.slant.tolist(), strict=True))
-    assert sorted(prompt[1:] for prompt in prompts) == real
-    variants = {captions.caption(*prompts[0][1:], phrasing) for phrasing in range(captions.PHRASINGS)}
-    assert prompts[0].prompt in variants
+def test_prompts_of_some_grounds_alone():
+    prompts = captions.evaluation_prompts(200, 1, ("dots", captions.PLAIN))
+    assert {prompt.scene.texture for prompt in prompts} == {KINDS.index("dots"), UNCLEAR}
+    assert all(("plain" in p.prompt) == (p.scene.texture == UNCLEAR) == (UNCLEAR in p.scene) for p in prompts)
 
 
-def test_evaluation_prompts_are_a_function_of_their_seed():
-    first = captions.evaluation_prompts(2000, seed=1)
-    assert len(first) == 2000
-    assert captions.evaluation_prompts(2000, seed=1) == first
-    assert captions.evaluation_prompts(2000, seed=2) != first
-    assert captions.evaluation_prompts(0, seed=1) == []
+def test_every_word_is_one_token_and_every_caption_fits(tmp_path):
+    words = captions.words()
+    tokenizer.write_tokenizer(tmp_path)
+    tokens = load_tokenizer(tmp_path)
+    plain = SCENE._replace(texture=UNCLEAR, light=UNCLEAR)
+    for weight, slant, phrasing, scene in itertools.product(
+        (UNCLEAR, 0, 1, 2), (UNCLEAR, 0, 1, 2), range(captions.PHRASINGS), (SCENE, plain)
+    ):
+        text = captions.caption(scene._replace(weight=weight, slant=slant), phrasing)
+        pieces = re.findall("[a-z]+|[0-9]|,", text)
+        assert set(re.findall("[a-z]+", text)) <= set(words)
+        (ids,) = tokenize(tokens, [text])
+        end = tokens.eos_token_id
+        assert int(np.argmax(ids == end)) == len(pieces) + 1  # the start token, and one for each word

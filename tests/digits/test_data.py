@@ -16,24 +16,13 @@ def digits():
     return data.load()
 
 
-def test_images_are_white_on_black_in_range(digits):
-    train, test = digits
-    assert train.images.shape == (1437, 32, 32, 3)
-    assert test.images.shape == (360, 32, 32, 3)
-    for part in digits:
-        assert part.images.dtype == np.float32
-        assert part.images.min() == -1
-        assert part.images.max() == 1
-        assert np.array_equal(part.images[..., 0], part.images[..., 2])
-        assert np.median(part.images) < -0.99  # paper is black
-
-
 def test_split_is_a_partition_of_the_source(digits):
     from sklearn.datasets import load_digits
 
-    images = np.concatenate([part.images for part in digits])
+    images = np.concatenate([part.ink for part in digits])
     labels = np.concatenate([part.labels for part in digits])
-    source = data.to_images(data.enlarge(load_digits().images / 16))
+    source = load_digits().images / 16
+    assert [part.ink.shape for part in digits] == [(1437, 8, 8), (360, 8, 8)]
 
     def as_set(images, labels):
         return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
@@ -47,15 +36,9 @@ def test_enlarging_keeps_flat_ink_and_its_centre():
     corner[0, 2:6, 2:6] = 1
     large = data.enlarge(corner)
     assert np.allclose(large, large[:, ::-1])
-    assert large[0, 15, 15] == 1
+    assert large[0, 15, 15] >= 1
+    assert data.enlarge(corner, 50).shape == (1, 50, 50)
     assert np.allclose(data.cubic_matrix(10, 32).sum(1)[5:-5], 1)  # away from the border, weights sum to one
-
-
-def test_every_form_of_an_image_is_the_same_ink():
-    ink = np.random.default_rng(0).integers(0, 256, (2, 32, 32)) / 255
-    as_bytes = np.round(ink * 255).astype(np.uint8)
-    for form in (ink, data.to_images(ink), as_bytes, np.repeat(as_bytes[..., None], 3, -1)):
-        np.testing.assert_allclose(data.to_ink(form), ink, atol=1e-6)
 
 
 def test_slant_is_the_shear_and_positive_to_the_right():
@@ -90,28 +73,27 @@ def test_blank_images_measure_zero():
 
 
 def test_thresholds_are_those_of_the_training_set(digits):
-    weight, slant = data.find_thresholds(digits[0].images, digits[0].labels)
+    weight, slant = data.find_thresholds(digits[0])
     np.testing.assert_allclose(data.WEIGHT_THRESHOLDS, weight, atol=1.5e-4)
     np.testing.assert_allclose(data.SLANT_THRESHOLDS, slant, atol=1.5e-4)
 
 
 def test_classes_are_balanced_within_each_digit_of_the_training_set(digits):
-    measured = data.attributes(digits[0].images, digits[0].labels)
+    measured = data.attributes(digits[0])
     for index in (measured.weight, measured.slant):
         for digit in range(10):
             share = np.bincount(index[digits[0].labels == digit], minlength=3) / (digits[0].labels == digit).sum()
             np.testing.assert_allclose(share, [0.25, 0.5, 0.25], atol=0.02)
 
 
-def test_thicker_and_more_slanted_images_change_class(digits):
+def test_thicker_and_more_slanted_digits_change_class(digits):
     from scipy import ndimage
 
-    image = data.to_ink(digits[0].images[:200])
-    labels = digits[0].labels[:200]
-    thicker = ndimage.grey_dilation(image, size=(1, 3, 3))
-    assert (data.attributes(thicker, labels).weight == 2).mean() > 0.95
-    sheared = np.stack([ndimage.affine_transform(one, [[1, 0], [0.5, 1]], [0, -7.75], order=1) for one in image])
-    assert (data.attributes(sheared, labels).slant == 2).mean() > 0.95
+    ink, labels = digits[0].ink[:200], digits[0].labels[:200]
+    thicker = ndimage.grey_dilation(ink, size=(1, 2, 2))
+    assert (data.attributes(data.Digits(thicker, labels)).weight == 2).mean() > 0.95
+    sheared = np.stack([ndimage.affine_transform(one, [[1, 0], [0.5, 1]], [0, -1.75], order=1) for one in ink])
+    assert (data.attributes(data.Digits(sheared, labels)).slant == 2).mean() > 0.95
 
 
 def test_clear_means_outside_the_dead_bands():

@@ -13,11 +13,11 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of eighty real digits, 00000.png ..."""
-    from d2g_jax.digits import data
+    """A folder of eighty real scenes, 00000.png ..."""
+    from d2g_jax.digits import scenes
 
     folder = tmp_path_factory.mktemp("real")
-    for i, image in enumerate(np.round((data.load()[1].images[:80] + 1) * 127.5).astype(np.uint8)):
+    for i, image in enumerate(scenes.render(80, 8, test=True).images):
         Image.fromarray(image).save(folder / f"{i:05d}.png")
     return folder
 

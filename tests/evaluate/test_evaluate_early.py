@@ -57,7 +57,7 @@ def statistics(real, tmp_path_factory):
         (["--samples=1", "--metrics=kid"], "KID: subsets of 1; its estimate is of pairs"),
         (["--samples=3", "--metrics=recall"], "3 images have no 3-th neighbour"),
         (["--samples=64", "--metrics=fid"], "FID: 64 images of the system with 64 features; it needs at least 65"),
-        (["--height=64", "--metrics=fid"], "draws 64x32 pixels (height x width); the protocol digits resizes nothing"),
+        (["--height=32", "--metrics=fid"], "draws 32x64 pixels (height x width); the protocol digits resizes nothing"),
         (["--reference=LICENSE", "--metrics=fid"], "cannot be read as reference statistics"),
         (["--reference=tests", "--metrics=fid"], "tests: holds no image"),
         (["--weights-lpips=tests", "--metrics=lpips_diversity"], "tests/config.json"),

@@ -99,7 +99,7 @@ def test_transparency_is_refused_also_among_photographs(tmp_path):
 
 def test_a_protocol_that_resizes_nothing_takes_one_size(tmp_path):
     save(tmp_path, ["0.png"], (24, 32))
-    with pytest.raises(UserError, match=r"32x24 pixels; the protocol digits resizes nothing and takes 32x32"):
+    with pytest.raises(UserError, match=r"32x24 pixels; the protocol digits resizes nothing and takes 64x64"):
         survey(tmp_path, PROTOCOLS["digits"])
 
 

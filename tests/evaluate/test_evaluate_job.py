@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from d2g_jax.__main__ import main
-from d2g_jax.digits import classifier, data
-from d2g_jax.digits.config import WEIGHTS
+from d2g_jax.digits import judge, scenes
+from d2g_jax.digits.config import JUDGE, WEIGHTS
 from d2g_jax.evaluate import pairwise
 from d2g_jax.evaluate.images import survey
 from d2g_jax.evaluate.protocols import PROTOCOLS
@@ -49,7 +49,7 @@ def test_a_model_is_drawn_and_its_result_says_how_it_was_measured(drawn):
     assert set(result["metrics"]) == {"fid", "kid", "precision", "recall", "accuracy", "lpips_diversity"}
     assert (result["samples"], result["complete"], result["system"]) == (N, False, "one step")
     assert result["protocol"]["sha256"] == PROTOCOLS["digits"].sha256
-    assert (result["images"]["formats"], result["images"]["size"]) == ({"PNG": N}, [32, 32])
+    assert (result["images"]["formats"], result["images"]["size"]) == ({"PNG": N}, [64, 64])
     assert result["seeds"] == {"drawing": 3, "kid": 0}
     assert result["drawing"]["solution"]["steps"] == result["drawing"]["network_calls"] == 1
     assert result["metrics"]["kid"]["subset_size"] == N
@@ -69,9 +69,9 @@ def test_its_frechet_distance_is_the_demo_s(drawn):
     from d2g_jax.evaluate.images import batches
 
     images = np.concatenate([x for _, x in batches(survey(folder, PROTOCOLS["digits"]), PROTOCOLS["digits"], 32)])
-    judge, (train, test) = classifier.load_classifier(), data.load()
-    reference = classifier.features(judge, np.concatenate([train.images, test.images]))[0]
-    expected = frechet.frechet_distance(classifier.features(judge, images)[0], reference)
+    params = judge.load_judge(JUDGE)
+    reference = judge.judge(params, scenes.real_scenes().images)[0]
+    expected = frechet.frechet_distance(judge.judge(params, images)[0], reference)
     assert read_result(drawn / "result.json")["metrics"]["fid"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -104,7 +104,7 @@ def test_images_are_those_of_d2g_sample(drawn, tmp_path):
 def test_diversity_is_the_mean_over_pairs_of_one_prompt(drawn, tiny_lpips):
     from d2g_jax.evaluate.images import batches
 
-    metric, protocol = pairwise.load("lpips", tiny_lpips, 32), PROTOCOLS["digits"]
+    metric, protocol = pairwise.load("lpips", tiny_lpips, 64), PROTOCOLS["digits"]
     found = survey(drawn / "result-drawn" / "diversity", protocol)
     assert len(found) == N * 4
     values = []

@@ -116,7 +116,7 @@ def test_diffusers_draws_our_image(teacher: str, timestep: int, scheduler: dict,
     digits = teacher == "digits"
     source = WEIGHTS / "pipeline" if digits else request.getfixturevalue(teacher)
     ours = student(source, timestep, **scheduler)
-    prompts = ["a thin seven, upright", "a bold three"] if digits else PROMPTS
+    prompts = ["a thin red seven, dots in sky and navy", "a bold green three on plain white"] if digits else PROMPTS
     assert export_student(ours, "diffusers", tmp_path / "out") == tmp_path / "out"
     noise = noise_for(ours.pipeline, 2)
     latents, images = our_images(ours, noise, prompts)

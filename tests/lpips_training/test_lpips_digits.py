@@ -1,4 +1,4 @@
-"""`train_lpips` on real images and a trained VAE: scikit-learn's digits as files, stopped and resumed."""
+"""`train_lpips` on real images and a trained VAE: scenes as files, in a class for each texture, stopped and resumed."""
 
 import os
 import signal
@@ -8,8 +8,9 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from d2g_jax.digits import data, distortions
+from d2g_jax.digits import distortions, scenes
 from d2g_jax.digits.config import WEIGHTS
+from d2g_jax.digits.textures import KINDS
 from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.lpips_training.job import train_lpips
 from d2g_jax.runtime.interrupt import Terminated
@@ -18,12 +19,12 @@ from d2g_jax.teacher.metric import TRUNK
 
 def save(image, file):
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.round((image + 1) * 127.5).astype(np.uint8)).save(file)
+    Image.fromarray(image).save(file)
 
 
-def write_class_folders(digits, folder):
-    for i, (image, label) in enumerate(zip(digits.images, digits.labels, strict=True)):
-        save(image, folder / f"digit{label}" / f"{i:04d}.png")
+def write_class_folders(shown, folder):
+    for i, (image, row) in enumerate(zip(shown.images, shown.labels, strict=True)):
+        save(image, folder / KINDS[row[scenes.TEXTURE]] / f"{i:04d}.png")
 
 
 def write_triplets(triplets, folder):
@@ -31,17 +32,17 @@ def write_triplets(triplets, folder):
     (folder / "judge").mkdir(parents=True)
     for i, (reference, left, right, judgement) in enumerate(zip(*triplets, strict=True)):
         for side, image in (("ref", reference), ("p0", left), ("p1", right)):
-            save(image, folder / side / f"{i:06d}.png")
+            pixels = np.round((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8)
+            save(pixels, folder / side / f"{i:06d}.png")
         np.save(folder / "judge" / f"{i:06d}.npy", np.array([judgement], np.float32))
 
 
 @pytest.fixture
 def config(shipped, tmp_path):
-    """Ten classes of 1,437 + 360 images, 800 + 400 triplets, a narrow trunk, and a shorter recipe."""
-    train, test = data.load()
-    for part, digits, seed, count in (("train", train, 0, 800), ("val", test, 1, 400)):
-        write_class_folders(digits, tmp_path / "images" / part)
-        write_triplets(distortions.triplets(digits.images, seed, count), tmp_path / "2afc" / part / "distortions")
+    """Six classes of 1,400 + 360 images, 800 + 400 triplets, a narrow trunk, and a shorter recipe."""
+    for part, test, images, count in (("train", False, 1400, 800), ("val", True, 360, 400)):
+        write_class_folders(scenes.render(images, 0, test=test), tmp_path / "images" / part)
+        write_triplets(distortions.triplets(count, 1, test=test), tmp_path / "2afc" / part / "distortions")
     changes = {
         "name": "digits",
         "pipeline": str(WEIGHTS / "pipeline"),
@@ -50,15 +51,15 @@ def config(shipped, tmp_path):
             "train": str(tmp_path / "images" / "train"),
             "val": str(tmp_path / "images" / "val"),
             "cache": str(tmp_path / "cache"),
-            "views": 1,  # of a 32-pixel image without resizing there is one crop, and a digit is no mirror image
-            "size": data.SIZE,
+            "views": 1,  # of an image without resizing there is one crop
+            "size": scenes.SIZE,
             "resize": 0,
         },
         "classification": {
             "epochs": 6.0, "decay_epochs": 4.0, "batch_size": 64, "learning_rate": 0.02, "pool": 0, "hidden": (),
             "dtype": "float32", "save_every": 50,
         },
-        "triplets": {"folder": str(tmp_path / "2afc"), "size": data.SIZE},
+        "triplets": {"folder": str(tmp_path / "2afc"), "size": scenes.SIZE},
         "calibration": {"epochs": 20.0, "decay_epochs": 20.0, "learning_rate": 2e-3, "save_every": 50},
     }  # fmt: skip
     shipped.update(ConfigDict(changes))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from d2g_jax.digits import data, distortions
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.lpips_training import job as jobs
@@ -18,7 +17,6 @@ from d2g_jax.lpips_training.job import train_lpips
 from d2g_jax.models import vgg
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.interrupt import Terminated
-from d2g_jax.teacher import metric as digits_metric
 
 
 @pytest.fixture
@@ -170,25 +168,3 @@ def test_shipped_config_is_the_published_topology(shipped):
     statistics = 2 * 4224  # running means and variances are no parameters
     total = sum(int(np.prod(leaf.shape)) for leaf in shapes) - statistics
     assert abs(total / 1e6 - 138.4) < 0.05  # 138.4 M parameters, as measured on the released classifier
-
-
-@pytest.mark.slow
-def test_digits_metric_by_the_same_functions(tmp_path, monkeypatch):
-    """Two steps of each stage on a stand-in for their autoencoder: what `d2g teacher` calls."""
-    recipe = {"steps": 2, "batch_size": 10, "learning_rate": 1e-3, "seed": 0}
-    config = ConfigDict({"trunk": {**recipe, "weight_decay": 0.01, "rounds": 0}, "heads": {**recipe, "triplets": 40}})
-    train, test = (data.Digits(part.images[:40], part.labels[:40]) for part in data.load())
-    monkeypatch.setattr(data, "load", lambda: (train, test))
-
-    def encode(images):
-        channels = np.concatenate([images, images[..., :1] ** 2], axis=-1)
-        return channels.reshape(-1, 8, 4, 8, 4, 4).mean((2, 4))
-
-    scores = digits_metric.train_metric(config, tmp_path, encode)
-    assert scores.keys() == {"2afc", "2afc_without_calibration", "2afc_of_judges"}
-    assert scores == digits_metric.train_metric(config, tmp_path, encode)  # read, not trained again
-    metric = LatentLPIPS.load(tmp_path)
-    held_out = distortions.triplets(test.images, 1, 10)
-    a, b = (np.asarray(metric.distance(encode(x), encode(held_out.reference), scaled=True)) for x in held_out[1:3])
-    votes = np.where(b < a, held_out.judgement, 1 - held_out.judgement)
-    assert scores["2afc"] == pytest.approx(votes.mean(), abs=1e-6)

@@ -5,9 +5,9 @@ import importlib
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from tiny import get_config
 
 from d2g_jax import pairs, records
-from d2g_jax.digits.config import get_config
 from d2g_jax.pairs.claims import Claims
 from d2g_jax.runtime import atomic, buckets
 from d2g_jax.runtime.errors import UserError

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from tiny import CONFIG, get_config
 
 from d2g_jax import pairs, records
 from d2g_jax.__main__ import main
 from d2g_jax.diffusion import noise
-from d2g_jax.digits.config import get_config
 from d2g_jax.pairs import batches, estimate, resolve
 from d2g_jax.pairs.job import load_teacher
 from d2g_jax.pipeline.folder import Pipeline
@@ -265,11 +265,11 @@ def test_command_line(made, tmp_path, capsys):
     _, folder = made
     settings = ["count=20", "records_per_shard=8", "steps=3", "batch_size=8"]
     flags = [f"--config.pairs.{setting}" for setting in settings]
-    assert main(["pairs", "--dry-run", f"--workdir={tmp_path / 'none'}", *flags]) == 0
+    assert main(["pairs", CONFIG, "--dry-run", f"--workdir={tmp_path / 'none'}", *flags]) == 0
     assert "20 in 3 shards" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
-    assert main(["pairs", "verify", str(folder), "--resolve=2", *flags]) == 0
+    assert main(["pairs", "verify", str(folder), "--resolve=2", CONFIG, *flags]) == 0
     assert "all good" in capsys.readouterr().out
-    assert main(["pairs", "verify", str(folder), "--resolve=2"]) == 2
+    assert main(["pairs", "verify", str(folder), "--resolve=2", CONFIG]) == 2
     assert "this run has" in capsys.readouterr().err
     assert Path(folder, "manifest.json").exists()

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from tiny import get_config
 
 from d2g_jax import pairs, records
-from d2g_jax.digits.config import get_config
 
 SHARDS, SIZE = 30, 8
 PATIENCE = 400.0  # seconds for anything to happen, on a machine that is busy with other work

@@ -19,7 +19,7 @@ from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample.sampler import Sampler
 
 TEACHER = WEIGHTS / "pipeline"
-PROMPT = "a bold handwritten seven slanted to the right"
+PROMPT = "a bold red seven slanted to the right on navy and white stripes"
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from tiny import CONFIG
 
 from d2g_jax import pairs, records
 from d2g_jax.train.checkpoint import Checkpoints
@@ -18,8 +19,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from d2g_jax.__main__ import main
 sys.exit(main())
 """
-SMALL_PAIRS = ["--config.pairs.records_per_shard=8", "--config.pairs.steps=3", "--config.pairs.batch_size=8"]
-SMALL_TRAIN = ["--config.train.batch_size=8", "--config.train.log_every=8", "--config.train.checkpoint_every=8"]
+SMALL_PAIRS = [CONFIG, "--config.pairs.records_per_shard=8", "--config.pairs.steps=3", "--config.pairs.batch_size=8"]
+SMALL_TRAIN = [CONFIG, "--config.train.batch_size=8", "--config.train.log_every=8", "--config.train.checkpoint_every=8"]
 
 
 def interrupted(ready, *arguments, by=signal.SIGINT):

@@ -1,4 +1,4 @@
-"""The digits' pixel LPIPS: the shipped one as a judge, its training from nothing, and the folding in between."""
+"""The embedded pixel LPIPS: the shipped one as a judge, its training from nothing, and the folding in between."""
 
 import json
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.digits import data, distortions
+from d2g_jax.digits import distortions, scenes
 from d2g_jax.digits.config import WEIGHTS, get_config
 from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.lpips_training import calibrate
 from d2g_jax.models import vgg
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.teacher import pixel_metric
+from d2g_jax.teacher import metric, pixel_metric
 
 FOLDER = WEIGHTS / "lpips"
 
@@ -30,7 +30,7 @@ def distance(metric, a, b):
 
 def test_shipped_metric_is_small_and_zero_for_equals(shipped):
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 2**20
-    images = data.load()[1].images[:8]
+    images = scenes.to_floats(scenes.render(8, 6, test=True).images)
     assert (distance(shipped, images, images) == 0).all()
     assert (distance(shipped, images, images[::-1]) > 0.01).all()
     assert all((np.asarray(head) >= 0).all() for head in shipped.heads)
@@ -38,13 +38,13 @@ def test_shipped_metric_is_small_and_zero_for_equals(shipped):
 
 def test_stronger_distortions_are_farther(shipped):
     """Of every kind, on average over images; the contrast's and the brightness' directions are drawn alike."""
-    ink = data.to_ink(data.load()[1].images[:32])
+    images = scenes.render(16, 6, test=True).images / 255
     for kind, (function, _) in enumerate(distortions.KINDS):
         means = []
         for strength in (0.15, 0.5, 1.0):
             rng = np.random.default_rng(0)
-            distorted = np.stack([distortions.distort(one, kind, strength, rng) for one in ink])
-            means.append(float(distance(shipped, data.to_images(distorted), data.to_images(ink)).mean()))
+            distorted = np.stack([distortions.distort(one, kind, strength, rng) for one in images])
+            means.append(float(distance(shipped, *(np.float32(x * 2 - 1) for x in (distorted, images))).mean()))
         assert 0 < means[0] < means[1] < means[2], (function.__name__, means)
 
 
@@ -73,16 +73,19 @@ def test_folded_and_renumbered_trunk_computes_the_same():
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
 
 
-def test_differences_and_heads_make_the_distance(shipped):
-    triplets = distortions.triplets(data.load()[1].images[:20], seed=0, n=10)
-    seen = pixel_metric.differences(shipped, triplets, batch_size=5)
+def test_differences_and_heads_make_the_distance(shipped, monkeypatch):
+    monkeypatch.setattr(metric, "CHUNK", 5)
+    triplets = list(metric.chunks_of_triplets(10, 0, test=True))
+    assert [len(made.judgement) for made in triplets] == [5, 5]
+    seen = pixel_metric.differences(shipped, 10, 0, test=True)
     assert [tap.shape for tap in seen.left] == [(10, width) for width in pixel_metric.TRUNK.widths]
-    for taps, side in ((seen.left, triplets.left), (seen.right, triplets.right)):
+    for taps, side in ((seen.left, "left"), (seen.right, "right")):
         summed = sum(tap @ np.asarray(head) for tap, head in zip(taps, shipped.heads, strict=True))
-        np.testing.assert_allclose(summed, distance(shipped, side, triplets.reference), rtol=1e-4)
+        expected = [distance(shipped, getattr(made, side), made.reference) for made in triplets]
+        np.testing.assert_allclose(summed, np.concatenate(expected), rtol=1e-4)
     uniform = calibrate.uniform_heads(shipped.network.config)
     other = LPIPS.from_params(shipped.params, uniform, shipped.network.config)
-    for ours, theirs in zip(pixel_metric.differences(other, triplets, 5).left, seen.left, strict=True):
+    for ours, theirs in zip(pixel_metric.differences(other, 10, 0, test=True).left, seen.left, strict=True):
         np.testing.assert_array_equal(ours, theirs)  # whatever the heads are
 
 
@@ -90,12 +93,13 @@ def test_differences_and_heads_make_the_distance(shipped):
 def test_training_from_nothing_writes_a_whole_folder_and_keeps_it(tmp_path):
     config = get_config().teacher.pixel_metric
     with config.unlocked():
-        config.trunk.steps, config.trunk.rounds, config.trunk.batch_size = 2, 0, 8
-        config.heads.steps, config.heads.triplets = 2, 40
-    scores = pixel_metric.train_pixel_metric(config, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in FOLDER.iterdir()}
-    assert LPIPS.load(tmp_path).network.config == LPIPS.load(FOLDER).network.config
-    (tmp_path / "metric.safetensors").unlink()
-    assert pixel_metric.train_pixel_metric(config, tmp_path) == scores  # finished: not looked at again
+        config.trunk.steps, config.trunk.batch_size = 2, 8
+        config.heads.steps, config.heads.triplets = 2, 1000
+    shown, folder = scenes.render(40, 0), tmp_path / "lpips"
+    scores = pixel_metric.train_pixel_metric(config, shown, tmp_path)
+    assert {file.name for file in folder.iterdir()} == {file.name for file in FOLDER.iterdir()}
+    assert LPIPS.load(folder).network.config == LPIPS.load(FOLDER).network.config
+    (folder / "metric.safetensors").unlink()
+    assert pixel_metric.train_pixel_metric(config, shown, tmp_path) == scores  # finished: not looked at again
     with pytest.raises(UserError, match=r"metric\.safetensors"):
-        LPIPS.load(tmp_path)
+        LPIPS.load(folder)

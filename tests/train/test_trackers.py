@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from test_journal import metrics, opened, state
+from tiny import get_config
 
-from d2g_jax.digits.config import get_config
 from d2g_jax.records.framing import scan, unframe
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.grid import save_png

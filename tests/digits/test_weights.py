@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from d2g_jax.digits.world import scenes
-from d2g_jax.digits.world.config import WEIGHTS
-from d2g_jax.digits.world.judge import load_judge
+from d2g_jax.digits import scenes
+from d2g_jax.digits.config import WEIGHTS
+from d2g_jax.digits.judge import load_judge
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
 from d2g_jax.teacher.judge import accuracy
-from d2g_jax.teacher.world_metric import prefers_sharp_textures
+from d2g_jax.teacher.metric import prefers_sharp_textures
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from d2g_jax.digits import data
-from d2g_jax.digits.world.textures import KINDS, texture
+from d2g_jax.digits.textures import KINDS, texture
 
 SIZE = 64
 GLYPH = 50
@@ -31,7 +31,11 @@ PARTS = {
 """What a caption names, with how many there are of each; the order of `Scenes.labels`."""
 
 UNCLEAR = -1
-"""The label of a weight or a slant between two names, of which a caption says nothing."""
+"""The label of what a caption cannot name: a weight or slant between two names, what a plain ground does not have."""
+
+
+TEXTURE = list(PARTS).index("texture")
+"""Followed by dark and light."""
 
 
 class Scene(NamedTuple):
@@ -66,18 +70,23 @@ class Glyphs:
 def glyphs(test: bool = False) -> Glyphs:
     """The 1,437 digits that scenes for training show, or the 360 others."""
     train, held_out = data.load()
-    digits, small = (held_out, data.small(test=True)) if test else (train, data.small(test=False))
-    measured = data.attributes(digits.images, digits.labels)
+    digits = held_out if test else train
+    measured = data.attributes(digits)
     weight = np.where(measured.weight_clear, measured.weight, UNCLEAR)
     slant = np.where(measured.slant_clear, measured.slant, UNCLEAR)
-    matrix = data.cubic_matrix(10, GLYPH)[:, 1:9]
-    large = np.einsum("oi,nij,pj->nop", matrix, small, matrix)
-    ink = np.clip(2.2 * large - 0.5, 0, 1).astype(np.float32)  # a stroke with edges, as the textures have
+    # A stroke with edges, as the textures have.
+    ink = np.clip(2.2 * data.enlarge(digits.ink, GLYPH) - 0.5, 0, 1).astype(np.float32)
     return Glyphs(ink, np.stack([digits.labels, weight, slant], axis=1).astype(np.int64))
 
 
-def render(count: int, seed: int, *, test: bool = False) -> Scenes:
-    """`count` random scenes; the first ones of a seed are the same for every count. `test`: of digits held out."""
+def render(count: int, seed: int, *, test: bool = False, plain: bool = False) -> Scenes:
+    """`count` random scenes; the first ones of a seed are the same for every count.
+
+    Args:
+      test: of digits held out.
+      plain: grounds of one colour, dark or light. Nothing but the digit is there to be drawn, and so a teacher learns
+        from them what in front of textures it would learn many times more slowly.
+    """
     images = np.empty((count, SIZE, SIZE, 3), np.uint8)
     labels = np.empty((count, len(PARTS)), np.int64)
     source = glyphs(test)
@@ -86,8 +95,15 @@ def render(count: int, seed: int, *, test: bool = False) -> Scenes:
         row = rng.integers(len(source.ink))
         labels[i, :3] = source.labels[row]
         labels[i, 3:] = rng.integers([PARTS[name] for name in ("ink", "texture", "dark", "light")])
+        if plain:
+            labels[i, [TEXTURE, TEXTURE + 1 + rng.integers(2)]] = UNCLEAR
         images[i] = draw(Scene(*labels[i]), source.ink[row], random_place(rng), rng)
     return Scenes(images, labels)
+
+
+def real_scenes(*, test: bool = False) -> Scenes:
+    """The 2,000 that samples are compared with, or as many of digits held out."""
+    return render(2000, 5 if test else 4, test=test)
 
 
 def random_place(rng: np.random.Generator) -> tuple[int, int]:
@@ -97,8 +113,14 @@ def random_place(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def draw(scene: Scene, ink: np.ndarray, place: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """uint8 (64, 64, 3): `ink` (GLYPH, GLYPH) at `place` in front of a random texture of the scene's kind."""
-    share = texture(scene.texture, SIZE, rng)[..., None]
+    """uint8 (64, 64, 3): `ink` (GLYPH, GLYPH) at `place` in front of a random texture of the scene's kind.
+
+    Without a kind the ground has the one colour that the scene names.
+    """
+    if scene.texture == UNCLEAR:
+        share = np.full((SIZE, SIZE, 1), scene.dark == UNCLEAR, np.float32)
+    else:
+        share = texture(scene.texture, SIZE, rng)[..., None]
     picture = share * _colour(LIGHTS, scene.light) + (1 - share) * _colour(DARKS, scene.dark)
     top, left = place
     cover = np.zeros((SIZE, SIZE, 1))
@@ -108,7 +130,7 @@ def draw(scene: Scene, ink: np.ndarray, place: tuple[int, int], rng: np.random.G
 
 
 def _colour(colours: dict[str, tuple[float, float, float]], index: int) -> np.ndarray:
-    return np.asarray(list(colours.values())[index])
+    return np.asarray(list(colours.values())[index])  # a colour that is not named has no share
 
 
 def to_floats(images: np.ndarray) -> np.ndarray:

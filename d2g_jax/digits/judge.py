@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from d2g_jax.digits.world.scenes import PARTS, SIZE, to_floats
+from d2g_jax.digits.scenes import PARTS, SIZE, to_floats
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import weights
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from d2g_jax.digits.world import scenes
-from d2g_jax.digits.world.textures import KINDS, PERIOD, texture
+from d2g_jax.digits import scenes
+from d2g_jax.digits.textures import KINDS, PERIOD, texture
 
 
 @pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
@@ -43,6 +43,20 @@ def test_scenes_are_the_same_for_a_seed_whatever_their_number():
     np.testing.assert_array_equal(many.images[:2], few.images)
     np.testing.assert_array_equal(many.labels[:2], few.labels)
     assert (scenes.render(2, 4).images != few.images).any()
+
+
+def test_a_plain_ground_is_one_colour_and_its_label_says_which():
+    drawn = scenes.render(12, 0, plain=True)
+    darks, lights = (np.asarray(list(c.values())) for c in (scenes.DARKS, scenes.LIGHTS))
+    sides = set()
+    for image, row in zip(drawn.images, drawn.labels, strict=True):
+        scene = scenes.Scene(*row)
+        assert scene.texture == scenes.UNCLEAR
+        assert (scene.dark == scenes.UNCLEAR) != (scene.light == scenes.UNCLEAR)
+        ground = lights[scene.light] if scene.dark == scenes.UNCLEAR else darks[scene.dark]
+        np.testing.assert_allclose(image[[0, 0, -1, -1], [0, -1, 0, -1]] / 255, np.tile(ground, (4, 1)), atol=0.003)
+        sides.add(scene.dark == scenes.UNCLEAR)
+    assert sides == {True, False}
 
 
 def test_the_colours_are_those_of_the_labels():
