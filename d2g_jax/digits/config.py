@@ -119,6 +119,14 @@ def teacher() -> ConfigDict:
                 },
                 "heads": {"steps": 1000, "batch_size": 50, "learning_rate": 1e-3, "triplets": 4000, "seed": 0},
             },
+            "text_tower": {
+                "steps": 1500,
+                "batch_size": 128,
+                "learning_rate": 1e-3,
+                "b2": 0.99,
+                "weight_decay": 0.01,
+                "seed": 0,
+            },
             "denoiser": {
                 "steps": 18_000,
                 "batch_size": 64,

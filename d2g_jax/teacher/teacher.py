@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax import nnx
 
 from d2g_jax.diffusion.schedule import Schedule, add_noise, training_target
 from d2g_jax.digits import captions, scenes, tokenizer
 from d2g_jax.digits import judge as judges
 from d2g_jax.lpips_training import fit as training
+from d2g_jax.lpips_training.classify import cross_entropy
 from d2g_jax.lpips_training.fit import Loss, sampled_rows
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Params
@@ -139,6 +141,36 @@ def caption_table(tokens: Any, labels: np.ndarray, variants: int, seed: int) -> 
     return np.stack([pipelines.tokenize(tokens, texts) for texts in rounds], axis=1)
 
 
+def train_text_tower(
+    config: ml_collections.ConfigDict, ids: np.ndarray, labels: np.ndarray, text: clip.ClipTextConfig, folder: Path
+) -> Params:
+    """A text tower that can name the parts of a caption, as CLIP's could before a UNet listened to it.
+
+    Every token from the caption's end on learns to carry all of them. A tower at random says next to nothing, and a
+    UNet does not attend to that for thousands of steps.
+
+    Args:
+      ids: (N, variants, L) captions; labels: (N, 7) of the scenes.
+    """
+    tower, parts = clip.build(text), tuple(scenes.PARTS.values())
+    key = jax.random.key(config.seed)
+    head = nnx.initializers.lecun_normal()(jax.random.fold_in(key, 1), (text.hidden_size, sum(parts)))
+
+    def loss(params: dict[str, Params], batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        hidden = tower.apply(params["tower"], batch["ids"]).last_hidden_state
+        ended = (batch["ids"] == text.eos_token_id)[..., None]
+        logits = (hidden * ended).sum(1) / ended.sum(1) @ params["head"]
+        return cross_entropy(logits, batch["labels"], parts)
+
+    def batch_at(step: int) -> dict[str, np.ndarray]:
+        rows = sampled_rows(len(ids), config.batch_size, config.seed, step)
+        chosen = np.random.default_rng([config.seed + 1, step]).integers(ids.shape[1], size=len(rows))
+        return {"ids": ids[rows, chosen].astype(np.int32), "labels": labels[rows].astype(np.int32)}
+
+    start = {"tower": tower.init(key), "head": head}
+    return training.fit(loss, start, batch_at, long_recipe(config, folder), label="text_tower")["tower"]
+
+
 def join(*parts: Latents) -> Latents:
     """One after another."""
     return Latents(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(Latents)))
@@ -158,12 +190,14 @@ def denoising(
     ids: np.ndarray,
     empty: np.ndarray,
     text: clip.ClipTextConfig,
+    text_params: Params,
 ) -> Denoising:
     """The text tower and the UNet together, v-prediction, 10% of captions replaced by the empty one.
 
     Args:
       latents: scaled moments of the N training images.
       ids: (N, variants, L) captions; empty: (L,) the empty caption.
+      text_params: of the text tower to begin with.
     """
     tower, network = clip.build(text), unet.build(UNET)
     schedule = Schedule.from_config(SCHEDULER)
@@ -187,8 +221,7 @@ def denoising(
         chosen = np.where(rng.random(len(rows))[:, None] < config.caption_dropout, empty, chosen)
         return {"mean": latents.mean[rows], "std": latents.std[rows], "ids": chosen.astype(np.int32)}
 
-    key = jax.random.key(config.seed)
-    params = {"text_encoder": tower.init(key), "unet": network.init(jax.random.fold_in(key, 1))}
+    params = {"text_encoder": text_params, "unet": network.init(jax.random.key(config.seed))}
     return Denoising(loss, params, batch_at)
 
 
@@ -235,12 +268,18 @@ def train_pipeline(config: ml_collections.ConfigDict, shown: scenes.Scenes, work
     labels = np.concatenate([shown.labels, plain.labels])
     ids = caption_table(tokens, labels, config.denoiser.caption_variants, config.denoiser.seed)
     empty = pipelines.tokenize(tokens, [""])[0]
+    text_params = stage(
+        workdir,
+        "text_tower",
+        clip.build(text).abstract(),
+        lambda: train_text_tower(config.text_tower, ids, labels, text, workdir / "training" / "text_tower"),
+    )
     denoiser = stage(
         workdir,
         "denoiser",
         {"text_encoder": clip.build(text).abstract(), "unet": unet.build(UNET).abstract()},
         lambda: training.fit(
-            *denoising(config.denoiser, latents, ids, empty, text),
+            *denoising(config.denoiser, latents, ids, empty, text, text_params),
             long_recipe(config.denoiser, workdir / "training" / "denoiser"),
             label="denoiser",
             ema=config.denoiser.ema,

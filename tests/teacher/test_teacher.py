@@ -21,6 +21,7 @@ SHORT = [
     "--config.teacher.scenes.count=300",
     "--config.teacher.scenes.plain=100",
     "--config.teacher.autoencoder.steps=3",
+    "--config.teacher.text_tower.steps=3",
     "--config.teacher.denoiser.steps=3",
     "--config.teacher.denoiser.caption_variants=1",
     "--config.teacher.judge.steps=3",
