@@ -81,7 +81,7 @@ class Judge:
             ("full student: sharpness at most 1.15", full["sharpness"], 1.15, False),
             (
                 "full student: accuracy of all parts together over the teacher's, at least 0.95",
-                full["accuracy"]["all"] / teacher["accuracy"]["all"],
+                full["accuracy"]["all"] / max(teacher["accuracy"]["all"], 1e-9),  # of a teacher that is never right
                 0.95,
                 True,
             ),

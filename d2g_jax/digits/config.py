@@ -133,6 +133,7 @@ def teacher() -> ConfigDict:
                 "learning_rate": 1.5e-3,
                 "b2": 0.99,
                 "weight_decay": 0.01,
+                "time_power": 0.6,
                 "caption_dropout": 0.1,
                 "caption_variants": 8,
                 "ema": 0.999,
