@@ -77,11 +77,11 @@ def teacher() -> ConfigDict:
     """Hours of two CPU cores, most of them the denoiser's."""
     return ConfigDict(
         {
-            "scenes": {"count": 30_000, "plain": 10_000, "seed": 1},
+            "scenes": {"count": 30_000, "plain": 15_000, "seed": 1},
             "prompts": {"count": 4096, "seed": 2},
             "autoencoder": {
-                "steps": 1500,
-                "batch_size": 32,
+                "steps": 2000,
+                "batch_size": 16,
                 "learning_rate": 2e-3,
                 "b2": 0.999,
                 "weight_decay": 0.0,

@@ -57,7 +57,7 @@ VAE = vae.VaeConfig(
     latent_channels=4,
     norm_num_groups=8,
     sample_size=scenes.SIZE,
-    mid_block_add_attention=False,  # it is trained on crops
+    mid_block_add_attention=False,
     scaling_factor=1.0,  # measured after training
 )
 
@@ -73,9 +73,6 @@ UNET = unet.UNetConfig(
 )
 """It attends at its lowest level alone, so that what it draws in many calls, a texture that agrees with itself over the
 whole picture, one cannot: docs/when.md."""
-
-CROP = 32
-"""Pixels: the autoencoder has no need of whole scenes."""
 
 
 def text_config(vocab_size: int) -> clip.ClipTextConfig:
@@ -102,7 +99,7 @@ class Latents:
 
 
 def train_autoencoder(config: ml_collections.ConfigDict, images: np.ndarray, folder: Path) -> Params:
-    """An AutoencoderKL on crops of scenes (N, 64, 64, 3) uint8: squared and absolute error, and a light KL term."""
+    """An AutoencoderKL on scenes (N, 64, 64, 3) uint8: squared and absolute error, and a light KL term."""
     network = vae.build(VAE)
 
     def loss(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
@@ -113,23 +110,20 @@ def train_autoencoder(config: ml_collections.ConfigDict, images: np.ndarray, fol
         return jnp.mean(jnp.square(error)) + config.l1_weight * jnp.mean(jnp.abs(error)) + config.kl_weight * kl
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
-        rows = sampled_rows(len(images), config.batch_size, config.seed, step)
-        top, left = np.random.default_rng([config.seed + 1, step]).integers(scenes.SIZE - CROP + 1, size=2)
-        return {"images": scenes.to_floats(images[rows, top : top + CROP, left : left + CROP])}
+        return {"images": scenes.to_floats(images[sampled_rows(len(images), config.batch_size, config.seed, step)])}
 
     start = network.init(jax.random.key(config.seed))
     return training.fit(loss, start, batch_at, long_recipe(config, folder), label="autoencoder")
 
 
-def encode(params: Params, images: np.ndarray, scale: float | None = None) -> tuple[Latents, float]:
-    """Scaled moments of uint8 images (N, H, W, 3), and the factor that scaled them: `scale`, or 1 / their deviation."""
+def encode(params: Params, images: np.ndarray) -> tuple[Latents, float]:
+    """Scaled moments of uint8 images (N, H, W, 3), and the factor 1 / standard deviation that scaled them."""
     network = vae.build(VAE)
     moments = jax.jit(lambda batch: network.apply(params, batch, method="encode"))
     parts = [jax.device_get(moments(scenes.to_floats(images[i : i + 128]))) for i in range(0, len(images), 128)]
     mean, logvar = (np.concatenate(part) for part in zip(*parts, strict=True))
     std = np.exp(0.5 * logvar)
-    if scale is None:
-        scale = round(float(1.0 / np.sqrt(np.var(mean) + np.mean(np.square(std)))), 5)
+    scale = round(float(1.0 / np.sqrt(np.var(mean) + np.mean(np.square(std)))), 5)
     return Latents(mean * scale, std * scale), scale
 
 
@@ -169,11 +163,6 @@ def train_text_tower(
 
     start = {"tower": tower.init(key), "head": head}
     return training.fit(loss, start, batch_at, long_recipe(config, folder), label="text_tower")["tower"]
-
-
-def join(*parts: Latents) -> Latents:
-    """One after another."""
-    return Latents(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(Latents)))
 
 
 class Denoising(NamedTuple):
@@ -254,19 +243,18 @@ def train_pipeline(config: ml_collections.ConfigDict, shown: scenes.Scenes, work
     target = workdir / "pipeline"
     if (target / "model_index.json").exists():
         return
+    plain = scenes.render(config.scenes.plain, config.scenes.seed + 2, plain=True)
+    images, labels = (np.concatenate(both) for both in ((shown.images, plain.images), (shown.labels, plain.labels)))
     vae_params = stage(
         workdir,
         "autoencoder",
         vae.build(VAE).abstract(),
-        lambda: train_autoencoder(config.autoencoder, shown.images, workdir / "training" / "autoencoder"),
+        lambda: train_autoencoder(config.autoencoder, images, workdir / "training" / "autoencoder"),
     )
-    latents, scale = encode(vae_params, shown.images)
+    latents, scale = encode(vae_params, images)
     tokenizer.write_tokenizer(target / "tokenizer")
     tokens = pipelines.load_tokenizer(target / "tokenizer")
     text = text_config(len(tokens))
-    plain = scenes.render(config.scenes.plain, config.scenes.seed + 2, plain=True)
-    latents = join(latents, encode(vae_params, plain.images, scale)[0])
-    labels = np.concatenate([shown.labels, plain.labels])
     ids = caption_table(tokens, labels, config.denoiser.caption_variants, config.denoiser.seed)
     empty = pipelines.tokenize(tokens, [""])[0]
     text_params = stage(

@@ -31,3 +31,5 @@ setting pairs256 --config.pairs.count=256 --config.pairs.records_per_shard=256
 setting images16k --config.train.images=16384 --pairs="$root/base/pairs/1.0.0"
 setting images1k --config.train.images=1024 --pairs="$root/base/pairs/1.0.0"
 setting steps4 --config.pairs.steps=4
+python "$(dirname "$0")/shuffled.py" ablate perceptual --workdir="$root/shuffled" --pairs="$root/base/pairs/1.0.0" \
+    --config.evaluation.samples=512
