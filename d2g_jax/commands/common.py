@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from d2g_jax.inputs import places
 from d2g_jax.runtime.errors import UserError
 
 JOBS = {
@@ -60,9 +61,24 @@ def join(arguments: list[str]) -> None:
         distributed.join()
 
 
+def path(text: str) -> Path:
+    """`type=` of every flag that is a path on this machine: see `places.local_path`."""
+    try:
+        return places.local_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def place(text: str) -> Any:
+    """`type=` of a flag that may also name a folder in a bucket."""
+    from d2g_jax.runtime.buckets import as_path
+
+    return as_path(text) if "://" in text else path(text)
+
+
 def parse_with_config(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, Any]:
     """A job's own flags and the config that its --config flags name and change."""
-    parser.add_argument("--config", type=Path, metavar="FILE.py")
+    parser.add_argument("--config", type=path, metavar="FILE.py")
     own, rest = parser.parse_known_args(arguments)
     overrides = [a for a in rest if a.startswith("--config.")]
     from d2g_jax.config.configuration import read_config
@@ -121,7 +137,7 @@ def add_model_flags(parser: Any, models: str, *, required: bool = True) -> None:
     parser.add_argument("--model", required=required, help=models)
     parser.add_argument("--revision", help="of a hub id")
     parser.add_argument("--system", help="one-step generator of another method: instaflow, dmd, sdxl-turbo, lcm, ...")
-    parser.add_argument("--unet", type=Path, help="safetensors in place of the model's own UNet")
+    parser.add_argument("--unet", type=path, help="safetensors in place of the model's own UNet")
     parser.add_argument("--height", type=int, help="pixels; default is the model's own")
     parser.add_argument("--width", type=int, help="pixels; default is the model's own")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from d2g_jax.commands import common
 
 
@@ -11,7 +9,7 @@ def run(arguments: list[str]) -> int:
     parser = common.parser("export")
     parser.add_argument("--model", required=True, help="training workdir; or a pipeline folder, for a round trip")
     parser.add_argument("--to", choices=["diffusers", "flax", "stablehlo"], required=True)
-    parser.add_argument("--out", type=Path, required=True, help="a new folder; for stablehlo a new file")
+    parser.add_argument("--out", type=common.path, required=True, help="a new folder; for stablehlo a new file")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--height", type=int, help="of a StableHLO file's images; default is the model's own")
     parser.add_argument("--width", type=int, help="of a StableHLO file's images; default is the model's own")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from d2g_jax.commands import common
 
@@ -12,13 +11,13 @@ def run(arguments: list[str]) -> int:
     parser = common.parser("sample")
     common.add_model_flags(parser, "pipeline folder, hub id, exported student, or training workdir")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    parser.add_argument("--prompts", type=Path, help="text file, one prompt per line")
+    parser.add_argument("--prompts", type=common.path, help="text file, one prompt per line")
     parser.add_argument("--images", type=int, default=1, help="images per prompt")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--latents", type=Path, help="float32 noise (N, C, h, w), .npy, in place of --seed")
+    parser.add_argument("--latents", type=common.path, help="float32 noise (N, C, h, w), .npy, in place of --seed")
     parser.add_argument("--tiled", action="store_true", help="decode large images in overlapping tiles")
     parser.add_argument("--batch", type=int, default=64, help="images per call, all devices together")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=common.path, required=True)
     teacher = parser.add_argument_group("for a teacher; a one-step student has none of these")
     common.add_solution_flags(teacher)
     own = parser.parse_args(arguments)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from d2g_jax.inputs import text
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import weights
@@ -150,7 +151,7 @@ class Pipeline:
             for name in _components(index)
             if name.startswith("tokenizer")
         }
-        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
         params = {
             name: weights.load_params(places[name], network.abstract(), _placer(mesh, storage))
             for name, network in networks.items()
@@ -159,25 +160,23 @@ class Pipeline:
         return cls(folder=folder, index=index, params=params, scheduler=scheduler, **networks, **tokenizers)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; `UserError` when the file is missing, unreadable or something else."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-        raise UserError(f"{file} {reason}; expected a diffusers pipeline folder") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return value
+def _read_json(file: Path) -> dict[str, Any]:
+    return text.read_json(file, "expected a diffusers pipeline folder")
 
 
 def load_tokenizer(folder: Path, text_config: clip.ClipTextConfig | None = None) -> Any:
     """transformers' `CLIPTokenizer` of a folder; `UserError` without merges or when it does not fit the text tower."""
+    for file in folder.glob("[!.]*.json"):
+        _read_json(file)
     _check_merges(folder)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises torch, which nothing here uses
     from transformers import CLIPTokenizer  # 1.5 s to import, and no torch
 
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the parser is Rust's, and raises plain Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{folder}: transformers cannot read this tokenizer ({reason}); fetch it again") from error
     if text_config is not None:
         length, positions = tokenizer.model_max_length, text_config.max_position_embeddings
         if length > positions:
@@ -300,7 +299,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a diffusers pipeline folder")
     file = folder / "model_index.json"
-    index = read_json(file)
+    index = _read_json(file)
     if index.get("_class_name") not in _COMPONENTS:
         raise UserError(f"{file}: _class_name {index.get('_class_name')!r} is unknown; expected {SD} or {SDXL}")
     known = _components(index)
@@ -339,7 +338,7 @@ def _components(index: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _build(source: Path, name: str, class_name: str, dtype: jnp.dtype, *, upcast_vae: bool) -> Network:
-    values = read_json(source)
+    values = _read_json(source)
     if name == "unet":
         return unet.build(unet.UNetConfig.from_json(values, source=str(source)), dtype)
     if name == "vae":
@@ -381,14 +380,13 @@ def _latent_shape(config: Any) -> tuple[int, int, int]:
 
 def _check_merges(folder: Path) -> None:
     if (folder / "tokenizer.json").is_file():
-        merges = read_json(folder / "tokenizer.json").get("model", {}).get("merges")
+        merges = _read_json(folder / "tokenizer.json").get("model", {}).get("merges")
     elif not (folder / "vocab.json").is_file():
         raise UserError(f"{folder / 'vocab.json'} is missing; a CLIP tokenizer needs vocab.json and merges.txt")
     elif not (folder / "merges.txt").is_file():
         raise UserError(f"{folder / 'merges.txt'} is missing; a CLIP tokenizer needs vocab.json and merges.txt")
     else:
-        read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        lines = text.lines(text.read_text(folder / "merges.txt", "fetch the tokenizer again"))
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
     if not merges:
         raise UserError(f"{folder}: the tokenizer has no merges, it would spell every word; fetch merges.txt again")

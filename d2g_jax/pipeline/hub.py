@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from d2g_jax.inputs import places, text
 from d2g_jax.pipeline.weights import STEMS
 from d2g_jax.runtime.errors import UserError
 
@@ -38,13 +38,16 @@ def resolve(model: str | Path, revision: str | None = None, with_extras: bool = 
       UserError: one line that says what to fetch and where to put it, for no network with nothing in the cache, an
         unknown or gated repository, an unknown revision, a repository without safetensors, and a missing folder.
     """
-    if Path(model).exists():
+    name = str(model).removeprefix("https://huggingface.co/") if model else ""
+    if not name.strip():
+        raise UserError(f"an empty path as a model, as a variable that is not set leaves it; {_REMEDY}")
+    if places.is_there(local := places.expanded(name)):
         if revision is not None:
             raise UserError(f"{model}: revision {revision!r} is for hub ids, and this is a local path; leave it out")
-        return Path(model)
-    if not _HUB_ID.fullmatch(str(model)):
-        raise UserError(f"{model}: no such folder; {_REMEDY}")
-    return _fetch(str(model), revision, with_extras)
+        return local
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(f"{name if len(name) <= 80 else name[:60] + '...'}: no such folder; {_REMEDY}")
+    return _fetch(name, revision, with_extras)
 
 
 def needed_files(names: Sequence[str], with_extras: bool = False) -> list[str]:
@@ -127,10 +130,8 @@ def _cached(repo: str, revision: str | None, error: Exception) -> Path:
 def _is_whole(folder: Path) -> bool:
     """Whether a snapshot has something in the folder of every component that its index names, and safetensors."""
     try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    if not isinstance(index, dict):
+        index = text.read_json(folder / _INDEX, "fetch it again")
+    except UserError:
         return False
     for name in (*NETWORKS, *SETTINGS):
         kind = "*.safetensors" if name in NETWORKS else "*"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from numbers import Integral
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 
 from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.systems import OneStep, find_system
+from d2g_jax.inputs import numbers, places
+from d2g_jax.inputs.arrays import check_floats, read_array
 from d2g_jax.pipeline.draw import Programs, Solution, one_step_programs, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import resolve
@@ -62,14 +65,14 @@ class Sampler:
         that is neither pipeline nor workdir.
         """
         if jnp.dtype(dtype) == jnp.float16 and mesh.devices.flat[0].platform == "cpu":
-            raise UserError("--dtype=float16: XLA multiplies no float16 matrices on CPUs; give bfloat16 or float32")
+            raise UserError("dtype=float16: XLA multiplies no float16 matrices on CPUs; give bfloat16 or float32")
         foreign = None if system is None else find_system(system)
-        if Path(model, "checkpoints").is_dir():
-            _check_own(model, system, unet)
-            return cls._from_workdir(Path(model), mesh, dtype, storage)
         folder = resolve(model, revision)
+        if (folder / "checkpoints").is_dir():
+            _check_own(model, system, unet)
+            return cls._from_workdir(folder, mesh, dtype, storage)
         if folder.is_file():
-            raise UserError(f"{model}: a file; give the folder of a pipeline, an export or a workdir")
+            raise UserError(f"{model}: a file; {_of_file(folder)}")
         if not (folder / "model_index.json").exists():
             raise UserError(f"{model}: neither a pipeline folder (model_index.json) nor a workdir (checkpoints/)")
         described = exported.read_description(folder)
@@ -103,6 +106,15 @@ class Sampler:
         return one_step_programs(self.pipeline, self.pipeline.params["unet"], self.one_step, mesh, size, tiled=tiled)
 
 
+def _of_file(file: Path) -> str:
+    """What to do with a file where a model's folder is wanted."""
+    if zipfile.is_zipfile(file):
+        return "an export to StableHLO draws by itself: `python run.py` of docs/export.md"
+    if file.suffix.lower() in (".safetensors", ".ckpt"):
+        return "diffusers makes a folder of it: from_single_file(FILE).save_pretrained(FOLDER); give that"
+    return "give the folder of a pipeline, an export or a workdir"
+
+
 def _check_own(model: str | Path, system: str | None, unet: str | Path | None) -> None:
     for flag, value in (("system", system), ("unet", unet)):
         if value is not None:
@@ -131,8 +143,7 @@ def draw_noise(seed: int, count: int, shape: tuple[int, int, int]) -> np.ndarray
 
     Raises `UserError` for a seed that is none of the 32 bits that noise is drawn by.
     """
-    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed!r}; give a whole number from 0 to {2**32 - 1}")
+    numbers.SEED.check("seed", seed)
     rows = 1 << (count - 1).bit_length()  # of few sizes, so that another count compiles nothing
     return np.asarray(noise.record_noise(int(seed), jnp.arange(rows, dtype=jnp.uint32), shape))[:count]
 
@@ -153,18 +164,14 @@ def noise_of(
     channels, *sides = latent_shape(pipeline, size)
     if latents is None:
         return draw_noise(seed, count, (channels, *sides))
-    name = latents if isinstance(latents, str | Path) else "latents"
+    name, form = "latents", "standard normal noise as float32 (N, C, h, w)"
     if isinstance(latents, str | Path):
-        try:
-            latents = np.load(latents, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{name}: cannot be read as .npy ({error}); give float32 (N, C, h, w)") from error
+        name, latents = latents, read_array(places.expanded(latents), form)
     try:
         latents = np.asarray(latents)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{name}: no array ({error}); give float32 (N, C, h, w)") from error
-    if not jnp.issubdtype(latents.dtype, jnp.floating):
-        raise UserError(f"{name}: holds {latents.dtype}; give standard normal noise as float32 (N, C, h, w)")
+        raise UserError(f"{name}: no array ({error}); give {form}") from error
+    check_floats(latents, name, form)
     asked = tuple("any" if given is None else side for given, side in zip(size, sides, strict=True))
     wanted, shape = (count, channels, *asked), np.shape(latents)
     if len(shape) != 4 or any(side not in ("any", found) for side, found in zip(wanted, shape, strict=True)):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2g_jax.evaluate.images import batches, natural_key, prepare, survey
+from d2g_jax.evaluate.images import batches, prepare, survey
 from d2g_jax.evaluate.protocols import PROTOCOLS, find_protocol
+from d2g_jax.inputs.text import natural_key
 from d2g_jax.runtime.errors import UserError
 
 COCO = dataclasses.replace(PROTOCOLS["coco2014-30k"], size=16)
