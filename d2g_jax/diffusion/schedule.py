@@ -17,6 +17,15 @@ import numpy as np
 from d2g_jax.runtime.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+_BETA_KEYS = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
+_CLASSES = (
+    "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler",
+    "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler",
+    "SASolverScheduler", "LCMScheduler", "TCDScheduler",
+)  # fmt: skip
+"""diffusers' schedulers that thin out a schedule of betas; whatever they do with it, the schedule is the same."""
 SPACINGS = ("leading", "trailing", "linspace")
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
@@ -53,9 +62,15 @@ class Schedule:
     def from_config(cls, config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Schedule:
         """Reads a `scheduler_config.json`; only the schedule is taken, whatever solver class it names.
 
-        Raises `UserError` for a setting that would change the ODE and that is not implemented.
+        Raises `UserError` for a setting that would change the ODE and that is not implemented, and for what is no
+        schedule of betas: diffusers' defaults would be taken for it without a word.
         """
-        for key in ("clip_sample", "thresholding"):
+        name = str(config.get("_class_name", "DDIMScheduler")).removeprefix("Flax")
+        if name not in _CLASSES:
+            raise UserError(f"{source}: {name} is no schedule of betas; known are {', '.join(_CLASSES)}")
+        if not any(config.get(key) is not None for key in _BETA_KEYS):
+            raise UserError(f"{source}: has none of {', '.join(_BETA_KEYS)}; fetch the file again")
+        for key in ("clip_sample", "thresholding", "use_flow_sigmas"):
             if config.get(key):
                 raise UserError(f"{source}: {key}=true is not a deterministic ODE of the latents; set it to false")
         prediction_type = config.get("prediction_type", "epsilon")

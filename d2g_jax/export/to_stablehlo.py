@@ -58,7 +58,7 @@ def write(pipeline: Pipeline, timestep: int, out: Path, dtype: str, latent_shape
 def trace(
     pipeline: Pipeline, timestep: int, params: Mapping[str, Any], latent_shape: tuple[int, int, int]
 ) -> tuple[export.Exported, str | None]:
-    """(params, tokens int32 (b, L), noise float32 (b, C, h, w)) -> uint8 (b, H, W, 3), exported for `PLATFORMS`.
+    """(params, tokens int32 (b, L), noise float32 (b, C, h, w)) -> `folder.Decoded` as a tuple, for `PLATFORMS`.
 
     b is any number, or `_FIXED_BATCH` where jax cannot trace that; the second result is then the reason.
     """
@@ -77,14 +77,14 @@ def _trace(
     sizes = size_ids(pipeline, (factor * latent_shape[1], factor * latent_shape[2]))
 
     @jax.jit
-    def draw(params: dict[str, jax.Array], tokens: jax.Array, noise: jax.Array) -> jax.Array:
+    def draw(params: dict[str, jax.Array], tokens: jax.Array, noise: jax.Array) -> tuple[jax.Array, ...]:
         trees = _trees(pipeline, params)
         condition = encode_text(pipeline, trees, tokens, sizes)
 
         def call(latents: jax.Array, t: jax.Array) -> jax.Array:
             return pipeline.unet.apply(trees["unet"], latents, jnp.broadcast_to(t, latents.shape[:1]), *condition)
 
-        return decode(pipeline, trees, one_step(call, schedule, timestep, jnp.transpose(noise, (0, 2, 3, 1))))
+        return tuple(decode(pipeline, trees, one_step(call, schedule, timestep, jnp.transpose(noise, (0, 2, 3, 1)))))
 
     shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}
     tokens = jax.ShapeDtypeStruct((batch, pipeline.token_length), jnp.int32)
@@ -119,13 +119,14 @@ def _meta(
     fixed_because: str | None,
 ) -> dict[str, Any]:
     batch = "any" if fixed_because is None else _FIXED_BATCH
-    (images,) = program.out_avals
+    images, _ = program.out_avals
     lengths = [tokenizer.model_max_length for tokenizer in pipeline.tokenizers]
     return {
         **exported.describe(pipeline, timestep, "stablehlo", dtype),
         "batch": batch,
         "batch_fixed_because": fixed_because,
         "token_lengths": lengths,
+        "vocabulary_sizes": [tower.config.vocab_size for tower in pipeline.towers.values()],
         "inputs": {
             "params": "the tensors of params.safetensors under their names",
             "tokens": {
@@ -135,7 +136,11 @@ def _meta(
             },
             "noise": {"dtype": "float32", "shape": [batch, *latent_shape], "is": "standard normal, NCHW"},
         },
-        "output": {"dtype": "uint8", "shape": [batch, *images.shape[1:]], "is": "images, NHWC"},
+        "output": {
+            "dtype": "uint8",
+            "shape": [batch, *images.shape[1:]],
+            "is": "images, NHWC; behind them a bool an image: finite",
+        },
         "platforms": list(program.platforms),
         "calling_convention_version": program.calling_convention_version,
     }

@@ -18,7 +18,9 @@ def read_text(file: Path, remedy: str) -> str:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}); {remedy}") from error
+        missing = isinstance(error, FileNotFoundError)
+        wrong = "is missing" if missing else f"cannot be read ({error.strerror or error})"
+        raise UserError(f"{file} {wrong}; {remedy}") from error
     check_fetched(file, content)
     try:
         return content.decode("utf-8-sig")
@@ -37,9 +39,9 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
     try:
         value = json.loads(read_text(file, remedy))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); {remedy}") from error
+        raise UserError(f"{file} cannot be read ({error}); {remedy}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{file}: holds a {type(value).__name__}, not a JSON object; {remedy}")
+        raise UserError(f"{file}: expected a JSON object, not a {type(value).__name__}; {remedy}")
     return value
 
 

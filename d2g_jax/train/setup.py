@@ -19,6 +19,7 @@ from d2g_jax.models import discriminator as discriminators
 from d2g_jax.models import unet as unets
 from d2g_jax.models.layers import check_remat
 from d2g_jax.pipeline.conditioning import encode_text, from_text_fields
+from d2g_jax.pipeline.draw import check_teacher
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
@@ -42,7 +43,8 @@ def open_pairs(config: ml_collections.ConfigDict, folder: Path) -> records.PairS
 
 
 def check_pairs(folder: Path, manifest: records.Manifest, pipeline: Pipeline) -> None:
-    """Raises `UserError` unless these pairs were made by this teacher."""
+    """Raises `UserError` unless these pairs were made by this teacher, and it is one."""
+    check_teacher(pipeline)
     height, width, channels = pipeline.latent_shape
     records.check_fits(
         manifest,

@@ -19,10 +19,10 @@ def test_a_byte_order_mark_is_no_text(mark, tmp_path):
         (b"caf\xe9", "a.json: not UTF-8 at byte 3; save it as UTF-8"),
         ("{}".encode("utf-16"), "a.json: not UTF-8 at byte 0; save it as UTF-8"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer.*git lfs pull"),
-        (None, "a.json: cannot be read \\(No such file or directory\\); give it"),
-        (b"[1]", "a.json: holds a list, not a JSON object; give it"),
-        (b"{", "a.json: cannot be read .*; give it"),
-        (b"[" * 100_000, "a.json: cannot be read .*recursion"),
+        (None, "a.json is missing; give it"),
+        (b"[1]", "a.json: expected a JSON object, not a list; give it"),
+        (b"{", "a.json cannot be read .*; give it"),
+        (b"[" * 100_000, "a.json cannot be read .*recursion"),
     ],
 )
 def test_what_is_no_json_object(content, message, tmp_path):

@@ -145,7 +145,7 @@ def test_a_drawing_that_is_not_finite_is_refused(studio):
     system = studio.systems["student"]
     broken = dataclasses.replace(system.programs, solve=lambda noise, text: system.programs.solve(noise, text) * np.nan)
     systems = {"student": dataclasses.replace(system, programs=broken)}
-    with pytest.raises(UserError, match="drew values that are not finite for 'the digit 5', seed 7; check its weights"):
+    with pytest.raises(UserError, match="1 of 1 images are not finite, the first for 'the digit 5'; check its weights"):
         Studio(systems, studio.shape, studio._mesh).draw("student", Asked("the digit 5", 7))
 
 
