@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
     bench, start, out = read(arguments)
     common.start(start, cache=False)
     from d2g_jax.bench.measure import format_report, write_report
-    from d2g_jax.runtime.atomic import check_output
+    from d2g_jax.inputs.places import check_output
 
     if out:
         check_output(out, "bench.json")

@@ -45,6 +45,7 @@ def _evaluate(arguments: Sequence[str]) -> Callable[[], str]:
     parser.add_argument("--protocol", help=", ".join(PROTOCOLS))
     parser.add_argument("--images", type=common.path, help="folder of images, one for each prompt in order")
     parser.add_argument("--prompts", type=common.path, help="one prompt per line; the digits have their own")
+    common.add_prompts_column(parser)
     parser.add_argument(
         "--reference", type=common.path, help="file of `d2g evaluate reference`, or a folder of real images"
     )
@@ -127,7 +128,7 @@ def _run(own: argparse.Namespace) -> str:
     from d2g_jax.results.metric_weights import MetricWeights
 
     given = common.given_solution(own)
-    if own.images is not None and (given or own.system or own.unet or own.drawn):
+    if own.images is not None and (given or own.system or own.unet or own.pipeline or own.drawn):
         raise UserError("--images are drawn already; leave out --system, --unet, --drawn and a teacher's flags")
     if own.model is not None and own.diversity_images is not None:
         raise UserError("--model draws its own images for diversity; leave out --diversity-images")
@@ -138,6 +139,7 @@ def _run(own: argparse.Namespace) -> str:
             own.revision,
             own.system,
             own.unet,
+            own.pipeline,
             Solution(**given) if given else None,
             (own.height, own.width),
             own.seed,
@@ -152,6 +154,7 @@ def _run(own: argparse.Namespace) -> str:
         drawn=own.drawn or own.out.parent / f"{own.out.stem}-drawn",
         reference=own.reference,
         prompts=own.prompts,
+        prompts_column=own.prompts_column,
         weights=MetricWeights(**{name: getattr(own, f"weights_{name}") for name in metric_weights.WHERE}),
         metrics=tuple(filter(None, own.metrics.split(","))),
         diversity_images=own.diversity_images,

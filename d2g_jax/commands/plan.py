@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from d2g_jax.commands import common
+from d2g_jax.inputs.places import check_output
 
 
 def run(arguments: list[str]) -> int:
@@ -65,10 +66,8 @@ def _add_flags(parser: common.Parser) -> None:
 
 def _check_out(own: argparse.Namespace) -> None:
     """Before an hour's compilation, not after it."""
-    from d2g_jax.runtime import atomic
-
     if own.out:
-        atomic.check_output(own.out, "plan.json")
+        check_output(own.out, "plan.json")
 
 
 def _print(own: argparse.Namespace, text: str, report: dict[str, Any]) -> None:

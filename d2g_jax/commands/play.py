@@ -59,7 +59,7 @@ def play(own: argparse.Namespace) -> None:
 
     given = common.given_solution(own)
     size = (own.height, own.width)
-    choice = Choice(own.model, own.revision, own.system, own.unet, own.teacher, given, size, own.dtype)
+    choice = Choice(own.model, own.revision, own.system, own.unet, own.pipeline, own.teacher, given, size, own.dtype)
     with server.listen(own.host, own.port) as listener, terminating():
         start = time.monotonic()
         studio = open_studio(choice)

@@ -43,8 +43,9 @@ def pairs() -> ConfigDict:
     """Prompts x noise -> the teacher's guided 50-step DDIM solutions."""
     return ConfigDict(
         {
-            "prompts": "",  # text, one a line; .jsonl, .parquet or a TFDS folder
-            "prompts_column": "",  # of .jsonl and .parquet, the text feature of a TFDS folder
+            "prompts": "",  # .txt, .csv, .tsv, .json, .jsonl, .parquet, a folder of parquet files or of TFDS
+            "prompts_column": "",  # or key; the text feature of a TFDS folder
+            "skip_empty": False,  # True: rows without a prompt are left out; False: they are counted and refused
             "pairs_per_prompt": 1,
             "count": 3_000_000,  # the paper's smaller set
             "records_per_shard": 8192,

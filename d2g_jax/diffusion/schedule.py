@@ -26,6 +26,8 @@ _CLASSES = (
     "SASolverScheduler", "LCMScheduler", "TCDScheduler",
 )  # fmt: skip
 """diffusers' schedulers that thin out a schedule of betas; whatever they do with it, the schedule is the same."""
+STUDENT = "_d2g_timestep"
+"""Key of a scheduler's config that our export writes: the timestep of the student's one call."""
 SPACINGS = ("leading", "trailing", "linspace")
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
@@ -124,6 +126,18 @@ class Schedule:
     def first_timestep(self, num_steps: int) -> int:
         """The timestep at which a `num_steps` DDIM solution sees pure noise: the generator's timestep."""
         return int(self.timesteps(num_steps)[0])
+
+
+def student_timestep(config: Mapping[str, Any]) -> int | None:
+    """The timestep of the one-step student whose export wrote this `scheduler_config.json`; None for any other.
+
+    diffusers keeps the mark `STUDENT` when it saves the folder again. An export without it cut the betas off there.
+    """
+    if isinstance(config.get(STUDENT), int):
+        return config[STUDENT]
+    cut = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "steps_offset": 1, "set_alpha_to_one": True}
+    betas = config.get("trained_betas")
+    return len(betas) - 1 if betas and all(config.get(key) == value for key, value in cut.items()) else None
 
 
 def _betas(config: Mapping[str, Any], source: str) -> np.ndarray:

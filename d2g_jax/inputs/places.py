@@ -33,6 +33,14 @@ def expanded(text: str | os.PathLike[str]) -> Path:
         return path
 
 
+def cache_folder() -> Path | None:
+    """Where compiled programs and plans are kept: JAX_COMPILATION_CACHE_DIR, else ~/.cache/d2g_jax; None without home."""
+    if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return Path(given)
+    home = expanded("~")
+    return None if home == Path("~") else home / ".cache" / "d2g_jax"
+
+
 def is_there(path: str | os.PathLike[str]) -> bool:
     """Whether a file or folder is there; a text too long for a name, or with a NUL, is none."""
     return os.path.exists(path)
@@ -46,15 +54,15 @@ def check_output(file: Path, like: str) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raises `UserError`, before long work, unless --out=`folder` is empty or can be made."""
+    """Raises `UserError`, before long work, unless `folder` is empty or can be made."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out={folder}: is a file; give a folder")
+        raise UserError(f"{folder}: is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--out={folder}: is not empty; give a new place or empty it")
+        raise UserError(f"{folder}: holds other files; give a new place or empty it")
     _check_writable(folder.absolute(), folder)
 
 
 def _check_writable(folder: Path, asked: Path) -> None:
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--out={asked}: {there} cannot be written; choose another folder")
+        raise UserError(f"{asked}: {there} cannot be written; choose another folder")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax.diffusion import solvers
-from d2g_jax.diffusion.schedule import Schedule, guided
+from d2g_jax.diffusion.schedule import Schedule, guided, student_timestep
 from d2g_jax.diffusion.systems import OneStep, guidance_embedding
 from d2g_jax.inputs import numbers
 from d2g_jax.models import vae
@@ -94,6 +94,10 @@ def check_teacher(pipeline: Pipeline) -> None:
     """Raises `UserError` for a pipeline that draws in few steps by a rule of its own and is no teacher to be solved."""
     if pipeline.index["_class_name"] == RECTIFIED_FLOW:
         raise UserError(f"{pipeline.folder}: a {RECTIFIED_FLOW}, no teacher to be solved; draw with system=instaflow")
+    if student_timestep(pipeline.scheduler) is not None:
+        raise UserError(
+            f"{pipeline.folder}: a one-step student, no teacher to be solved; give the one it was made from"
+        )
     if pipeline.unet.config.time_cond_proj_dim is not None:
         raise UserError(
             f"{pipeline.folder}: its UNet has a time_cond_proj_dim, as latent consistency models have, and is no "

@@ -54,18 +54,19 @@ _TOKENIZING = threading.Lock()
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
     """Prompts as int32 (N, L) with L = `model_max_length`, padded.
 
-    Warns of what is cut off as too long, and of words that a tokenizer of few words has never seen.
+    Warns, a line each, of what is cut off as too long and of words that a tokenizer of few words has never seen.
     """
     if not prompts:
         return np.zeros((0, tokenizer.model_max_length), np.int32)
     length = tokenizer.model_max_length
     with _TOKENIZING:
-        whole = tokenizer(list(prompts))["input_ids"]
+        # not verbose: its warning of indexing errors is not true of prompts that are cut off next
+        whole = tokenizer(list(prompts), verbose=False)["input_ids"]
         fitted = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"]
-    for prompt, ids in zip(prompts, whole, strict=True):
-        if len(ids) > length:
-            lost = tokenizer.decode(ids[length - 1 : -1])
-            warnings.warn(f"prompt longer than {length} tokens, cut off {lost!r}: {prompt!r}", stacklevel=2)
+    if cut := [(prompt, ids) for prompt, ids in zip(prompts, whole, strict=True) if len(ids) > length]:
+        prompt, lost = cut[0][0], tokenizer.decode(cut[0][1][length - 1 : -1])
+        several = f"{len(cut)} of {len(prompts)} prompts are" if len(prompts) > 1 else "prompt"
+        warnings.warn(f"{several} longer than {length} tokens, cut off {lost!r}: {prompt!r}", stacklevel=2)
     if unknown := unknown_words(tokenizer, prompts):
         warnings.warn(f"words that this model has never seen: {', '.join(unknown)}", stacklevel=2)
     return np.asarray(fitted, np.int32)

@@ -18,12 +18,16 @@ import jax
 import ml_dtypes  # noqa: F401  (teaches numpy the bfloat16 that safetensors returns)
 import numpy as np
 
+from d2g_jax.inputs.text import check_fetched
 from d2g_jax.models.network import Params
 from d2g_jax.runtime.atomic import replacing
 from d2g_jax.runtime.errors import UserError
 
 STEMS = ("diffusion_pytorch_model", "model")
 """File stems that diffusers and transformers write, looked for in this order."""
+
+VARIANTS = ("", ".fp16", ".bf16")
+"""What may stand behind a stem, looked for in this order: the plain file comes first."""
 
 Place = Callable[[tuple[str, ...], np.ndarray], Any]
 """(path of a leaf, float32 array) -> what stands in the tree in its place."""
@@ -40,7 +44,7 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 def load_state_dict(path: str | Path, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """Reads the tensors of a safetensors file, or of the model folder that holds one.
 
-    In a folder the plain file comes first, then the `.fp16.` variant; either may be split into shards with an index.
+    In a folder the plain file comes first, then the `.fp16.` and the `.bf16.` variant; either may be split into shards with an index.
     Floating-point tensors are cast to `dtype` (None keeps what is stored). Raises `UserError` for a folder without
     safetensors (a pickle is named and refused), a missing shard and a damaged or truncated file.
     """
@@ -121,7 +125,7 @@ def _files(path: Path) -> list[Path]:
         return _shards(path) if path.suffix == ".json" else [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such model file or folder")
-    for variant in ("", ".fp16"):
+    for variant in VARIANTS:
         for stem in STEMS:
             if (single := path / f"{stem}{variant}.safetensors").is_file():
                 return [single]
@@ -166,6 +170,8 @@ def _open(file: Path) -> Iterator[Any]:
     from safetensors import safe_open
 
     with _reading(file):
+        with file.open("rb") as stream:
+            check_fetched(file, stream.read(64))
         handle = safe_open(file, framework="numpy")
     with handle:
         yield handle

@@ -85,7 +85,9 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
 
 def _detect(environment: Mapping[str, str]) -> str | None:
     """A job that SLURM's `srun` or a GKE TPU slice made of more than one process."""
-    if "SLURM_STEP_NODELIST" in environment and environment.get("SLURM_NTASKS", "1") != "1":
+    # An interactive shell is a step of one task, whatever the job that it is in was given.
+    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
+    if "SLURM_STEP_NODELIST" in environment and tasks != "1":
         return "slurm"
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
     slices = environment.get("MEGASCALE_NUM_SLICES", "1")
@@ -107,6 +109,7 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
     where = place.coordinator or place.detector
     # SIGTERM is the loop's, which makes all processes stop after the same step; JAX's service would swallow it.
     jax.config.update("jax_enable_preemption_service", False)
+    print(f"d2g: {where}: waiting for the other processes of this job", file=sys.stderr, flush=True)
     waiting = threading.Timer(_CONNECT_SECONDS, _give_up, (place, where))
     waiting.daemon = True
     waiting.start()

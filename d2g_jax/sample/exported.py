@@ -25,6 +25,7 @@ from d2g_jax.pipeline.hub import NETWORKS
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.version import __version__
+from d2g_jax.train.checkpoint import writing
 
 DESCRIPTION = "d2g.json"
 """The description's file name."""
@@ -115,13 +116,13 @@ def store(params: Params, dtype: Any) -> Params:
     for path, whole in jax.tree_util.tree_leaves_with_path(jax.device_get(finite)):
         if not whole:
             name = "/".join(part.key for part in path)
-            raise UserError(f"{name} overflows in {jnp.dtype(dtype).name}; take --dtype=bfloat16 or float32")
+            raise UserError(f"{name} overflows in {jnp.dtype(dtype).name}; take the dtype bfloat16 or float32")
     return narrow
 
 
 def save_params(folder: Path, params: Mapping[str, Params]) -> None:
     """Writes parameter trees as one Orbax checkpoint."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with writing(folder / PARAMS), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / PARAMS).absolute(), dict(params))
 
 

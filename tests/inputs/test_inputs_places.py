@@ -63,7 +63,7 @@ def test_outputs_that_cannot_be(tmp_path):
         check_output(tmp_path / "file" / "a.json", "a.json")
     with pytest.raises(UserError, match="is a file; give a folder"):
         check_new_folder(tmp_path / "file")
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match="holds other files"):
         check_new_folder(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path}/file cannot be written"):
         check_new_folder(tmp_path / "file" / "new" / "er")

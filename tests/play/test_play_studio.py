@@ -165,7 +165,7 @@ def test_who_is_beside_whom(exported_student):
 def test_images_of_another_size():
     studio = open_studio(Choice(str(TEACHER), teacher=NONE, size=(40, 64)))
     assert studio.draw("student", Asked("the digit 2")).image.shape == (40, 64, 3)
-    with pytest.raises(UserError, match="--height=33"):
+    with pytest.raises(UserError, match="height=33"):
         open_studio(Choice(str(TEACHER), size=(33, None)))
 
 
