@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from d2g_jax.pipeline.hub import needed_files
-from d2g_jax.pipeline.weights import VARIANTS
 from d2g_jax.runtime.atomic import TEMPORARY, replacing, write_bytes
 from d2g_jax.runtime.errors import UserError
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_VARIANT = re.compile("(?:%s)(\\.safetensors|\\.json)$" % "|".join(map(re.escape, VARIANTS[1:])))
+_VARIANT = re.compile(r"\.(?:fp16|bf16)(\.safetensors|\.json)$")
 _LICENSE = re.compile(r"(licen[cs]e|notice)([.-].*)?", re.IGNORECASE)
 
 

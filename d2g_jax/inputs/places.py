@@ -34,7 +34,7 @@ def expanded(text: str | os.PathLike[str]) -> Path:
 
 
 def cache_folder() -> Path | None:
-    """Where compiled programs and plans are kept: JAX_COMPILATION_CACHE_DIR, else ~/.cache/d2g_jax; None without home."""
+    """Of compiled programs and plans: JAX_COMPILATION_CACHE_DIR, else ~/.cache/d2g_jax; None without a home."""
     if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(given)
     home = expanded("~")

@@ -55,7 +55,7 @@ def needed_files(names: Sequence[str], with_extras: bool = False) -> list[str]:
     """Of all files of a repository those that `Pipeline.load` reads, in the order of `names`.
 
     The index, every component's settings, and of each network one set of safetensors as `weights.load_params` would
-    choose it: the plain one before fp16 and bf16, a single file before shards. No pickles, no EMA duplicates, no single-file
+    choose it: plain before fp16 and bf16, a single file before shards. No pickles, no EMA duplicates, no single-file
     checkpoints. A network that has no safetensors gets its config only (see `pickled_networks`).
     """
     chosen = {_INDEX}

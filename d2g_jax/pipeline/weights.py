@@ -44,8 +44,8 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 def load_state_dict(path: str | Path, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """Reads the tensors of a safetensors file, or of the model folder that holds one.
 
-    In a folder the plain file comes first, then the `.fp16.` and the `.bf16.` variant; either may be split into shards with an index.
-    Floating-point tensors are cast to `dtype` (None keeps what is stored). Raises `UserError` for a folder without
+    In a folder the plain file comes first, then the `.fp16.` and the `.bf16.` variant, each maybe in shards with an
+    index. Floating-point tensors are cast to `dtype` (None keeps what is stored). Raises `UserError` for a folder without
     safetensors (a pickle is named and refused), a missing shard and a damaged or truncated file.
     """
     path = Path(path)
