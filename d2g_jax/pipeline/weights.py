@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -36,6 +37,8 @@ _TORCH_LEAF = dict.fromkeys(("kernel", "scale", "embedding"), "weight") | {"mean
 _IGNORABLE = ("position_ids", "num_batches_tracked")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION_KEY = re.compile(r"^(.*attentions\.\d+\.)(query|key|value|proj_attn)(\.(?:weight|bias))$")
+_LAYER = re.compile(r"^(?:text_model\.)?(encoder\.layers\.\d+)\.")
+_FIRST = "text_model.encoder.layers.0.layer_norm1.weight"
 _POINTWISE_KEY = re.compile(r"(^|\.)attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -45,8 +48,8 @@ def load_state_dict(path: str | Path, dtype: Any = np.float32) -> dict[str, np.n
     """Reads the tensors of a safetensors file, or of the model folder that holds one.
 
     In a folder the plain file comes first, then the `.fp16.` and the `.bf16.` variant, each maybe in shards with an
-    index. Floating-point tensors are cast to `dtype` (None keeps what is stored). Raises `UserError` for a folder without
-    safetensors (a pickle is named and refused), a missing shard and a damaged or truncated file.
+    index. Floating-point tensors are cast to `dtype` (None keeps what is stored). Raises `UserError` for a folder
+    without safetensors (a pickle is named and refused), a missing shard and a damaged or truncated file.
     """
     path = Path(path)
     state: dict[str, np.ndarray] = {}
@@ -242,16 +245,22 @@ def _matched(
     """(path, number of axes, stored tensor) of every leaf; `UserError` for a missing, extra or wrongly shaped one."""
     expected = {_torch_key(path): (path, leaf) for path, leaf in _leaves(abstract)}
     renamed: dict[str, str] = {}
+    surplus: list[str] = []
     for key, tensor in stored.items():
         name = _canonical(key, expected)
         if name in expected:
             if name in renamed:
                 raise UserError(f"{source}: {key} and {renamed[name]} are the same tensor; keep one of them")
             renamed[name] = key
+        elif layer := _surplus_layer(name, expected):
+            surplus.append(layer)
         elif key.rpartition(".")[2] not in _IGNORABLE:
             raise UserError(
                 f"{tensor.source}: unexpected tensor {key}; the network of its config.json has no such parameter"
             )
+    if surplus:
+        layers = ", ".join(dict.fromkeys(surplus))
+        warnings.warn(f"{source}: {layers} left unread: config.json has fewer num_hidden_layers", stacklevel=2)
     matched = []
     for name, (path, leaf) in expected.items():
         if name not in renamed:
@@ -274,6 +283,17 @@ def _canonical(key: str, expected: Mapping[str, Any]) -> str:
     if old := _OLD_ATTENTION_KEY.match(key):
         return old[1] + _OLD_ATTENTION[old[2]] + old[3]
     return key
+
+
+def _surplus_layer(name: str, expected: Mapping[str, Any]) -> str:
+    """The layer of a text tower that a tensor belongs to, behind the last that its config has; "" for any other.
+
+    Fewer num_hidden_layers than there are layers is how diffusers' maintainers skip the last of CLIP.
+    """
+    layer = _LAYER.match(name)
+    if not layer or _FIRST not in expected or f"text_model.{layer[1]}.layer_norm1.weight" in expected:
+        return ""
+    return layer[1]
 
 
 def _torch_axes(array: np.ndarray, leaf_name: str) -> np.ndarray:

@@ -194,7 +194,7 @@ def load(
     Raises:
       UserError: one line that says what is wrong with the files and what to do.
     """
-    if not isinstance(model, str | os.PathLike) or not str(model):
+    if not isinstance(model, str | os.PathLike):
         raise UserError(f"model {model!r}: give the path of a folder, or a hub id 'owner/name'")
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}")

@@ -28,7 +28,7 @@ def sample(model, out, *flags):
 def refused(capsys, *command):
     capsys.readouterr()
     assert main(list(command)) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if re.match("d2g: (?!warning)", line)]
     assert len(lines) == 1
     return lines[0]
 
