@@ -16,7 +16,7 @@ from typing import Any
 
 from d2g_jax.commands.common import JOBS, RESUMED
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.runtime.interrupt import Terminated
+from d2g_jax.runtime.interrupt import Terminated, starting
 from d2g_jax.runtime.version import __version__
 
 _library_format = warnings.formatwarning
@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # of a terminal that is not UTF-8
     try:
-        return _finish(_run(arguments))
+        with starting():
+            return _finish(_run(arguments))
     except UserError as error:
         return _finish(2, str(error))
     except KeyboardInterrupt:

@@ -100,6 +100,7 @@ def start(config: Any = None, *, cache: bool = True, same: dict[str, Any] | None
     from ml_collections import ConfigDict
 
     from d2g_jax.runtime import mesh
+    from d2g_jax.runtime.interrupt import started
 
     config = ConfigDict({"mesh": {}}) if config is None else config
     if config.mesh.get("cpu_devices"):
@@ -113,6 +114,7 @@ def start(config: Any = None, *, cache: bool = True, same: dict[str, Any] | None
     jax.config.update("jax_enable_compilation_cache", cache and folder is not None)
     jax.config.update("jax_compilation_cache_dir", folder and str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    started()
     if same is not None:
         from d2g_jax.runtime import distributed
         from d2g_jax.runtime.runs import flatten

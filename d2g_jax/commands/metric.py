@@ -37,6 +37,8 @@ def _convert(arguments: list[str]) -> int:
     parser.add_argument("--heads", type=common.path, help="of pixel LPIPS: the lpips package's weights/v0.1/vgg.pth")
     own = parser.parse_args(arguments)
     from d2g_jax.metric.convert import convert
+    from d2g_jax.runtime.interrupt import started
 
+    started()
     print(convert(own.file, own.out, own.space, own.heads))
     return 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from d2g_jax.pipeline.hub import NETWORKS
 from d2g_jax.runtime.atomic import replacing
 from d2g_jax.sample import exported
 
-PLATFORMS = ("cpu", "cuda", "tpu")
+PLATFORMS = ("cuda", "tpu", "cpu")
+"""What a program is for; the last knows no products of float16 matrices."""
 
 _SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _UNUSED = ("vae/encoder/", "vae/quant_conv/")
@@ -42,7 +43,8 @@ def write(pipeline: Pipeline, timestep: int, out: Path, dtype: str, latent_shape
     computing = Pipeline.load(pipeline.folder, jnp.dtype(dtype), without=NETWORKS)
     params = _flat(exported.store(pipeline.params, jnp.dtype(dtype)))
     params = {name: leaf for name, leaf in params.items() if not name.startswith(_UNUSED)}
-    program, fixed_because = trace(computing, timestep, params, latent_shape)
+    platforms = PLATFORMS[:-1] if dtype == "float16" else PLATFORMS
+    program, fixed_because = trace(computing, timestep, params, latent_shape, platforms)
     meta = _meta(pipeline, timestep, dtype, latent_shape, program, fixed_because)
     names = folders.file_names(pipeline.folder)
     tokenizers = [n for part in ("tokenizer", "tokenizer_2") for n in folders.settings_files(names, part)]
@@ -56,22 +58,31 @@ def write(pipeline: Pipeline, timestep: int, out: Path, dtype: str, latent_shape
 
 
 def trace(
-    pipeline: Pipeline, timestep: int, params: Mapping[str, Any], latent_shape: tuple[int, int, int]
+    pipeline: Pipeline,
+    timestep: int,
+    params: Mapping[str, Any],
+    latent_shape: tuple[int, int, int],
+    platforms: Sequence[str] = PLATFORMS,
 ) -> tuple[export.Exported, str | None]:
-    """(params, tokens int32 (b, L), noise float32 (b, C, h, w)) -> `folder.Decoded` as a tuple, for `PLATFORMS`.
+    """(params, tokens int32 (b, L), noise float32 (b, C, h, w)) -> `folder.Decoded` as a tuple, for `platforms`.
 
     b is any number, or `_FIXED_BATCH` where jax cannot trace that; the second result is then the reason.
     """
     try:
         (batch,) = export.symbolic_shape("b")
-        return _trace(pipeline, timestep, params, latent_shape, batch), None
+        return _trace(pipeline, timestep, params, latent_shape, platforms, batch), None
     except _NOT_SYMBOLIC as error:  # an error of another origin comes again
-        program = _trace(pipeline, timestep, params, latent_shape, _FIXED_BATCH)
+        program = _trace(pipeline, timestep, params, latent_shape, platforms, _FIXED_BATCH)
         return program, str(error).strip().splitlines()[0]
 
 
 def _trace(
-    pipeline: Pipeline, timestep: int, params: Mapping[str, Any], latent_shape: tuple[int, int, int], batch: Any
+    pipeline: Pipeline,
+    timestep: int,
+    params: Mapping[str, Any],
+    latent_shape: tuple[int, int, int],
+    platforms: Sequence[str],
+    batch: Any,
 ) -> export.Exported:
     schedule, factor = Schedule.from_config(pipeline.scheduler), pipeline.vae.config.downscale
     sizes = size_ids(pipeline, (factor * latent_shape[1], factor * latent_shape[2]))
@@ -90,7 +101,7 @@ def _trace(
     tokens = jax.ShapeDtypeStruct((batch, pipeline.token_length), jnp.int32)
     noise = jax.ShapeDtypeStruct((batch, *latent_shape), jnp.float32)
     with compiling_for(ANY):
-        return export.export(draw, platforms=PLATFORMS)(shapes, tokens, noise)
+        return export.export(draw, platforms=platforms)(shapes, tokens, noise)
 
 
 def _flat(trees: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -86,7 +86,7 @@ def loop(
                 checkpoints.wait()
                 requests.leave(stop)
         page.update("drawing the last pictures", images, at_once=True)
-        make_gallery(painter, state.ema, source, workdir, images)
+        make_gallery(painter, state.ema, source, workdir, images, kept)
         checkpoints.wait()
     if skipped:
         logging.getLogger(__name__).warning(

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.diffusion.schedule import Schedule, one_step
+from d2g_jax.diffusion.schedule import Schedule, one_step, student_timestep
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.export import export_student, load_flax
+from d2g_jax.export import export_student, load_flax, to_diffusers
 from d2g_jax.export.to_diffusers import one_step_scheduler
 from d2g_jax.models import attention, layers, platform
 from d2g_jax.pipeline import folder as pipelines
@@ -422,3 +422,32 @@ def test_layers_are_traced_for_another_platform():
         assert platform.platform() == "gpu"
         assert not layers.prefers_matmul(*shapes)
     assert platform.platform() == jax.default_backend()
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "plain"])
+def test_a_model_card_of_a_folder_with_a_quote_in_its_name_is_code(name):
+    described = {
+        "dtype": "float32",
+        "teacher": "t",
+        "versions": {"d2g_jax": "1"},
+        "timestep": 9,
+        "prediction_type": "v",
+    }
+    card = to_diffusers.model_card(described, "StableDiffusionPipeline", name, [])
+    code = card.split("```python\n")[1].split("```")[0]
+    assert f"from_pretrained({json.dumps(name)}, " in code
+    compile(code, "README.md", "exec")
+
+
+def test_a_student_that_diffusers_saved_again_is_still_one(tiny_sd: Path, tmp_path: Path):
+    diffusers = pytest.importorskip("diffusers")
+    teacher = json.loads((tiny_sd / "scheduler" / "scheduler_config.json").read_text())
+    for timestep in (399, 999):
+        config = one_step_scheduler(teacher, timestep)
+        (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+        diffusers.DDIMScheduler.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+        again = json.loads((tmp_path / "again" / "scheduler_config.json").read_text())
+        assert student_timestep(again) == timestep
+        older = {key: value for key, value in again.items() if not key.startswith("_d2g")}
+        assert student_timestep(older) == (timestep if timestep < 999 else None)  # such exports bore no mark
+    assert student_timestep(teacher) is None

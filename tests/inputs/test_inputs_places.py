@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from d2g_jax.__main__ import main
-from d2g_jax.inputs.places import check_new_folder, check_output, is_there, local_path
+from d2g_jax.inputs.places import cache_folder, check_new_folder, check_output, is_there, local_path
+from d2g_jax.plan import store
 from d2g_jax.runtime.errors import UserError
 
 
@@ -70,3 +71,20 @@ def test_outputs_that_cannot_be(tmp_path):
     check_output(tmp_path / "new" / "a.json", "a.json")
     check_new_folder(tmp_path / "new" / "er")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_a_home_nothing_is_cached(monkeypatch):
+    def nobody(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    assert cache_folder() is None
+    assert store.cached({"key": 1}, lambda: {"made": 1}) == {"made": 1}
+
+
+def test_a_home_that_cannot_be_written_loses_no_plan(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="the plan is not kept for the next time"):
+        assert store.cached({"key": 1}, lambda: {"made": 1}) == {"made": 1}

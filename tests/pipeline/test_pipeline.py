@@ -10,6 +10,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from d2g_jax.models import vae
 from d2g_jax.pipeline import folder as pipelines
 from d2g_jax.pipeline import tokenizers, weights, words
 from d2g_jax.pipeline.conditioning import encode_text, tokenize_prompts
+from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime.errors import UserError
 
@@ -307,3 +309,62 @@ def test_a_tokenizer_that_spells_has_no_list_of_words(tiny_sd):
     tokenizer = Pipeline.load(tiny_sd, without=("text_encoder", "unet", "vae")).tokenizer
     assert words.known_words(tokenizer) == ()
     assert words.unknown_words(tokenizer, ["zebra"]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", "version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("special_tokens_map.json", "[]", "expected a JSON object"),
+        ("merges.txt", "#version: 0.2\nz z\n", "transformers cannot read this tokenizer"),
+        ("merges.txt", "#version: 0.2\n", "has no merges"),
+        ("vocab.json", "{", "cannot be read"),
+    ],
+)
+def test_damaged_tokenizers_are_one_line(name, content, message, tiny_vocabulary, tmp_path: Path):
+    for file, good in tokenizers.tokenizer_files(*tiny_vocabulary, 16).items():
+        (tmp_path / file).write_bytes(good)
+    tokenizers.load_tokenizer(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        tokenizers.load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_long_captions_are_counted_in_one_line(tiny_vocabulary, tmp_path: Path):
+    for file, good in tokenizers.tokenizer_files(*tiny_vocabulary, 16).items():
+        (tmp_path / file).write_bytes(good)
+    tokenizer = tokenizers.load_tokenizer(tmp_path)
+    long = "the " * 14 + "dog"
+    with pytest.warns(UserWarning, match="^2 of 4 prompts are longer than 16 tokens, cut off 'dog': 'the") as told:
+        tokenizers.tokenize(tokenizer, ["cat", long, long, "dog"])
+    assert len(told) == 1
+
+
+def _stub(class_name: str = pipelines.SD, scheduler: dict | None = None, cond: int | None = None) -> SimpleNamespace:
+    unet = SimpleNamespace(config=SimpleNamespace(time_cond_proj_dim=cond))
+    config = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", **(scheduler or {})}
+    return SimpleNamespace(folder=Path("sd"), index={"_class_name": class_name}, unet=unet, scheduler=config)
+
+
+@pytest.mark.parametrize(
+    ("stub", "message"),
+    [
+        (_stub("RectifiedFlowPipeline"), "draw with system=instaflow"),
+        (_stub(cond=256), "time_cond_proj_dim.*system=lcm"),
+        (_stub(scheduler={"_d2g_timestep": 999}), "a one-step student, no teacher"),
+        (_stub(scheduler={"_class_name": "EDMEulerScheduler"}), "EDMEulerScheduler is no schedule of betas"),
+    ],
+)
+def test_what_is_no_teacher_is_refused_before_it_is_solved(stub, message):
+    with pytest.raises(UserError, match=message):
+        Solution().schedule(stub)
+
+
+def test_ddim_with_linspace_is_warned_of():
+    with pytest.warns(UserWarning, match="ddim with linspace spacing"):
+        Solution(spacing="linspace").schedule(_stub())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Solution(spacing="trailing").schedule(_stub())
+        Solution(solver="euler", spacing="linspace").schedule(_stub())
