@@ -96,7 +96,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def _writing(self) -> AbstractContextManager[None]:
-        return writing(self.folder, lambda: f"whole checkpoints: {', '.join(map(str, self.all())) or 'none'}. ")
+        return writing(self.folder, lambda: f"whole ones: {', '.join(map(str, self.all())) or 'none'}. ")
 
     @contextmanager
     def _reading(self, images: int) -> Iterator[None]:

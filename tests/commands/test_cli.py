@@ -184,7 +184,7 @@ def test_bench_flags_are_checked_before_anything_is_compiled(capsys, tmp_path):
 
 @pytest.mark.parametrize(("job", "hint"), [("samle", "sample"), ("evalute", "evaluate"), ("trian", "train")])
 def test_a_job_that_is_nearly_one(job, hint, capsys):
-    assert one_line(capsys, job) == f"d2g: unknown job {job!r}; did you mean {hint}?"
+    assert f"unknown job {job!r}; did you mean {hint}?" in one_line(capsys, job)
 
 
 @pytest.mark.parametrize(
