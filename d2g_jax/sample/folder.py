@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,12 @@ def check(folder: Path, described: Mapping[str, Any]) -> bool:
     return False
 
 
-def prompts_digest(prompts: Sequence[str]) -> str:
-    """SHA-256 of the prompts in order, one on a line: `sha256sum` of a text file that ends with a newline."""
-    return hashlib.sha256("".join(f"{prompt}\n" for prompt in prompts).encode()).hexdigest()
+def prompts_digest(prompts: Iterable[str]) -> str:
+    """SHA-256 of the images' prompts in order, one on a line: `sha256sum` of a text file that ends with a newline."""
+    found = hashlib.sha256()
+    for prompt in prompts:
+        found.update(f"{prompt}\n".encode())
+    return found.hexdigest()
 
 
 def digest(params: Params) -> str:

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from d2g_jax.diffusion import noise
 from d2g_jax.inputs.arrays import read_array
 from d2g_jax.inputs.numbers import COUNT
+from d2g_jax.inputs.text import as_prompt
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.runtime import atomic
 from d2g_jax.runtime.errors import UserError
@@ -123,16 +125,20 @@ def _describe(model: str, request: Request, loaded: Model, one: np.ndarray, give
         "noise": noise.IMPLEMENTATION if given is None else digest({"latents": given}),
         "dtype": request.dtype,
         "tiled": request.tiled,
-        "images_per_prompt": request.images_per_prompt,
-        "prompts_sha256": prompts_digest(request.prompts),
+        "prompts_sha256": prompts_digest(_prompts(request)),
     }
 
 
+def _prompts(request: Request) -> Iterator[str]:
+    """One an image, each in one line."""
+    lines = (as_prompt(prompt, "prompt") for prompt in request.prompts)
+    return (line for line in lines for _ in range(request.images_per_prompt))
+
+
 def _write_prompts(file: Path, request: Request) -> None:
-    """A line an image, as `read_prompts` reads them."""
-    lines = (f"{prompt}\n" for prompt in request.prompts for _ in range(request.images_per_prompt))
+    """As `read_prompts` reads them."""
     with atomic.replacing(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        stream.writelines(lines)
+        stream.writelines(f"{prompt}\n" for prompt in _prompts(request))
 
 
 class _Growing:
