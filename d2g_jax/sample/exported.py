@@ -25,7 +25,6 @@ from d2g_jax.pipeline.hub import NETWORKS
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.version import __version__
-from d2g_jax.train.checkpoint import writing
 
 DESCRIPTION = "d2g.json"
 """The description's file name."""
@@ -122,7 +121,7 @@ def store(params: Params, dtype: Any) -> Params:
 
 def save_params(folder: Path, params: Mapping[str, Params]) -> None:
     """Writes parameter trees as one Orbax checkpoint."""
-    with writing(folder / PARAMS), ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / PARAMS).absolute(), dict(params))
 
 

@@ -23,6 +23,7 @@ from d2g_jax.runtime.errors import UserError
 from d2g_jax.train.state import TrainState
 
 _NAMED = 3  # differing leaves in a message
+_LONGEST = 160  # characters of what a library says
 
 
 class Checkpoints:
@@ -177,7 +178,8 @@ def writing(place: Path, whole: Callable[[], str] = str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
 
 def _split(state: TrainState) -> tuple[dict[str, Any], Params]:
