@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from d2g_jax.commands import common
+from d2g_jax.inputs.text import as_prompt
 from d2g_jax.runtime.errors import UserError
 
 
@@ -41,6 +42,7 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
     ):
         if not least <= value <= most:
             raise UserError(f"--{flag}={value}; it must be from {least} to {most}")
+    own.prompt = [as_prompt(prompt, "--prompt") for prompt in own.prompt]
     if long := [prompt for prompt in own.prompt if len(prompt) > own.max_prompt]:
         raise UserError(f"--prompt={long[0][:20]}...: longer than --max-prompt={own.max_prompt}")
     from d2g_jax.play import server

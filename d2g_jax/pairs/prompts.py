@@ -98,7 +98,7 @@ def _checked(source: Path, unit: str, values: Iterable[Any], first: int, skip_em
             lines.append(text.as_prompt(value, f"{source}: {unit} {row}"))
     if empty and not skip_empty:
         others = f" and so are {len(empty) - 1} more of {count}" if len(empty) > 1 else ""
-        remedy = "write prompts there, or leave such rows out with pairs.skip_empty=True"
+        remedy = "write prompts there or remove such rows; `d2g pairs` leaves them out with pairs.skip_empty=True"
         raise UserError(f"{source}: {unit} {empty[0]} is empty{others}; {remedy}")
     return tuple(lines)
 
