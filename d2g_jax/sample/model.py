@@ -108,14 +108,13 @@ class Model:
         prompts = [prompts] if isinstance(prompts, str) else prompts if prompts is None else list(prompts)
         if not prompts:
             raise UserError("no prompts; give one or more")
-        prompts = [as_prompt(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
         for name, count in (("images", images), ("batch", batch)):
             numbers.COUNT.check(name, count)
         if solution is not None and self.sampler.one_step is not None:
             raise UserError(f"{self._name}: this is a one-step student; {ONE_STEP}")
         total = len(prompts) * images
         part = range(total) if part is None else part
-        prompts = [prompts[i // images] for i in part]
+        prompts = [as_prompt(prompts[i // images], f"prompt {i // images + 1}") for i in part]
         pipeline = self.sampler.pipeline
         noise = noise_of(pipeline, total, size, seed, latents, part)
         factor = pipeline.vae.config.downscale
