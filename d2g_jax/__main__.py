@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import logging
 import sys
 import warnings
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = _format_warning
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax' own: what fails there is raised, and said once
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # of a terminal that is not UTF-8
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
+            stream.reconfigure(errors="replace")  # of a terminal that is not UTF-8
     try:
         with starting():
             return _finish(_run(arguments))
