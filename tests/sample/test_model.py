@@ -138,7 +138,7 @@ def test_options_and_prompts_that_do_not_exist(student):
 def test_bad_models_are_one_line(tiny_sd):
     for model, options, message in (
         (None, {}, "model None"),
-        ("", {}, "model ''"),
+        ("", {}, "an empty path as a model"),
         (tiny_sd, {"dtype": "float99"}, "dtype='float99'; choose one of"),
         (tiny_sd, {"dtype": "float16"}, "dtype=float16"),
         (tiny_sd / "model_index.json", {}, "model_index.json: a file; give the folder"),
