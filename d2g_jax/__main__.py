@@ -1,20 +1,23 @@
 """The `d2g` command: one subcommand per job, nothing else.
 
 Exit codes: 0 done, 2 bad input (one line on stderr), 75 another process of the job died, 130 interrupted, 143
-terminated. Every job goes on where it stopped when the same command is given again.
+terminated. The jobs of `RESUMED` go on where they stopped when the same command is given again.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import io
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from d2g_jax.commands.common import JOBS
+from d2g_jax.commands.common import JOBS, RESUMED
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.runtime.interrupt import Terminated
+from d2g_jax.runtime.interrupt import Terminated, starting
 from d2g_jax.runtime.version import __version__
 
 _library_format = warnings.formatwarning
@@ -24,18 +27,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one job and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     warnings.formatwarning = _format_warning
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax' own: what fails there is raised, and said once
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
+            stream.reconfigure(errors="replace")  # of a terminal that is not UTF-8
     try:
-        return _finish(_run(arguments))
+        with starting():
+            return _finish(_run(arguments))
     except UserError as error:
         return _finish(2, str(error))
     except KeyboardInterrupt:
-        return _finish(130, "interrupted; the same command goes on from here")
+        return _finish(130, f"interrupted; {_what_is_kept(arguments)}")
     except Terminated:
-        return _finish(143, "terminated; the same command goes on from here")
+        return _finish(143, f"terminated; {_what_is_kept(arguments)}")
     except Exception:
         if distributed := _joined():
             distributed.crash()
         raise
+
+
+def _what_is_kept(arguments: Sequence[str]) -> str:
+    """What the same command would do after a job was stopped."""
+    goes_on = arguments[0] in RESUMED and arguments[1:2] not in (["verify"], ["reference"], ["table"])
+    return "the same command goes on from here" if goes_on else "nothing was kept, the same command begins anew"
 
 
 def _joined() -> Any:
@@ -72,7 +86,9 @@ def _run(arguments: list[str]) -> int:
         return 0
     job, rest = arguments[0], arguments[1:]
     if job not in JOBS:
-        raise UserError(f"unknown job {job!r}; known are {', '.join(JOBS)}")
+        nearest = difflib.get_close_matches(job, JOBS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(JOBS)}"
+        raise UserError(f"unknown job {job!r}; {hint}")
     return importlib.import_module(f"d2g_jax.commands.{job}").run(rest)
 
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "d2g_jax"
 
 FLOORS = (
-    ("runtime", "config", "results", "report"),
+    ("runtime", "inputs", "config", "results", "report"),
     ("models", "diffusion", "records", "pipeline", "digits", "losses"),
     ("pairs", "lpips_training", "train", "teacher", "metric", "sample", "export", "evaluate"),
     ("demo", "plan", "play", "ablate", "bench"),

@@ -155,7 +155,7 @@ def _ours(
 
     def everything() -> np.ndarray:
         ids = meshes.place_batch(inputs.input_ids, mesh)
-        return np.asarray(vae.call(unet.call(placed["noise"], text.call(ids))))
+        return np.asarray(vae.call(unet.call(placed["noise"], text.call(ids))).images)
 
     calls: dict[str, Callable[[], Any]] = {
         "text": lambda: jax.block_until_ready(text.call(placed["ids"])),

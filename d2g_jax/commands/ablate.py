@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from d2g_jax.ablate.rows import ABLATIONS
 from d2g_jax.commands import common
@@ -15,8 +14,10 @@ SEEDS = 3
 def run(arguments: list[str]) -> int:
     parser = common.parser("ablate")
     parser.add_argument("name", metavar="NAME", choices=tuple(ABLATIONS), help=" or ".join(ABLATIONS))
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--pairs", type=Path, help="finished folder of pairs; default WORKDIR/pairs/1.0.0, made first")
+    parser.add_argument("--workdir", type=common.path, required=True)
+    parser.add_argument(
+        "--pairs", type=common.path, help="finished folder of pairs; default WORKDIR/pairs/1.0.0, made first"
+    )
     parser.add_argument("--seeds", type=_seeds, help="of training, as 0,1,2; default three from config.seed on")
     own, config = common.parse_with_config(parser, arguments)
     common.start(config)

@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
     bench, start, out = read(arguments)
     common.start(start, cache=False)
     from d2g_jax.bench.measure import format_report, write_report
-    from d2g_jax.runtime.atomic import check_output
+    from d2g_jax.inputs.places import check_output
 
     if out:
         check_output(out, "bench.json")
@@ -51,7 +51,7 @@ def read(arguments: list[str]) -> tuple[Callable[[], dict[str, Any]], Any, Path 
     # JAX takes three quarters of a GPU at its start; here it shares it with another framework.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     parser = common.parser(f"bench {name}", BENCHES[name])
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the report there")
+    parser.add_argument("--out", type=common.path, metavar="FILE.json", help="also write the report there")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; medians are reported")
     parser.add_argument("--cpu-devices", type=int, default=0, help="split the host's CPU into so many devices")
     if name == "train":
@@ -90,7 +90,9 @@ def _sample(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], di
 def _train(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[Callable[[], dict[str, Any]], Any]:
     from d2g_jax.config.configuration import read_config
 
-    parser.add_argument("--config", type=Path, metavar="FILE.py", help="of the run; --config.KEY=VALUE changes it")
+    parser.add_argument(
+        "--config", type=common.path, metavar="FILE.py", help="of the run; --config.KEY=VALUE changes it"
+    )
     parser.add_argument("--losses", default="mse,e_latent_lpips", help="each with programs of its own")
     parser.add_argument("--batches", type=common.numbers, help="images in a step, as 32,64; default: the config's")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
@@ -140,7 +142,7 @@ def _loss(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict
 
 
 def _input(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict[str, Any]]:
-    parser.add_argument("--pairs", type=Path, help="a folder of pairs; default is one of random records")
+    parser.add_argument("--pairs", type=common.path, help="a folder of pairs; default is one of random records")
     parser.add_argument("--shape", default="sd15", help="of random records: digits or sd15")
     parser.add_argument("--records", type=int, default=4096, help="of random records")
     parser.add_argument("--batch", type=int, default=64)

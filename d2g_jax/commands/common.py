@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
+from d2g_jax.inputs import places
 from d2g_jax.runtime.errors import UserError
 
 JOBS = {
@@ -28,6 +28,8 @@ JOBS = {
     "bench": "speed and memory side by side, in one run: `bench sample`, `train`, `loss`, `input`, `pairs`",
 }
 
+RESUMED = ("demo", "teacher", "pairs", "train", "sample", "evaluate", "lpips", "overfit", "ablate")
+"""Jobs that keep what is done."""
 CONFIGURED = ("demo", "teacher", "pairs", "train", "plan", "lpips", "overfit", "ablate")
 _CONFIG_HELP = """
 Settings: --config=FILE.py names a file with get_config(); without it the digits configuration is taken.
@@ -60,9 +62,24 @@ def join(arguments: list[str]) -> None:
         distributed.join()
 
 
+def path(text: str) -> Path:
+    """`type=` of every flag that is a path on this machine: see `places.local_path`."""
+    try:
+        return places.local_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def place(text: str) -> Any:
+    """`type=` of a flag that may also name a folder in a bucket."""
+    from d2g_jax.runtime.buckets import as_path
+
+    return as_path(text) if "://" in text else path(text)
+
+
 def parse_with_config(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, Any]:
     """A job's own flags and the config that its --config flags name and change."""
-    parser.add_argument("--config", type=Path, metavar="FILE.py")
+    parser.add_argument("--config", type=path, metavar="FILE.py")
     own, rest = parser.parse_known_args(arguments)
     overrides = [a for a in rest if a.startswith("--config.")]
     from d2g_jax.config.configuration import read_config
@@ -83,6 +100,7 @@ def start(config: Any = None, *, cache: bool = True, same: dict[str, Any] | None
     from ml_collections import ConfigDict
 
     from d2g_jax.runtime import mesh
+    from d2g_jax.runtime.interrupt import started
 
     config = ConfigDict({"mesh": {}}) if config is None else config
     if config.mesh.get("cpu_devices"):
@@ -92,10 +110,11 @@ def start(config: Any = None, *, cache: bool = True, same: dict[str, Any] | None
         jax.config.update("jax_optimization_level", level)
     except ValueError as error:
         raise UserError(f"optimization_level={level!r} is unknown; choose one of O0, O1, O2, O3, UNKNOWN") from error
-    jax.config.update("jax_enable_compilation_cache", cache)
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "d2g_jax"))
-    jax.config.update("jax_compilation_cache_dir", folder)
+    folder = places.cache_folder()
+    jax.config.update("jax_enable_compilation_cache", cache and folder is not None)
+    jax.config.update("jax_compilation_cache_dir", folder and str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    started()
     if same is not None:
         from d2g_jax.runtime import distributed
         from d2g_jax.runtime.runs import flatten
@@ -121,10 +140,16 @@ def add_model_flags(parser: Any, models: str, *, required: bool = True) -> None:
     parser.add_argument("--model", required=required, help=models)
     parser.add_argument("--revision", help="of a hub id")
     parser.add_argument("--system", help="one-step generator of another method: instaflow, dmd, sdxl-turbo, lcm, ...")
-    parser.add_argument("--unet", type=Path, help="safetensors in place of the model's own UNet")
+    parser.add_argument("--unet", type=path, help="safetensors in place of the model's own UNet")
+    parser.add_argument("--pipeline", type=path, help="where a workdir's teacher lies, if it was moved")
     parser.add_argument("--height", type=int, help="pixels; default is the model's own")
     parser.add_argument("--width", type=int, help="pixels; default is the model's own")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+
+
+def add_prompts_column(parser: Any) -> None:
+    """Beside --prompts: which column of a file that has several."""
+    parser.add_argument("--prompts-column", default="", help="of a .csv, .json, .jsonl or .parquet file or TFDS folder")
 
 
 def add_solution_flags(teacher: Any) -> None:

@@ -9,7 +9,7 @@ from d2g_jax.commands import common
 
 def run(arguments: list[str]) -> int:
     parser = common.parser("demo")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--workdir", type=common.path, default=Path("runs/demo"))
     parser.add_argument("--full", action="store_true", help="also pseudo-Huber and LatentLPIPS students")
     own, config = common.parse_with_config(parser, arguments)
     common.start(config)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from d2g_jax.commands import common
 from d2g_jax.evaluate.protocols import PROTOCOLS
+from d2g_jax.inputs.places import local_path
 from d2g_jax.results import metric_weights
 from d2g_jax.runtime.errors import UserError
 
@@ -38,25 +39,32 @@ def _evaluate(arguments: Sequence[str]) -> Callable[[], str]:
         "`evaluate table RESULT.json ...` lays results side by side"
     )
     parser = common.parser("evaluate", text)
-    parser.add_argument("--config", type=Path, metavar="FILE.py", help="get_config() gives flags; configs/evaluate/")
+    parser.add_argument(
+        "--config", type=common.path, metavar="FILE.py", help="get_config() gives flags; configs/evaluate/"
+    )
     parser.add_argument("--protocol", help=", ".join(PROTOCOLS))
-    parser.add_argument("--images", type=Path, help="folder of images, one for each prompt in order")
-    parser.add_argument("--prompts", type=Path, help="one prompt per line; the digits have their own")
-    parser.add_argument("--reference", type=Path, help="file of `d2g evaluate reference`, or a folder of real images")
-    parser.add_argument("--diversity-images", type=Path, help="several images of each prompt; --model draws its own")
-    parser.add_argument("--teacher-images", type=Path, help="the teacher's, of the same prompts and noise")
+    parser.add_argument("--images", type=common.path, help="folder of images, one for each prompt in order")
+    parser.add_argument("--prompts", type=common.path, help="one prompt per line; the digits have their own")
+    common.add_prompts_column(parser)
+    parser.add_argument(
+        "--reference", type=common.path, help="file of `d2g evaluate reference`, or a folder of real images"
+    )
+    parser.add_argument(
+        "--diversity-images", type=common.path, help="several images of each prompt; --model draws its own"
+    )
+    parser.add_argument("--teacher-images", type=common.path, help="the teacher's, of the same prompts and noise")
     parser.add_argument("--metrics", default="", help="names with commas; default is all that the given files allow")
     parser.add_argument("--samples", type=int, help="only the first N; the result then says that it is incomplete")
     parser.add_argument("--name", help="of the system, for tables")
-    parser.add_argument("--out", type=Path, required=True, help="result file, JSON")
+    parser.add_argument("--out", type=common.path, required=True, help="result file, JSON")
     _add_images(parser)
     weights = parser.add_argument_group("weights of the metrics; nothing is ever downloaded")
     for name, where in metric_weights.WHERE.items():
-        weights.add_argument(metric_weights.flag(name), type=Path, help=where.replace("%", "%%"))
+        weights.add_argument(metric_weights.flag(name), type=common.path, help=where.replace("%", "%%"))
     model = parser.add_argument_group("a model in place of --images")
     models = "pipeline folder, hub id, exported student, or training workdir"
     common.add_model_flags(model, models, required=False)
-    model.add_argument("--drawn", type=Path, help="where its images go and are found again; default OUT-drawn")
+    model.add_argument("--drawn", type=common.path, help="where its images go and are found again; default OUT-drawn")
     model.add_argument("--seed", type=int, default=0, help="of the noise")
     model.add_argument("--draw-batch", type=int, default=64, help="images per call of the model, all devices together")
     model.add_argument("--tiled", action="store_true", help="decode large images in overlapping tiles")
@@ -76,7 +84,7 @@ def _take_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> N
     Raises `UserError` for a field that is no flag, or that the flag would not take.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
+    first.add_argument("--config", type=common.path)
     file = first.parse_known_args(arguments)[0].config
     if file is None:
         return
@@ -90,13 +98,13 @@ def _take_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> N
             continue
         if expected := _misfit(flags[name], value):
             raise UserError(f"--config={file}: {name}={value!r}: expected {expected}")
-        parser.set_defaults(**{name: Path(value) if flags[name].type is Path else value})
+        parser.set_defaults(**{name: local_path(value) if flags[name].type is common.path else value})
         flags[name].required = False
 
 
 _TAKES = {
     None: ((str,), "text"),
-    Path: ((str, Path), "a path"),
+    common.path: ((str, Path), "a path"),
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     bool: ((bool,), "True or False"),
@@ -120,7 +128,7 @@ def _run(own: argparse.Namespace) -> str:
     from d2g_jax.results.metric_weights import MetricWeights
 
     given = common.given_solution(own)
-    if own.images is not None and (given or own.system or own.unet or own.drawn):
+    if own.images is not None and (given or own.system or own.unet or own.pipeline or own.drawn):
         raise UserError("--images are drawn already; leave out --system, --unet, --drawn and a teacher's flags")
     if own.model is not None and own.diversity_images is not None:
         raise UserError("--model draws its own images for diversity; leave out --diversity-images")
@@ -131,6 +139,7 @@ def _run(own: argparse.Namespace) -> str:
             own.revision,
             own.system,
             own.unet,
+            own.pipeline,
             Solution(**given) if given else None,
             (own.height, own.width),
             own.seed,
@@ -145,6 +154,7 @@ def _run(own: argparse.Namespace) -> str:
         drawn=own.drawn or own.out.parent / f"{own.out.stem}-drawn",
         reference=own.reference,
         prompts=own.prompts,
+        prompts_column=own.prompts_column,
         weights=MetricWeights(**{name: getattr(own, f"weights_{name}") for name in metric_weights.WHERE}),
         metrics=tuple(filter(None, own.metrics.split(","))),
         diversity_images=own.diversity_images,
@@ -165,11 +175,11 @@ def _reference(arguments: Sequence[str]) -> Callable[[], str]:
     )
     parser.add_argument("--protocol", required=True, help=", ".join(PROTOCOLS))
     parser.add_argument(
-        "--images", type=Path, required=True, help="folder of real images; sizes and formats may differ"
+        "--images", type=common.path, required=True, help="folder of real images; sizes and formats may differ"
     )
     where = metric_weights.WHERE["inception"]
-    parser.add_argument(metric_weights.flag("inception"), type=Path, dest="inception", help=where)
-    parser.add_argument("--out", type=Path, required=True, help=".npz file")
+    parser.add_argument(metric_weights.flag("inception"), type=common.path, dest="inception", help=where)
+    parser.add_argument("--out", type=common.path, required=True, help=".npz file")
     _add_images(parser)
     own = parser.parse_args(arguments)
 
@@ -187,7 +197,7 @@ def _table(arguments: Sequence[str]) -> Callable[[], str]:
     parser = common.parser(
         "evaluate table", "results side by side; what was measured differently never shares a column"
     )
-    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
+    parser.add_argument("results", type=common.path, nargs="+", metavar="RESULT.json")
     own = parser.parse_args(arguments)
 
     def run() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from d2g_jax.commands import common
 from d2g_jax.runtime.errors import UserError
@@ -11,7 +10,7 @@ from d2g_jax.runtime.errors import UserError
 
 def run(arguments: list[str]) -> int:
     parser = common.parser("lpips")
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=common.path, required=True)
     own, config = common.parse_with_config(parser, arguments)
     if own.config is None:
         raise UserError("--config is missing; give a file such as configs/lpips.py")

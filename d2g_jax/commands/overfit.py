@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from d2g_jax.commands import common
 
 
 def run(arguments: list[str]) -> int:
     parser = common.parser("overfit")
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=common.path, required=True)
     own, config = common.parse_with_config(parser, arguments)
     common.start(config)
     from d2g_jax.metric.overfit import overfit

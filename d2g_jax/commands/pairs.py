@@ -9,11 +9,9 @@ from d2g_jax.runtime.errors import UserError
 def run(arguments: list[str]) -> int:
     if arguments[:1] == ["verify"]:
         return _verify(arguments[1:])
-    from d2g_jax.runtime.buckets import as_path
-
     common.join(arguments)
     parser = common.parser("pairs")
-    parser.add_argument("--workdir", type=as_path, required=True, help="a folder, here or in a bucket (gs://...)")
+    parser.add_argument("--workdir", type=common.place, required=True, help="a folder, here or in a bucket (gs://...)")
     parser.add_argument("--dry-run", action="store_true", help="print records, bytes, FLOPs and hours; write nothing")
     own, config = common.parse_with_config(parser, arguments)
     common.start(config, same={"job": "pairs", "--workdir": str(own.workdir)})
@@ -29,10 +27,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _verify(arguments: list[str]) -> int:
-    from d2g_jax.runtime.buckets import as_path
-
     parser = common.parser("pairs verify", "re-read every record: checksums, ids, shapes, finite values, noise redrawn")
-    parser.add_argument("folder", type=as_path)
+    parser.add_argument("folder", type=common.place)
     parser.add_argument("--repair", action="store_true", help="remove the bad shards, so that `d2g pairs` remakes them")
     parser.add_argument(
         "--resolve", type=int, metavar="K", help="also solve K random records again with the --config that made them"

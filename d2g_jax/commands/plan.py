@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from d2g_jax.commands import common
+from d2g_jax.inputs.places import check_output
 
 
 def run(arguments: list[str]) -> int:
@@ -44,7 +44,7 @@ def _sample(arguments: list[str]) -> int:
 
 def _table(arguments: list[str]) -> int:
     parser = common.parser("plan table", "plans that --out wrote, as one Markdown table")
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
+    parser.add_argument("files", type=common.path, nargs="+", metavar="FILE.json")
     own = parser.parse_args(arguments)
     from d2g_jax.plan import job
 
@@ -61,15 +61,13 @@ def _add_flags(parser: common.Parser) -> None:
         help="compile for the target (TPUs need libtpu, GPUs are always planned by formula), or count the trace",
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the plan as JSON")
+    parser.add_argument("--out", type=common.path, metavar="FILE.json", help="also write the plan as JSON")
 
 
 def _check_out(own: argparse.Namespace) -> None:
     """Before an hour's compilation, not after it."""
-    from d2g_jax.runtime import atomic
-
     if own.out:
-        atomic.check_output(own.out, "plan.json")
+        check_output(own.out, "plan.json")
 
 
 def _print(own: argparse.Namespace, text: str, report: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from d2g_jax.commands import common
+from d2g_jax.inputs.text import as_prompt
 from d2g_jax.runtime.errors import UserError
 
 
@@ -41,6 +42,7 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
     ):
         if not least <= value <= most:
             raise UserError(f"--{flag}={value}; it must be from {least} to {most}")
+    own.prompt = [as_prompt(prompt, "--prompt") for prompt in own.prompt]
     if long := [prompt for prompt in own.prompt if len(prompt) > own.max_prompt]:
         raise UserError(f"--prompt={long[0][:20]}...: longer than --max-prompt={own.max_prompt}")
     from d2g_jax.play import server
@@ -59,7 +61,7 @@ def play(own: argparse.Namespace) -> None:
 
     given = common.given_solution(own)
     size = (own.height, own.width)
-    choice = Choice(own.model, own.revision, own.system, own.unet, own.teacher, given, size, own.dtype)
+    choice = Choice(own.model, own.revision, own.system, own.unet, own.pipeline, own.teacher, given, size, own.dtype)
     with server.listen(own.host, own.port) as listener, terminating():
         start = time.monotonic()
         studio = open_studio(choice)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from d2g_jax.commands import common
+from d2g_jax.inputs.text import as_prompt
 
 
 def run(arguments: list[str]) -> int:
     parser = common.parser("sample")
     common.add_model_flags(parser, "pipeline folder, hub id, exported student, or training workdir")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    parser.add_argument("--prompts", type=Path, help="text file, one prompt per line")
+    parser.add_argument("--prompts", type=common.path, help="file of prompts: text, one a line, or columns")
+    common.add_prompts_column(parser)
     parser.add_argument("--images", type=int, default=1, help="images per prompt")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--latents", type=Path, help="float32 noise (N, C, h, w), .npy, in place of --seed")
+    parser.add_argument("--latents", type=common.path, help="float32 noise (N, C, h, w), .npy, in place of --seed")
     parser.add_argument("--tiled", action="store_true", help="decode large images in overlapping tiles")
     parser.add_argument("--batch", type=int, default=64, help="images per call, all devices together")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=common.path, required=True)
     teacher = parser.add_argument_group("for a teacher; a one-step student has none of these")
     common.add_solution_flags(teacher)
     own = parser.parse_args(arguments)
@@ -28,8 +29,9 @@ def run(arguments: list[str]) -> int:
     from d2g_jax.sample.job import Request, sample
 
     given = common.given_solution(own)
+    listed = own.prompts and read_prompts(own.prompts, column=own.prompts_column, asked="--prompts-column").lines
     request = Request(
-        prompts=(*own.prompt, *(read_prompts(own.prompts).lines if own.prompts else ())),
+        prompts=(*(as_prompt(prompt, "--prompt") for prompt in own.prompt), *(listed or ())),
         images_per_prompt=own.images,
         solution=Solution(**given) if given else None,
         size=(own.height, own.width),
@@ -40,6 +42,7 @@ def run(arguments: list[str]) -> int:
         tiled=own.tiled,
         system=own.system,
         unet=own.unet,
+        pipeline=own.pipeline,
     )
     seconds = sample(own.model, request, own.out, own.revision)
     print(json.dumps({"out": str(own.out), "seconds": {name: round(value, 3) for name, value in seconds.items()}}))

@@ -8,28 +8,6 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict, config_dict
 
-from d2g_jax.runtime.errors import UserError
-
-COUNTS = (
-    "mesh.cpu_devices", "pairs.pairs_per_prompt", "pairs.count", "pairs.records_per_shard", "pairs.steps",
-    "pairs.batch_size", "discriminator.head_channels", "adversarial.r1_interval", "train.images", "train.batch_size",
-    "train.groups", "train.micro_batch", "train.r1_micro_batch", "train.compile_workers", "train.log_every",
-    "train.sample_every", "train.checkpoint_every", "train.keep_checkpoints", "overfit.targets", "overfit.steps",
-    "overfit.every",
-)  # fmt: skip
-"""Settings of which less than 1 means nothing; those that may be None are then not looked at."""
-
-
-def check_counts(config: ConfigDict) -> None:
-    """Raises `UserError` for a setting of `COUNTS` below 1; before a job has loaded or written anything."""
-    for name in COUNTS:
-        group, _, field = name.partition(".")
-        value = config.get(group, {}).get(field)
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value}: give 1 or more")
-    if (kept := config.get("train", {}).get("held_out", 0)) < 0:
-        raise UserError(f"train.held_out={kept}: give 0 or more")
-
 
 def base_config() -> ConfigDict:
     """A config that lacks only `name`, `pipeline`, `pairs.prompts` and `loss.metric`; not locked."""
@@ -65,8 +43,9 @@ def pairs() -> ConfigDict:
     """Prompts x noise -> the teacher's guided 50-step DDIM solutions."""
     return ConfigDict(
         {
-            "prompts": "",  # text, one a line; .jsonl, .parquet or a TFDS folder
-            "prompts_column": "",  # of .jsonl and .parquet, the text feature of a TFDS folder
+            "prompts": "",  # .txt, .csv, .tsv, .json, .jsonl, .parquet, a folder of parquet files or of TFDS
+            "prompts_column": "",  # or key; the text feature of a TFDS folder
+            "skip_empty": False,  # True: rows without a prompt are left out; False: they are counted and refused
             "pairs_per_prompt": 1,
             "count": 3_000_000,  # the paper's smaller set
             "records_per_shard": 8192,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from d2g_jax.config.base_config import check_counts
+from d2g_jax.config.ranges import check_ranges, range_of
+from d2g_jax.inputs import places
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.runs import flatten
 
@@ -18,7 +20,7 @@ def read_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Any:
     """The config of `file` (None: the digits) with flags such as `--config.train.images=1000` applied.
 
     Raises `UserError` for a file without `get_config()` or with an error in it, an unknown key, a value of the wrong
-    type and a count below 1.
+    type and a number out of its range (`ranges.RANGES`).
     """
     from absl import flags
     from ml_collections import config_flags
@@ -34,9 +36,24 @@ def read_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Any:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
         values(command)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"config: {' '.join(str(error).split())}") from error
-    check_counts(values.config)
+        raise UserError(_of_flag(str(error))) from error
+    check_ranges(values.config)
+    _expand_homes(values.config)
     return values.config
+
+
+def _expand_homes(config: Any) -> None:
+    """`~/x` in a setting is a path below the home, which no shell has seen."""
+    for key, value in flatten(config.to_dict()).items():
+        if isinstance(value, str) and value.startswith("~/"):
+            config.update_from_flattened_dict({key: str(places.expanded(value))})
+
+
+def _of_flag(error: str) -> str:
+    """absl's message of a value that a setting does not take, in words where the setting is a number."""
+    flag = re.search(r"flag --config\.([\w.]+)=(.*?): ", error)
+    allowed = range_of(flag[1]) if flag else None
+    return f"{flag[1]}={flag[2]}; give {allowed}" if allowed is not None else f"config: {' '.join(error.split())}"
 
 
 def compute_dtype(key: str, name: str) -> Any:
@@ -61,7 +78,8 @@ def _load_config(file: Path) -> Any:
     from ml_collections import ConfigDict
 
     if not file.is_file():
-        raise UserError(f"--config={file}: no such file; give a Python file with get_config()")
+        wrong = "a folder" if file.is_dir() else "no such file"
+        raise UserError(f"--config={file}: {wrong}; give a Python file with get_config()")
     spec = importlib.util.spec_from_file_location("d2g_config", file)
     if spec is None:
         raise UserError(f"--config={file}: not a Python file; give one with get_config()")

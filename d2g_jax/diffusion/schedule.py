@@ -17,6 +17,17 @@ import numpy as np
 from d2g_jax.runtime.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+_BETA_KEYS = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
+_CLASSES = (
+    "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler",
+    "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler",
+    "SASolverScheduler", "LCMScheduler", "TCDScheduler",
+)  # fmt: skip
+"""diffusers' schedulers that thin out a schedule of betas; whatever they do with it, the schedule is the same."""
+STUDENT = "_d2g_timestep"
+"""Key of a scheduler's config that our export writes: the timestep of the student's one call."""
 SPACINGS = ("leading", "trailing", "linspace")
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
@@ -53,9 +64,15 @@ class Schedule:
     def from_config(cls, config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Schedule:
         """Reads a `scheduler_config.json`; only the schedule is taken, whatever solver class it names.
 
-        Raises `UserError` for a setting that would change the ODE and that is not implemented.
+        Raises `UserError` for a setting that would change the ODE and that is not implemented, and for what is no
+        schedule of betas: diffusers' defaults would be taken for it without a word.
         """
-        for key in ("clip_sample", "thresholding"):
+        name = str(config.get("_class_name", "DDIMScheduler")).removeprefix("Flax")
+        if name not in _CLASSES:
+            raise UserError(f"{source}: {name} is no schedule of betas; known are {', '.join(_CLASSES)}")
+        if not any(config.get(key) is not None for key in _BETA_KEYS):
+            raise UserError(f"{source}: has none of {', '.join(_BETA_KEYS)}; fetch the file again")
+        for key in ("clip_sample", "thresholding", "use_flow_sigmas"):
             if config.get(key):
                 raise UserError(f"{source}: {key}=true is not a deterministic ODE of the latents; set it to false")
         prediction_type = config.get("prediction_type", "epsilon")
@@ -109,6 +126,18 @@ class Schedule:
     def first_timestep(self, num_steps: int) -> int:
         """The timestep at which a `num_steps` DDIM solution sees pure noise: the generator's timestep."""
         return int(self.timesteps(num_steps)[0])
+
+
+def student_timestep(config: Mapping[str, Any]) -> int | None:
+    """The timestep of the one-step student whose export wrote this `scheduler_config.json`; None for any other.
+
+    diffusers keeps the mark `STUDENT` when it saves the folder again. An export without it cut the betas off there.
+    """
+    if isinstance(config.get(STUDENT), int):
+        return config[STUDENT]
+    cut = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "steps_offset": 1, "set_alpha_to_one": True}
+    betas = config.get("trained_betas")
+    return len(betas) - 1 if betas and all(config.get(key) == value for key, value in cut.items()) else None
 
 
 def _betas(config: Mapping[str, Any], source: str) -> np.ndarray:

@@ -47,9 +47,9 @@ class OneStep:
     def check_unet(self, time_cond_proj_dim: int | None) -> None:
         """Raises `UserError` when this system and a UNet disagree about a guidance embedding."""
         if self.guidance_scale is not None and time_cond_proj_dim is None:
-            raise UserError("this UNet has no time_cond_proj_dim, so --system=lcm does not fit it")
+            raise UserError("this UNet has no time_cond_proj_dim, so system=lcm does not fit it")
         if self.guidance_scale is None and time_cond_proj_dim is not None:
-            raise UserError("this UNet has a time_cond_proj_dim, as latent consistency models have; give --system=lcm")
+            raise UserError("this UNet has a time_cond_proj_dim, as latent consistency models have; give system=lcm")
 
     def generate(self, denoise: Denoiser, schedule: Schedule, noise: jax.Array) -> jax.Array:
         """Noise (B, h, w, C) as drawn -> float32 scaled latents (B, h, w, C) in one call; pure."""
@@ -91,5 +91,5 @@ SYSTEMS: dict[str, OneStep] = {
 def find_system(name: str) -> OneStep:
     """Raises `UserError` for an unknown name."""
     if name not in SYSTEMS:
-        raise UserError(f"--system={name}: unknown; known are {', '.join(SYSTEMS)}")
+        raise UserError(f"system={name}: unknown; known are {', '.join(SYSTEMS)}")
     return SYSTEMS[name]

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax.diffusion import noise
-from d2g_jax.models.network import Params
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Drawn, Programs, Solution, draw
-from d2g_jax.runtime import atomic
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.grid import save_png
 from d2g_jax.runtime.progress import Progress
-from d2g_jax.sample.sampler import Sampler, latent_shape
-
-DESCRIPTION = "drawing.json"
-"""What a folder's images are; beside them."""
-
-SAME_DRAWING = ("seed", "first_noise", "noise", "prompts_sha256", "size")
-"""What of it two systems have in common whose images are compared one by one."""
+from d2g_jax.sample.folder import claim, digest, prompts_digest
+from d2g_jax.sample.sampler import ONE_STEP, Sampler, latent_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +28,7 @@ class Model:
     Attributes:
       model: folder, hub id, exported student or workdir, with its `revision`.
       system: of `systems.SYSTEMS`; None for teachers and for students of ours.
-      unet: weights in place of the model's own UNet.
+      unet: weights in place of the model's own UNet; pipeline: where a workdir's teacher lies now.
       solution: a teacher's.
       size: (height, width) in pixels, None for the native side.
       seed: of the noise; image i has the noise of record i, as in `d2g sample`.
@@ -51,6 +41,7 @@ class Model:
     revision: str | None = None
     system: str | None = None
     unet: Path | None = None
+    pipeline: Path | None = None
     solution: Solution | None = None
     size: tuple[int | None, int | None] = (None, None)
     seed: int = 0
@@ -66,11 +57,11 @@ class Painter:
         """Raises `UserError` as `Sampler.load` does, and for a solution given to a one-step generator."""
         dtype = jnp.dtype(model.dtype)
         self._model, self._mesh = model, meshes.make_mesh()
-        load = model.revision, model.system, model.unet
+        load = model.revision, model.system, model.unet, model.pipeline
         self._sampler = Sampler.load(model.model, self._mesh, dtype, dtype, *load)
         one_step = self._sampler.one_step
         if one_step is not None and model.solution is not None:
-            raise UserError(f"{model.model}: one step only; leave out --steps, --guidance, --solver and --negative")
+            raise UserError(f"{model.model}: one step only; {ONE_STEP}")
         self._shape = latent_shape(self._sampler.pipeline, model.size)
         factor = self._sampler.pipeline.vae.config.downscale
         size = factor * self._shape[1], factor * self._shape[2]
@@ -81,7 +72,7 @@ class Painter:
             "model": model.model,
             "revision": model.revision,
             "unet": None if model.unet is None else str(model.unet),
-            "unet_sha256": _digest(self._sampler.pipeline.params["unet"]),
+            "unet_sha256": digest(self._sampler.pipeline.params["unet"]),
             "system": model.system,
             "one_step": None if one_step is None else dataclasses.asdict(one_step),
             "solution": None if solution is None else dataclasses.asdict(solution),
@@ -95,8 +86,8 @@ class Painter:
     def paint(self, prompts: Sequence[str], folder: Path, *, first_noise: int = 0) -> None:
         """Writes 00000.png ... of `prompts` into `folder`; what is there already is not drawn again.
 
-        Image i has the noise of record `first_noise` + i. Raises `UserError` for a folder of another drawing, and for
-        latents that are not finite: decoded they would be images all the same, and would get scores.
+        Image i has the noise of record `first_noise` + i. Raises `UserError` for a folder of another drawing, and as
+        `pipeline.draw.check_finite` does.
         """
         self.claim(prompts, folder, first_noise=first_noise)
         devices = meshes.batch_shards(self._mesh)
@@ -107,7 +98,6 @@ class Painter:
                 files = [folder / f"{first + i:05d}.png" for i in range(len(part))]
                 if not all(file.exists() for file in files):
                     drawn = self._draw(part, first_noise + first, batch_size)
-                    self._check_finite(drawn.latents, files)
                     for file, image in zip(files, drawn.images, strict=True):
                         save_png(file, image)
                 progress.advance(len(part))
@@ -115,66 +105,13 @@ class Painter:
     def claim(self, prompts: Sequence[str], folder: Path, *, first_noise: int = 0) -> dict[str, Any]:
         """Makes `folder` that of this drawing; returns its description. Raises `UserError` for another's folder."""
         described = {**self.description, "prompts_sha256": prompts_digest(prompts), "first_noise": first_noise}
-        _claim(folder, described)
+        claim(folder, described)
         return described
-
-    def _check_finite(self, latents: np.ndarray, files: Sequence[Path]) -> None:
-        for file, latent in zip(files, latents, strict=True):
-            if not np.isfinite(latent).all():
-                remedy = "check its weights, or give --dtype=float32"
-                raise UserError(f"{self._model.model}: {file} would be of latents that are not finite; {remedy}")
 
     def _draw(self, prompts: list[str], first: int, batch_size: int) -> Drawn:
         records = jnp.arange(first, first + len(prompts), dtype=jnp.uint32)
         drawn = np.asarray(noise.record_noise(self._model.seed, records, self._shape))
         ids = tokenize_prompts(self._sampler.pipeline, prompts)
-        (batch,) = draw(self._programs, self._mesh, drawn, ids, batch_size, images=True)
+        named = {"name": self._model.model, "prompts": prompts}
+        (batch,) = draw(self._programs, self._mesh, drawn, ids, batch_size, images=True, **named)
         return batch
-
-
-def prompts_digest(prompts: Sequence[str]) -> str:
-    """SHA-256 of the prompts in order, one on a line: `sha256sum` of a text file that ends with a newline."""
-    return hashlib.sha256("".join(f"{prompt}\n" for prompt in prompts).encode()).hexdigest()
-
-
-def read_description(folder: Path) -> dict[str, Any] | None:
-    """How the images of a folder were drawn; None where nothing says so. Raises `UserError` for a damaged file."""
-    file = folder / DESCRIPTION
-    if not file.is_file():
-        return None
-    remedy = "draw the images again into another folder"
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); {remedy}") from error
-    if not isinstance(described, dict):
-        raise UserError(f"{file}: holds a {type(described).__name__}, not an object; {remedy}")
-    for key in SAME_DRAWING:
-        if key not in described:
-            raise UserError(f"{file}: {key} is missing; {remedy}")
-    return described
-
-
-def _claim(folder: Path, described: dict[str, Any]) -> None:
-    """Writes the description, or checks that the one there is the same."""
-    there = read_description(folder)
-    if there is None:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder}: holds files but no {DESCRIPTION}; give an empty folder to draw into")
-        atomic.write_text(folder / DESCRIPTION, json.dumps(described, indent=2) + "\n")
-        return
-    for key, value in described.items():
-        if there.get(key) != value:
-            raise UserError(
-                f"{folder / DESCRIPTION}: images of another drawing, {key}={there.get(key)!r}, not {value!r}; give "
-                "another --drawn or remove the folder"
-            )
-
-
-def _digest(params: Params) -> str:
-    """SHA-256 of all leaves in order with their names: the same whatever kind of file they came from."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
-    return digest.hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +15,10 @@ import numpy as np
 from PIL import Image
 
 from d2g_jax.evaluate.protocols import Protocol
-from d2g_jax.metric.measure import CONTACT_SHEET, IMAGES
+from d2g_jax.inputs import images
+from d2g_jax.inputs.text import natural_key
 from d2g_jax.runtime.errors import UserError
 
-_MODES = ("RGB", "L")
 _FILTERS = {"lanczos": Image.Resampling.LANCZOS}
 _THREADS = 8
 _SHOWN = 3  # names in a message
@@ -87,11 +86,11 @@ def survey(folder: str | Path, protocol: Protocol, *, max_corrupt: int = 0, mixe
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give one of images ({', '.join(IMAGES)})")
-    every = [file.name for file in folder.iterdir() if file.suffix.lower() in IMAGES and file.name != CONTACT_SHEET]
+        raise UserError(f"{folder}: no such folder; give one of images ({', '.join(images.SUFFIXES)})")
+    every = [file.name for file in images.image_files(folder.iterdir())]
     every.sort(key=natural_key)
     if not every:
-        raise UserError(f"{folder}: holds no image ({', '.join(IMAGES)})")
+        raise UserError(f"{folder}: holds no image ({', '.join(images.SUFFIXES)})")
     with ThreadPoolExecutor(_THREADS) as pool:
         files = dict(zip(every, pool.map(lambda name: _examine(folder / name), every), strict=True))
     corrupt = {name: file.fault for name, file in files.items() if file.fault is not None}
@@ -103,7 +102,6 @@ def survey(folder: str | Path, protocol: Protocol, *, max_corrupt: int = 0, mixe
     good = {name: file for name, file in files.items() if file.fault is None}
     if not good:
         raise UserError(f"{folder}: none of {len(every)} images can be read")
-    _check_modes(folder, good)
     if not mixed:
         for what, key in (("sizes", "size"), ("modes", "mode"), ("formats", "format")):
             _check_one(folder, what, {name: getattr(file, key) for name, file in good.items()})
@@ -131,14 +129,13 @@ def batches(found: Survey, protocol: Protocol, batch_size: int) -> Iterator[tupl
     with ThreadPoolExecutor(_THREADS) as pool:
         for first in range(0, len(found), batch_size):
             names = found.names[first : first + batch_size]
-            images = pool.map(lambda name: read(found.folder / name, protocol), names)
-            yield list(found.indices[first : first + batch_size]), np.stack(list(images))
+            several = pool.map(lambda name: read(found.folder / name, protocol), names)
+            yield list(found.indices[first : first + batch_size]), np.stack(list(several))
 
 
 def read(file: Path, protocol: Protocol) -> np.ndarray:
     """One image as uint8 (S, S, 3): RGB, centre crop to the short side, resized with the protocol's filter."""
-    with Image.open(file) as image:
-        return prepare(image, protocol)
+    return prepare(images.read_rgb(file, file), protocol)
 
 
 def prepare(image: Image.Image, protocol: Protocol) -> np.ndarray:
@@ -152,27 +149,15 @@ def prepare(image: Image.Image, protocol: Protocol) -> np.ndarray:
     return np.asarray(image)
 
 
-def natural_key(name: str) -> list[tuple[int, int | str]]:
-    """Sorts the numbers in names as numbers."""
-    parts = re.split(r"(\d+)", name)
-    return [(0, int(part)) if part.isdecimal() else (1, part.lower()) for part in parts]
-
-
 def _examine(file: Path) -> _File:
     try:
         content = file.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            mode = f"{image.mode} with transparency" if "transparency" in image.info else image.mode
-            return _File(image.format or "", image.size, mode, hashlib.sha256(content).hexdigest())
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return _File("", (0, 0), "", "", " ".join(str(error).split()) or type(error).__name__)
-
-
-def _check_modes(folder: Path, files: dict[str, _File]) -> None:
-    for name, file in files.items():
-        if file.mode not in _MODES:
-            raise UserError(f"{folder / name}: mode {file.mode}; give 8-bit RGB or grey without transparency")
+            images.check_mode(image, file)
+            return _File(image.format or "", image.size, image.mode, hashlib.sha256(content).hexdigest())
+    except images.UNREADABLE as error:
+        return _File("", (0, 0), "", "", images.reason(error))
 
 
 def _check_one(folder: Path, what: str, values: dict[str, object]) -> None:

@@ -15,17 +15,19 @@ from typing import Any
 import numpy as np
 
 from d2g_jax.evaluate import distances, pairwise, reference
-from d2g_jax.evaluate.drawing import SAME_DRAWING, Painter, prompts_digest, read_description
+from d2g_jax.evaluate.drawing import Painter
 from d2g_jax.evaluate.features import make_extractor
 from d2g_jax.evaluate.images import Survey, batches, survey
 from d2g_jax.evaluate.opening import Opened, open_all, survey_several, wants_diversity
 from d2g_jax.evaluate.plan import Plan, Request, check_counts, make_plan
 from d2g_jax.evaluate.protocols import find_protocol
+from d2g_jax.inputs.places import check_output
 from d2g_jax.results import frechet, metrics
 from d2g_jax.results.results import FORMAT
 from d2g_jax.runtime import atomic, runs
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.progress import Progress
+from d2g_jax.sample.folder import SAME_DRAWING, prompts_digest, read_description
 
 _LIBRARIES = ("clean-fid", "torch", "transformers", "dreamsim", "pillow", "numpy")
 
@@ -37,7 +39,7 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
     corrupt or unlike images, too few of them, statistics or images of something else. What can be known of them before
     a model draws is checked before.
     """
-    atomic.check_output(out, "result.json")
+    check_output(out, "result.json")
     plan = make_plan(request)
     opened = open_all(plan)
     found, several, drawing = _images(plan, opened)
@@ -82,7 +84,7 @@ def make_reference(
     """Writes the reference statistics of a folder of real images, .npz; returns their description."""
     if out.suffix != ".npz":
         raise UserError(f"--out={out}: reference statistics are a .npz file")
-    atomic.check_output(out, "reference.npz")
+    check_output(out, "reference.npz")
     check_counts(batch_size, max_corrupt)
     found = find_protocol(protocol)
     extractor = make_extractor(found, inception)
@@ -137,7 +139,10 @@ def _survey(plan: Plan, folder: Path) -> Survey:
             f"{folder}: {total} images; {plan.protocol.name} takes {plan.protocol.samples}; draw as many, or give "
             f"--samples=N for the first N and a result that says so"
         )
-    return found.first(plan.samples)
+    first = found.first(plan.samples)
+    if not len(first):
+        raise UserError(f"{folder}: of the first {plan.samples} images none can be read; make them again")
+    return first
 
 
 def _measure_images(plan: Plan, opened: Opened, found: Survey, result: dict[str, Any]) -> None:

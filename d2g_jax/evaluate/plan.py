@@ -6,12 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from d2g_jax.evaluate.drawing import Model, prompts_digest, read_description
+from d2g_jax.evaluate.drawing import Model
 from d2g_jax.evaluate.protocols import DIGITS, DIGITS_PROMPTS_SEED, Protocol, find_protocol
+from d2g_jax.inputs import numbers
 from d2g_jax.pairs.prompts import read_prompts
 from d2g_jax.results import metrics
 from d2g_jax.results.metric_weights import MetricWeights
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.sample.folder import prompts_digest, read_description
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Request:
       model: to be drawn with into `drawn` / "images" and `drawn` / "diversity".
       drawn: a folder; what is there already is not drawn again.
       reference: a file of `d2g evaluate reference` or a folder of images.
-      prompts: whatever `pairs.prompts.read_prompts` reads without a column; None with the digits: their own.
+      prompts: whatever `pairs.prompts.read_prompts` reads, and its column; None with the digits: their own.
       weights: of the metrics.
       metrics: names of `metrics.METRICS`; empty for all that the given files allow.
       diversity_images: several images of each prompt, one prompt after another; `model` draws its own.
@@ -41,6 +43,7 @@ class Request:
     drawn: Path | None = None
     reference: Path | None = None
     prompts: Path | None = None
+    prompts_column: str = ""
     weights: MetricWeights = dataclasses.field(default_factory=MetricWeights)
     metrics: tuple[str, ...] = ()
     diversity_images: Path | None = None
@@ -98,8 +101,9 @@ def make_plan(request: Request) -> Plan:
     if not 1 <= samples <= protocol.samples:
         raise UserError(f"--samples={samples}: {protocol.name} has 1 to {protocol.samples}")
     check_counts(request.batch_size, request.max_corrupt)
-    if request.model is not None and request.model.batch_size < 1:
-        raise UserError(f"--draw-batch={request.model.batch_size}: give 1 or more")
+    if request.model is not None:
+        numbers.COUNT.check("--draw-batch", request.model.batch_size)
+        numbers.SEED.check("--seed", request.model.seed)
     _check_paths(request)
     digits = protocol.features == DIGITS
     prompts, labels = _prompts(request, protocol, samples)
@@ -118,10 +122,8 @@ def make_plan(request: Request) -> Plan:
 
 def check_counts(batch_size: int, max_corrupt: int) -> None:
     """Raises `UserError` for a number of images that cannot be."""
-    if batch_size < 1:
-        raise UserError(f"--batch={batch_size}: give 1 or more")
-    if max_corrupt < 0:
-        raise UserError(f"--max-corrupt={max_corrupt}: give 0 or more")
+    numbers.COUNT.check("--batch", batch_size)
+    numbers.AMOUNT.check("--max-corrupt", max_corrupt)
 
 
 def _check_paths(request: Request) -> None:
@@ -137,8 +139,12 @@ def _prompts(
 ) -> tuple[tuple[str, ...] | None, tuple[Any, ...] | None]:
     """The prompts, and of the digits' own the labels too. Raises `UserError` for a list of another length."""
     if request.prompts is not None:
-        lines = read_prompts(request.prompts).lines
+        lines = read_prompts(request.prompts, column=request.prompts_column, asked="--prompts-column").lines
         if len(lines) < samples or (request.samples is None and len(lines) > samples):
+            if request.samples is not None:
+                raise UserError(
+                    f"--samples={samples} of the {len(lines)} prompts in {request.prompts}; give at most as many"
+                )
             raise UserError(
                 f"{request.prompts}: {len(lines)} prompts; {protocol.name} takes {protocol.samples}; give its list, or "
                 f"--samples=N for the first N and a result that says so"

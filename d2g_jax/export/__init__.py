@@ -44,20 +44,20 @@ def export_student(
     """
     out = Path(out).absolute()
     if to not in exported.FORMATS:
-        raise UserError(f"--to={to} is unknown; choose one of {', '.join(exported.FORMATS)}")
+        raise UserError(f"to={to} is unknown; choose one of {', '.join(exported.FORMATS)}")
     if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
     _check_out(out, to)
     _check_timestep(sampler)
     if to == "stablehlo":
         if sampler.timestep is None:
             raise UserError(
-                "--to=stablehlo exports one-step students only, and this is a teacher; take diffusers or flax"
+                "to=stablehlo exports one-step students only, and this is a teacher; take diffusers or flax"
             )
         to_stablehlo.write(sampler.pipeline, sampler.timestep, out, dtype, latent_shape(sampler.pipeline, size))
         return out
     if size != (None, None):
-        raise UserError(f"--height and --width are for --to=stablehlo; a {to} folder draws every size, leave them out")
+        raise UserError(f"height and width are for to=stablehlo; a {to} folder draws every size, leave them out")
     write = to_diffusers.write if to == "diffusers" else to_flax.write
     write(sampler.pipeline, sampler.timestep, out, dtype)
     return out
@@ -73,14 +73,14 @@ def load_flax(folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: 
 def _check_out(out: Path, to: str) -> None:
     if out.is_dir():
         if to == "stablehlo":
-            raise UserError(f"{out}: is a folder, and --to=stablehlo writes one file; give a name such as student.zip")
+            raise UserError(f"{out}: is a folder, and to=stablehlo writes one file; give a name such as student.zip")
         if any(out.iterdir()):
-            raise UserError(f"{out}: is not empty; give --out a new place or empty it")
+            raise UserError(f"{out}: is not empty; give a new place or empty it")
     elif out.exists():
         if to != "stablehlo":
-            raise UserError(f"{out}: is a file, and --to={to} writes a folder; give --out a new place")
+            raise UserError(f"{out}: is a file, and to={to} writes a folder; give a new place")
         if out.stat().st_size:
-            raise UserError(f"{out}: exists; give --out a new name or remove it")
+            raise UserError(f"{out}: exists; give a new name or remove it")
 
 
 def _check_timestep(sampler: Sampler) -> None:

@@ -16,6 +16,7 @@ from d2g_jax.runtime.atomic import TEMPORARY, replacing, write_bytes
 from d2g_jax.runtime.errors import UserError
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_VARIANT = re.compile(r"\.(?:fp16|bf16)(\.safetensors|\.json)$")
 _LICENSE = re.compile(r"(licen[cs]e|notice)([.-].*)?", re.IGNORECASE)
 
 
@@ -66,11 +67,9 @@ def license_files(names: Iterable[str]) -> list[str]:
 
 
 def copy(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copies files byte for byte. An fp16 variant gets the plain name, which every loader finds unasked."""
+    """Copies files byte for byte. A variant gets the plain name, which every loader finds unasked."""
     for name in names:
-        with replacing(
-            target / name.replace(".fp16.safetensors", ".safetensors").replace(".fp16.json", ".json")
-        ) as new:
+        with replacing(target / _VARIANT.sub(r"\1", name)) as new:
             shutil.copyfile(source / name, new)
 
 

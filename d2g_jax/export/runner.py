@@ -29,21 +29,61 @@ def read_params(archive):
     return params
 
 
+def check(meta, tokens, noise):
+    """tokens and noise as the program takes them; ValueError for others, which would be drawn as black images."""
+    tokens, noise = np.asarray(tokens), np.asarray(noise)
+    wanted = {name: tuple(meta["inputs"][name]["shape"][1:]) for name in ("tokens", "noise")}
+    if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or tokens.shape[1:] != wanted["tokens"]:
+        raise ValueError(f"tokens are {tokens.dtype} {tokens.shape}, not int32 (b, {wanted['tokens'][0]})")
+    if noise.dtype.kind != "f" or noise.ndim != 4 or noise.shape[1:] != wanted["noise"]:
+        raise ValueError(
+            f"noise is {noise.dtype} {noise.shape}, not float32 (b, {', '.join(map(str, wanted['noise']))})"
+        )
+    if not len(tokens) == len(noise) > 0:
+        raise ValueError(f"{len(tokens)} rows of tokens and {len(noise)} of noise; give as many of both, 1 or more")
+    if not np.isfinite(noise).all():
+        raise ValueError("noise holds values that are not finite; give standard normal noise")
+    sizes = np.repeat(meta["vocabulary_sizes"], meta["token_lengths"])
+    if wrong := tokens[(tokens < 0) | (tokens >= sizes)].tolist():
+        raise ValueError(f"token {wrong[0]} is none of the tokenizer's; take the one in this zip")
+    return tokens.astype(np.int32), noise.astype(np.float32)
+
+
 def load(path):
-    """A function: tokens int32 (b, L), noise float32 (b, C, h, w) -> images uint8 (b, H, W, 3)."""
+    """A function: tokens int32 (b, L), noise float32 (b, C, h, w) -> images uint8 (b, H, W, 3).
+
+    It raises ValueError for other tokens or noise, and for images that are not finite.
+    """
     with zipfile.ZipFile(path) as archive:
         meta = json.loads(archive.read("meta.json"))
         program = jax.jit(export.deserialize(bytearray(archive.read("sampler.stablehlo"))).call)
         params = read_params(archive)
 
     def draw(tokens, noise):
+        tokens, noise = check(meta, tokens, noise)
         size = len(tokens) if meta["batch"] == "any" else meta["batch"]
         parts = [slice(i, i + size) for i in range(0, len(tokens), size)]
-        return np.concatenate([program(params, tokens[part], noise[part]) for part in parts])
+        images, finite = zip(*[program(params, tokens[part], noise[part]) for part in parts], strict=True)
+        if not np.concatenate(finite).all():
+            raise ValueError("some images are not finite: the weights overflow; export with --dtype=float32")
+        return np.concatenate(images)
 
     return draw
 
 
+def main(arguments):
+    """Exit code 2 and one line for wrong arguments and files."""
+    if len(arguments) != 4:
+        print("usage: python run.py student.zip tokens.npy noise.npy images.npy", file=sys.stderr)
+        return 2
+    archive, tokens, noise, images = arguments
+    try:
+        np.save(images, load(archive)(np.load(tokens), np.load(noise)))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        print(f"run.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    archive, tokens, noise, images = sys.argv[1:]
-    np.save(images, load(archive)(np.load(tokens), np.load(noise)))
+    sys.exit(main(sys.argv[1:]))

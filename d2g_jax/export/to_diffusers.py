@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from d2g_jax.diffusion.schedule import Schedule
+from d2g_jax.diffusion.schedule import STUDENT, Schedule
 from d2g_jax.export import folders
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import weights
@@ -57,6 +58,7 @@ def one_step_scheduler(config: Mapping[str, Any], timestep: int) -> dict[str, An
         betas = {"trained_betas": _first_betas(schedule, timestep + 1)}
     return {
         "_class_name": "DDIMScheduler",
+        STUDENT: timestep,
         "num_train_timesteps": timestep + 1,
         **betas,
         "prediction_type": schedule.prediction_type,
@@ -119,7 +121,7 @@ A one-step text-to-image generator, distilled with Diffusion2GAN (arXiv 2405.059
 import torch
 from diffusers import {class_name}
 
-pipe = {class_name}.from_pretrained("{name}", torch_dtype=torch.{dtype})  # dtype= from 0.42 on
+pipe = {class_name}.from_pretrained({json.dumps(name)}, torch_dtype=torch.{dtype})  # dtype= from 0.42 on
 pipe.to("cuda")
 image = pipe("a photograph of a cat", num_inference_steps=1, guidance_scale=0.0).images[0]
 ```

@@ -10,6 +10,7 @@ from d2g_jax.export import folders
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import EXTRAS, SETTINGS
 from d2g_jax.sample import exported
+from d2g_jax.train.checkpoint import writing
 
 _PARTS = {
     "params": "Orbax StandardCheckpointer tree {network: parameters}; NHWC and HWIO layout, '/' joins the paths",
@@ -27,7 +28,9 @@ def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str) -> No
         for component in (*pipeline.params, *SETTINGS):
             folders.copy(source, folder, folders.settings_files(names, component))
         folders.copy(source, folder, folders.license_files(names))
-        exported.save_params(folder, exported.store(pipeline.params, jnp.dtype(dtype)))
+        params = exported.store(pipeline.params, jnp.dtype(dtype))
+        with writing(out):
+            exported.save_params(folder, params)
         description = exported.describe(pipeline, timestep, "flax", dtype)
         folders.write_json(folder / exported.DESCRIPTION, {**description, "parts": _PARTS})
         index = {key: [None, None] if key in EXTRAS else value for key, value in pipeline.index.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from d2g_jax.pipeline.hub import NETWORKS
 from d2g_jax.runtime.atomic import replacing
 from d2g_jax.sample import exported
 
-PLATFORMS = ("cpu", "cuda", "tpu")
+PLATFORMS = ("cuda", "tpu", "cpu")
+"""What a program is for; the last knows no products of float16 matrices."""
 
 _SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _UNUSED = ("vae/encoder/", "vae/quant_conv/")
@@ -42,7 +43,8 @@ def write(pipeline: Pipeline, timestep: int, out: Path, dtype: str, latent_shape
     computing = Pipeline.load(pipeline.folder, jnp.dtype(dtype), without=NETWORKS)
     params = _flat(exported.store(pipeline.params, jnp.dtype(dtype)))
     params = {name: leaf for name, leaf in params.items() if not name.startswith(_UNUSED)}
-    program, fixed_because = trace(computing, timestep, params, latent_shape)
+    platforms = PLATFORMS[:-1] if dtype == "float16" else PLATFORMS
+    program, fixed_because = trace(computing, timestep, params, latent_shape, platforms)
     meta = _meta(pipeline, timestep, dtype, latent_shape, program, fixed_because)
     names = folders.file_names(pipeline.folder)
     tokenizers = [n for part in ("tokenizer", "tokenizer_2") for n in folders.settings_files(names, part)]
@@ -56,41 +58,50 @@ def write(pipeline: Pipeline, timestep: int, out: Path, dtype: str, latent_shape
 
 
 def trace(
-    pipeline: Pipeline, timestep: int, params: Mapping[str, Any], latent_shape: tuple[int, int, int]
+    pipeline: Pipeline,
+    timestep: int,
+    params: Mapping[str, Any],
+    latent_shape: tuple[int, int, int],
+    platforms: Sequence[str] = PLATFORMS,
 ) -> tuple[export.Exported, str | None]:
-    """(params, tokens int32 (b, L), noise float32 (b, C, h, w)) -> uint8 (b, H, W, 3), exported for `PLATFORMS`.
+    """(params, tokens int32 (b, L), noise float32 (b, C, h, w)) -> `folder.Decoded` as a tuple, for `platforms`.
 
     b is any number, or `_FIXED_BATCH` where jax cannot trace that; the second result is then the reason.
     """
     try:
         (batch,) = export.symbolic_shape("b")
-        return _trace(pipeline, timestep, params, latent_shape, batch), None
+        return _trace(pipeline, timestep, params, latent_shape, platforms, batch), None
     except _NOT_SYMBOLIC as error:  # an error of another origin comes again
-        program = _trace(pipeline, timestep, params, latent_shape, _FIXED_BATCH)
+        program = _trace(pipeline, timestep, params, latent_shape, platforms, _FIXED_BATCH)
         return program, str(error).strip().splitlines()[0]
 
 
 def _trace(
-    pipeline: Pipeline, timestep: int, params: Mapping[str, Any], latent_shape: tuple[int, int, int], batch: Any
+    pipeline: Pipeline,
+    timestep: int,
+    params: Mapping[str, Any],
+    latent_shape: tuple[int, int, int],
+    platforms: Sequence[str],
+    batch: Any,
 ) -> export.Exported:
     schedule, factor = Schedule.from_config(pipeline.scheduler), pipeline.vae.config.downscale
     sizes = size_ids(pipeline, (factor * latent_shape[1], factor * latent_shape[2]))
 
     @jax.jit
-    def draw(params: dict[str, jax.Array], tokens: jax.Array, noise: jax.Array) -> jax.Array:
+    def draw(params: dict[str, jax.Array], tokens: jax.Array, noise: jax.Array) -> tuple[jax.Array, ...]:
         trees = _trees(pipeline, params)
         condition = encode_text(pipeline, trees, tokens, sizes)
 
         def call(latents: jax.Array, t: jax.Array) -> jax.Array:
             return pipeline.unet.apply(trees["unet"], latents, jnp.broadcast_to(t, latents.shape[:1]), *condition)
 
-        return decode(pipeline, trees, one_step(call, schedule, timestep, jnp.transpose(noise, (0, 2, 3, 1))))
+        return tuple(decode(pipeline, trees, one_step(call, schedule, timestep, jnp.transpose(noise, (0, 2, 3, 1)))))
 
     shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}
     tokens = jax.ShapeDtypeStruct((batch, pipeline.token_length), jnp.int32)
     noise = jax.ShapeDtypeStruct((batch, *latent_shape), jnp.float32)
     with compiling_for(ANY):
-        return export.export(draw, platforms=PLATFORMS)(shapes, tokens, noise)
+        return export.export(draw, platforms=platforms)(shapes, tokens, noise)
 
 
 def _flat(trees: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -119,13 +130,14 @@ def _meta(
     fixed_because: str | None,
 ) -> dict[str, Any]:
     batch = "any" if fixed_because is None else _FIXED_BATCH
-    (images,) = program.out_avals
+    images, _ = program.out_avals
     lengths = [tokenizer.model_max_length for tokenizer in pipeline.tokenizers]
     return {
         **exported.describe(pipeline, timestep, "stablehlo", dtype),
         "batch": batch,
         "batch_fixed_because": fixed_because,
         "token_lengths": lengths,
+        "vocabulary_sizes": [tower.config.vocab_size for tower in pipeline.towers.values()],
         "inputs": {
             "params": "the tensors of params.safetensors under their names",
             "tokens": {
@@ -135,7 +147,11 @@ def _meta(
             },
             "noise": {"dtype": "float32", "shape": [batch, *latent_shape], "is": "standard normal, NCHW"},
         },
-        "output": {"dtype": "uint8", "shape": [batch, *images.shape[1:]], "is": "images, NHWC"},
+        "output": {
+            "dtype": "uint8",
+            "shape": [batch, *images.shape[1:]],
+            "is": "images, NHWC; behind them a bool an image: finite",
+        },
         "platforms": list(program.platforms),
         "calling_convention_version": program.calling_convention_version,
     }

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax.diffusion import noise
+from d2g_jax.inputs.text import read_json
 from d2g_jax.losses.perceptual import LatentSpace
 from d2g_jax.lpips_training.classify import batches
 from d2g_jax.models import vae
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import weights
-from d2g_jax.pipeline.folder import read_json
 from d2g_jax.pipeline.hub import resolve
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
@@ -53,7 +53,7 @@ class Encoder:
         """
         folder = resolve(pipeline) / "vae"
         file = folder / "config.json"
-        config = vae.VaeConfig.from_json(read_json(file), source=str(file))
+        config = vae.VaeConfig.from_json(read_json(file, "give a pipeline with a VAE"), source=str(file))
         network, mesh = vae.build(config, dtype), meshes.make_mesh()
         params = weights.load_params(folder, network.abstract())
         digest = sha256_of({name: params[name] for name in ("encoder", "quant_conv") if name in params})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from d2g_jax.lpips_training.images import SUFFIXES, Images, read_rgb
+from d2g_jax.inputs.images import image_files, read_rgb
+from d2g_jax.lpips_training.images import Images
 from d2g_jax.lpips_training.tfds_images import open_tfds
 from d2g_jax.runtime.errors import UserError
 
@@ -31,7 +32,7 @@ def open_class_folders(folder: Path) -> Images:
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        inside = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES)
+        inside = sorted(image_files((folder / name).rglob("*")))
         if not inside:
             raise UserError(f"{folder / name}: holds no PNG or JPEG image; add some or remove the class folder")
         files += inside

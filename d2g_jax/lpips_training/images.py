@@ -7,14 +7,11 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image
 
 from d2g_jax.runtime.errors import UserError
-
-SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +33,6 @@ class Images:
     read: Callable[[int], tuple[Image.Image, int]]
     name: Callable[[int], str]
     sha256: str
-
-
-def read_rgb(file: Path | IO[bytes], name: object) -> Image.Image:
-    """A whole image as RGB; raises `UserError` that calls it `name` when it cannot be read."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: not a readable image ({str(error).splitlines()[0]}); replace or remove it") from error
 
 
 def subset(images: Images, rows: Sequence[int] | np.ndarray) -> Images:

@@ -15,7 +15,8 @@ from google.protobuf.message import DecodeError
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from d2g_jax.lpips_training.images import Images, read_rgb
+from d2g_jax.inputs.images import read_rgb
+from d2g_jax.lpips_training.images import Images
 from d2g_jax.records.framing import FrameError, scan, unframe
 from d2g_jax.runtime.errors import UserError
 

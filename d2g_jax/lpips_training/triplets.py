@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from d2g_jax.lpips_training.images import SUFFIXES, read_rgb
+from d2g_jax.inputs.arrays import read_array
+from d2g_jax.inputs.images import image_files, read_rgb
 from d2g_jax.runtime.errors import UserError
 
 SIDES = ("ref", "p0", "p1")
@@ -44,10 +46,7 @@ class TripletFolder:
     def judgement(self, row: int) -> float:
         """The share of people who preferred p1; raises `UserError` unless it is one number in [0, 1]."""
         file = self.judgements[row]
-        try:
-            value = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{file}: not a readable judgement ({error}); fetch the data set again") from error
+        value = read_array(file, "a judgement, as the data set has it")
         if value.size != 1 or value.dtype.kind not in "biuf" or not 0 <= value.item() <= 1:
             raise UserError(f"{file}: a judgement is one number from 0 to 1, this holds {value.tolist()}")
         return float(value.item())
@@ -68,8 +67,8 @@ def open_triplets(folder: str | Path, part: str) -> tuple[TripletFolder, ...]:
 
 
 def _open_kind(folder: Path) -> TripletFolder:
-    judgements = _files(folder / JUDGE, (".npy",), "judgements; calibration needs one for each triplet")
-    sides = [_files(folder / side, SUFFIXES, "images") for side in SIDES]
+    judgements = _files(folder / JUDGE, _judgements, "judgements; calibration needs one for each triplet")
+    sides = [_files(folder / side, image_files, "images") for side in SIDES]
     for side, files in zip(SIDES, sides, strict=True):
         if len(files) != len(judgements):
             raise UserError(
@@ -80,9 +79,12 @@ def _open_kind(folder: Path) -> TripletFolder:
     return TripletFolder(folder.name, folder, tuple(zip(*sides, strict=True)), tuple(judgements))
 
 
-def _files(folder: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
-    inside = folder.iterdir() if folder.is_dir() else ()
-    files = sorted((file for file in inside if file.suffix.lower() in suffixes), key=lambda file: file.stem)
+def _judgements(paths: Iterable[Path]) -> Iterator[Path]:
+    return (path for path in paths if path.suffix.lower() == ".npy" and not path.name.startswith("."))
+
+
+def _files(folder: Path, wanted: Callable[[Iterable[Path]], Iterator[Path]], what: str) -> list[Path]:
+    files = sorted(wanted(folder.iterdir() if folder.is_dir() else ()), key=lambda file: file.stem)
     if not files:
         raise UserError(f"{folder}: holds no {what}; expected ref, p0, p1 and judge in every kind's folder")
     return files

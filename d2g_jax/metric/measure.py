@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image
 
+from d2g_jax.inputs import images, numbers
+from d2g_jax.inputs.arrays import check_floats, read_array
 from d2g_jax.losses import augment
 from d2g_jax.losses.lpips import KIND, LPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, check_latents, e_latent_lpips
@@ -24,9 +25,6 @@ from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.progress import Progress
 
 LATENTS = ".npy"
-IMAGES = (".png", ".jpg", ".jpeg")
-CONTACT_SHEET = "grid.png"
-"""What `d2g sample` lays beside its images; no sample of a folder."""
 
 _KINDS = {"latents": f"a {LATENTS} file of latents", "image": "an image", "folder": "a folder"}
 _LOCATIONS = 2**16  # pixels or latent pixels that one call measures: below a gigabyte of features at full width
@@ -121,10 +119,8 @@ def load_metric(folder: str | Path) -> LatentLPIPS | LPIPS:
 
 def _check_draws(draws: int, seed: int, preset: str) -> None:
     augment.check_preset(preset)
-    if draws < 0:
-        raise UserError(f"--draws={draws}; give 0 for no augmentation, or the number of draws to average")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed={seed}; give a number from 0 to {2**32 - 1}")
+    numbers.AMOUNT.check("draws", draws)
+    numbers.SEED.check("seed", seed)
 
 
 def _kind_of_both(a: Path, b: Path) -> str:
@@ -140,9 +136,11 @@ def _kind(path: Path) -> str:
         return "folder"
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    if path.suffix.lower() in (LATENTS, *IMAGES):
+    if path.suffix.lower() in (LATENTS, *images.SUFFIXES):
         return "latents" if path.suffix.lower() == LATENTS else "image"
-    raise UserError(f"{path}: neither latents ({LATENTS}) nor an image ({', '.join(IMAGES)}) nor a folder of images")
+    raise UserError(
+        f"{path}: neither latents ({LATENTS}) nor an image ({', '.join(images.SUFFIXES)}) nor a folder of images"
+    )
 
 
 def _check_request(weights: Path, a: Path, kind: str, *, pixels: bool, draws: int, scaled: bool) -> None:
@@ -177,14 +175,8 @@ def _read_latents(metric: LatentLPIPS, file: Path, scaled: bool) -> np.ndarray:
     """float32 (N, h, w, C); raises `UserError` for what is no such array, and warns when its scale looks wrong."""
     channels, smallest = metric.space.channels, 2 ** sum(metric.network.config.pools)
     form = f"space {metric.space.name} is floating point (N, {channels}, h, w)"
-    try:
-        with file.open("rb") as stream:
-            latents = np.lib.format.read_array(stream, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file}: cannot be read as {LATENTS} ({reason}); {form}") from error
-    if latents.dtype.kind != "f":
-        raise UserError(f"{file}: holds {latents.dtype}; {form}")
+    latents = read_array(file, form)
+    check_floats(latents, file, form)
     if latents.ndim != 4 or latents.shape[1] != channels or not len(latents):
         remedy = "; move its last axis to the second place" if latents.shape[-1:] == (channels,) else ""
         raise UserError(f"{file}: shape {latents.shape}; {form}{remedy}")
@@ -209,9 +201,9 @@ def _image_names(a: Path, b: Path) -> list[str]:
 
 
 def _names_in(folder: Path) -> set[str]:
-    names = {file.name for file in folder.iterdir() if file.suffix.lower() in IMAGES and file.name != CONTACT_SHEET}
+    names = {file.name for file in images.image_files(folder.iterdir())}
     if not names:
-        raise UserError(f"{folder}: holds no image ({', '.join(IMAGES)})")
+        raise UserError(f"{folder}: holds no image ({', '.join(images.SUFFIXES)})")
     return names
 
 
@@ -219,25 +211,19 @@ def _image_pairs(metric: LPIPS, a: Path, b: Path, names: list[str]) -> Iterator[
     """Read one by one: folders may hold more than memory does."""
     for index, name in enumerate(names):
         files = (a / name, b / name) if a.is_dir() else (a, b)
-        images = tuple(_read_image(file) for file in files)
-        sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in images]
+        both = tuple(_read_image(file) for file in files)
+        sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in both]
         if sizes[0] != sizes[1]:
             raise UserError(f"{files[0]} is {sizes[0]} and {files[1]} is {sizes[1]} pixels; give images of one size")
-        if min(images[0].shape[:2]) < metric.smallest_side:
+        if min(both[0].shape[:2]) < metric.smallest_side:
             smallest = f"{metric.smallest_side}x{metric.smallest_side}"
             raise UserError(f"{files[0]} is {sizes[0]} pixels; this metric needs at least {smallest}")
-        yield Pair(index, *images)
+        yield Pair(index, *both)
 
 
 def _read_image(file: Path) -> np.ndarray:
-    """float32 (H, W, 3) in [-1, 1]; raises `UserError` for what is no 8-bit image in colour or grey without alpha."""
-    try:
-        with Image.open(file) as image:
-            if image.mode not in ("RGB", "L", "P", "1") or "transparency" in image.info:
-                raise UserError(f"{file}: mode {image.mode}; give 8-bit RGB or grey without transparency")
-            pixels = np.asarray(image.convert("RGB"), np.float32)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file}: cannot be read as an image ({' '.join(str(error).split())})") from error
+    """float32 (H, W, 3) in [-1, 1]; raises `UserError` as `images.read_rgb` does."""
+    pixels = np.asarray(images.read_rgb(file, file), np.float32)
     return pixels / np.float32(127.5) - np.float32(1)
 
 

@@ -21,15 +21,18 @@ import ml_collections
 import numpy as np
 import optax
 
+from d2g_jax.config.ranges import check_ranges
 from d2g_jax.diffusion import noise
+from d2g_jax.inputs.images import SUFFIXES, image_files, read_rgb
+from d2g_jax.inputs.text import read_json
 from d2g_jax.losses import augment
 from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, mse, regression_loss
-from d2g_jax.lpips_training.images import SUFFIXES, Crop, read_rgb, to_floats
+from d2g_jax.lpips_training.images import Crop, to_floats
 from d2g_jax.models import vae
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import weights
-from d2g_jax.pipeline.folder import read_json, to_uint8
+from d2g_jax.pipeline.folder import to_uint8
 from d2g_jax.pipeline.hub import resolve
 from d2g_jax.report import write_report
 from d2g_jax.runtime import runs
@@ -139,20 +142,16 @@ def check_config(settings: ml_collections.ConfigDict) -> None:
     if not settings.losses or len(set(settings.losses)) < len(settings.losses):
         raise UserError(f"overfit.losses={tuple(settings.losses)}; give one or more, each once")
     augment.check_preset(settings.preset)
-    for key in ("targets", "steps", "every", "learning_rate"):
-        if settings[key] <= 0:
-            raise UserError(f"overfit.{key}={settings[key]}; give a number above 0")
+    check_ranges(ml_collections.ConfigDict({"overfit": settings}))
     if settings.steps % settings.every:
         raise UserError(f"overfit.steps={settings.steps} is not a multiple of overfit.every={settings.every}")
-    if not 0 <= settings.seed < 2**32:
-        raise UserError(f"overfit.seed={settings.seed}; give a number from 0 to {2**32 - 1}")
 
 
 def set_up(config: ml_collections.ConfigDict) -> tuple[list[str], Scene, np.ndarray]:
     """(names of the targets, the scene, the images (N, H, W, 3) that were encoded)."""
     settings, folder = config.overfit, resolve(config.pipeline) / "vae"
     file = folder / "config.json"
-    vae_config = vae.VaeConfig.from_json(read_json(file), source=str(file))
+    vae_config = vae.VaeConfig.from_json(read_json(file, "give a pipeline with a VAE"), source=str(file))
     network = vae.build(vae_config)
     params = jax.tree.map(jnp.asarray, weights.load_params(folder, network.abstract()))
     metric, lpips = LatentLPIPS.load(settings.metric), LPIPS.load(settings.lpips)
@@ -184,7 +183,7 @@ def read_targets(settings: ml_collections.ConfigDict, size: int) -> tuple[list[s
         return names, scenes.to_floats(shown.images)
     source = Path(settings.images)
     inside = sorted(source.iterdir()) if source.is_dir() else [source] if source.exists() else []
-    files = [file for file in inside if file.suffix.lower() in SUFFIXES][:count]
+    files = list(image_files(inside))[:count]
     if not files:
         raise UserError(f"overfit.images={source}: no image or folder of images ({', '.join(SUFFIXES)})")
     crop = Crop(size, size, seed=0)

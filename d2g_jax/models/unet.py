@@ -43,12 +43,12 @@ class _Factory:
         norm = {"groups": config.norm_num_groups, "eps": config.norm_eps}
         return ResnetBlock2D(*shape, **norm, output_scale_factor=scale, **self.kw)
 
-    def transformer(self, level: int) -> Transformer2DModel:
+    def transformer(self, level: int, depth: int) -> Transformer2DModel:
         config = self.config
         return Transformer2DModel(
             config.block_out_channels[level],
             heads=config.heads[level],
-            depth=config.depths[level],
+            depth=depth,
             context_dim=config.cross_attention_dim,
             groups=config.norm_num_groups,
             use_linear_projection=config.use_linear_projection,
@@ -69,7 +69,8 @@ class DownBlock(nnx.Module):
         before = config.block_out_channels[max(level - 1, 0)]
         self.resnets = nnx.List([make.resnet(channels if i else before, channels) for i in layers])
         cross = config.down_block_types[level] == "CrossAttnDownBlock2D"
-        self.attentions = nnx.List([make.transformer(level) for _ in layers]) if cross else None
+        depths = config.down_depths[level]
+        self.attentions = nnx.List([make.transformer(level, depth) for depth in depths]) if cross else None
         last = level == len(config.block_out_channels) - 1
         down = [] if last else [Downsample2D(channels, padding=config.downsample_padding, **make.kw)]
         self.downsamplers = nnx.List(down)
@@ -90,17 +91,20 @@ class DownBlock(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    """UNetMidBlock2DCrossAttn: resnet, transformer, resnet at the lowest resolution."""
+    """UNetMidBlock2DCrossAttn: resnet, transformer, resnet at the lowest resolution; UNetMidBlock2D: a resnet alone."""
 
     def __init__(self, make: _Factory):
         channels, scale = make.config.block_out_channels[-1], make.config.mid_block_scale_factor
-        self.resnets = nnx.List([make.resnet(channels, channels, scale) for _ in range(2)])
-        self.attentions = nnx.List([make.transformer(-1)])
+        depths = make.config.down_depths[-1][:1] if make.config.has_mid_attention else ()
+        self.resnets = nnx.List([make.resnet(channels, channels, scale) for _ in range(1 + len(depths))])
+        self.attentions = nnx.List([make.transformer(-1, depth) for depth in depths])
         self.remat = make.remat
 
     def __call__(self, hidden: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
         hidden = remat_call(self.remat, self.resnets[0], hidden, temb)
-        return remat_call(self.remat, self.resnets[1], self.attentions[0](hidden, context), temb)
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            hidden = remat_call(self.remat, resnet, attention(hidden, context), temb)
+        return hidden
 
 
 class UpBlock(nnx.Module):
@@ -116,7 +120,8 @@ class UpBlock(nnx.Module):
         skip = [channels] * (count - 1) + [after]
         self.resnets = nnx.List([make.resnet(a + b, channels) for a, b in zip(hidden, skip, strict=True)])
         cross = config.up_block_types[index] == "CrossAttnUpBlock2D"
-        self.attentions = nnx.List([make.transformer(level) for _ in range(count)]) if cross else None
+        depths = config.up_depths[index]
+        self.attentions = nnx.List([make.transformer(level, depth) for depth in depths]) if cross else None
         self.upsamplers = nnx.List([Upsample2D(channels, **make.kw)] if level else [])
         self.remat = make.remat
 

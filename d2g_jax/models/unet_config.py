@@ -8,6 +8,8 @@ from typing import Any
 from d2g_jax.runtime.errors import UserError
 
 PerLevel = int | tuple[int, ...]
+PerLayer = int | tuple[int | tuple[int, ...], ...]
+"""One number, one a level, or for a level one for each of its layers."""
 
 # Keys of diffusers' UNet2DConditionModel that change the network in ways we do not implement, and the values at which
 # they change nothing.
@@ -31,17 +33,20 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "resnet_out_scale_factor": (1,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
 }
-# Keys that say nothing once the keys above are neutral.
-_IGNORED = {"addition_embed_type_num_heads"}
+# Keys that say nothing once the keys above are neutral; and those of diffusers' moving average, as its trainers leave
+# them in unet_ema/config.json.
+_IGNORED = {
+    "addition_embed_type_num_heads", "decay", "min_decay", "inv_gamma", "power", "optimization_step",
+    "update_after_step", "use_ema_warmup",
+}  # fmt: skip
 
 _DOWN, _UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
-_MID = ("UNetMidBlock2DCrossAttn", None)
+_MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,8 @@ class UNetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int = 1280
-    transformer_layers_per_block: PerLevel = 1
+    transformer_layers_per_block: PerLayer = 1
+    reverse_transformer_layers_per_block: PerLayer | None = None
     attention_head_dim: PerLevel = 8
     use_linear_projection: bool = False
     upcast_attention: bool = False
@@ -87,9 +93,20 @@ class UNetConfig:
         return self._per_level(self.attention_head_dim)
 
     @property
-    def depths(self) -> tuple[int, ...]:
-        """Transformer blocks per transformer, per level."""
-        return self._per_level(self.transformer_layers_per_block)
+    def down_depths(self) -> tuple[tuple[int, ...], ...]:
+        """Transformer blocks of each transformer of each encoder level."""
+        return self._per_layer(self._per_level(self.transformer_layers_per_block), self.layers)
+
+    @property
+    def up_depths(self) -> tuple[tuple[int, ...], ...]:
+        """The same of the decoder's levels, the lowest resolution first."""
+        given = self.reverse_transformer_layers_per_block
+        depths = self._per_level(self.transformer_layers_per_block)[::-1] if given is None else self._per_level(given)
+        return self._per_layer(depths, tuple(count + 1 for count in self.layers[::-1]))
+
+    @property
+    def has_mid_attention(self) -> bool:
+        return self.mid_block_type == _MID[0]
 
     @property
     def time_embed_dim(self) -> int:
@@ -97,6 +114,10 @@ class UNetConfig:
 
     def _per_level(self, value: PerLevel) -> tuple[int, ...]:
         return (value,) * len(self.block_out_channels) if isinstance(value, int) else value
+
+    @staticmethod
+    def _per_layer(depths: tuple[Any, ...], layers: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        return tuple((d,) * n if isinstance(d, int) else d for d, n in zip(depths, layers, strict=True))
 
     @classmethod
     def from_json(cls, values: dict[str, Any], *, source: str) -> UNetConfig:
@@ -110,7 +131,7 @@ class UNetConfig:
             if key.startswith("_") or key in _IGNORED:
                 continue
             if key in names:
-                chosen[key] = tuple(value) if isinstance(value, list) else value
+                chosen[key] = _tuples(value)
             elif key not in _NEUTRAL:
                 raise UserError(f"{source}: unknown key {key!r}; this UNet cannot be one of SD 1.x, 2.x or XL")
             elif not _is_neutral(value, _NEUTRAL[key]):
@@ -138,7 +159,7 @@ class UNetConfig:
         for key in ("in_channels", "out_channels", "norm_num_groups", "cross_attention_dim"):
             need(_counts(getattr(self, key)), key, "give one positive integer")
         need(all(width % self.norm_num_groups == 0 for width in widths), "norm_num_groups", f"must divide {widths}")
-        for key in ("layers_per_block", "attention_head_dim", "transformer_layers_per_block"):
+        for key in ("layers_per_block", "attention_head_dim"):
             value = getattr(self, key)
             remedy = f"give one positive integer, or one for each of the {len(widths)} levels"
             need(
@@ -146,6 +167,13 @@ class UNetConfig:
                 key,
                 remedy,
             )
+        down, up = self.transformer_layers_per_block, self.reverse_transformer_layers_per_block
+        remedy = f"give an integer from 0, or one for each of the {len(widths)} levels, or of a level's layers"
+        need(_are_depths(down, self.layers), "transformer_layers_per_block", remedy)
+        decoder = tuple(count + 1 for count in self.layers[::-1])
+        need(up is None or _are_depths(up, decoder), "reverse_transformer_layers_per_block", remedy)
+        nested = isinstance(down, tuple) and any(isinstance(depth, tuple) for depth in down)
+        need(up is not None or not nested, "reverse_transformer_layers_per_block", "lists of lists need the decoder's")
         for key, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
             kinds = getattr(self, key)
             good = isinstance(kinds, tuple) and len(kinds) == len(widths) and set(kinds) <= set(known)
@@ -154,10 +182,10 @@ class UNetConfig:
             _DOWN[0] in pair or _UP[0] in pair
             for pair in zip(self.down_block_types, self.up_block_types[::-1], strict=True)
         ]
-        attends[-1] |= self.mid_block_type is not None
+        attends[-1] |= self.has_mid_attention
         for width, heads, used in zip(widths, self.heads, attends, strict=True):
             need(not used or width % heads == 0, "attention_head_dim", f"that many heads must divide {width} channels")
-        need(self.mid_block_type in _MID, "mid_block_type", f"only {_MID[0]!r} or null is implemented")
+        need(self.mid_block_type in _MID, "mid_block_type", f"only {_MID[0]!r}, {_MID[1]!r} or null is implemented")
         need(self.downsample_padding == 1, "downsample_padding", "only 1 is implemented")
         dim = self.time_cond_proj_dim
         need(dim is None or _counts(dim), "time_cond_proj_dim", "give a positive integer or null")
@@ -165,6 +193,21 @@ class UNetConfig:
         if self.addition_embed_type is not None:
             for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
                 need(_counts(getattr(self, key)), key, "text_time needs a positive integer")
+
+
+def _are_depths(value: Any, layers: tuple[int, ...]) -> bool:
+    """Whether `value` is a depth, 0 or more, of the transformer behind each of the `layers` of each level."""
+    levels = value if isinstance(value, tuple) else (value,) * len(layers)
+    several = [
+        level if isinstance(level, tuple) else (level,) * count for level, count in zip(levels, layers, strict=False)
+    ]
+    counts = all(type(depth) is int and depth >= 0 for level in several for depth in level)
+    return counts and len(levels) == len(layers) and [len(level) for level in several] == list(layers)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists of a JSON file as tuples, which can be hashed."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _counts(*values: Any) -> bool:

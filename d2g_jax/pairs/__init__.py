@@ -12,7 +12,7 @@ shards that are missing, and any number of processes share the list of shards.
     estimate.py   what a job would cost
 """
 
-from d2g_jax.pairs.job import FOLDER, folder_hash, make_manifest, make_pairs, solution
+from d2g_jax.pairs.job import FOLDER, make_manifest, make_pairs, solution
 from d2g_jax.pairs.prompts import Prompts, read_prompts
 
-__all__ = ["FOLDER", "Prompts", "folder_hash", "make_manifest", "make_pairs", "read_prompts", "solution"]
+__all__ = ["FOLDER", "Prompts", "make_manifest", "make_pairs", "read_prompts", "solution"]

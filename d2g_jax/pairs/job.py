@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ import ml_collections
 
 from d2g_jax import records
 from d2g_jax.config.configuration import compute_dtype
+from d2g_jax.config.ranges import check_ranges
 from d2g_jax.diffusion import noise, solvers
 from d2g_jax.pairs.batches import Batch, Teacher, check_batch_size, one_ahead
 from d2g_jax.pairs.claims import Claims
@@ -22,6 +22,7 @@ from d2g_jax.pairs.prompts import Prompts, read_prompts
 from d2g_jax.pipeline.conditioning import text_shapes
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.pipeline.hub import folder_hash
 from d2g_jax.records.schema import LATENT_DTYPES
 from d2g_jax.runtime import buckets
 from d2g_jax.runtime import mesh as meshes
@@ -39,16 +40,6 @@ _WHAT_MAKES_A_PAIR = (
 )  # fmt: skip
 
 
-def folder_hash(folder: Path) -> str:
-    """SHA-256 over the names and bytes of a pipeline folder's configs, tokenizer and weights."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".txt", ".safetensors") and p.is_file()):
-        digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
 def solution(config: ml_collections.ConfigDict) -> Solution:
     """How the teacher is solved, from `config.pairs`."""
     return Solution(
@@ -63,12 +54,7 @@ def solution(config: ml_collections.ConfigDict) -> Solution:
 def make_manifest(config: ml_collections.ConfigDict, pipeline: Pipeline, prompts: Prompts) -> records.Manifest:
     """What the pairs of this config are; raises `UserError` for settings out of range."""
     pairs = config.pairs
-    if pairs.count < 1 or pairs.records_per_shard < 1:
-        raise UserError(
-            f"pairs.count={pairs.count}, pairs.records_per_shard={pairs.records_per_shard}: both start at 1"
-        )
-    if not 0.0 <= pairs.guidance_scale <= 100.0:
-        raise UserError(f"pairs.guidance_scale={pairs.guidance_scale} is out of range; 0 to 100")
+    check_ranges(ml_collections.ConfigDict({"pairs": pairs}))
     if pairs.latent_dtype not in LATENT_DTYPES:
         raise UserError(f"pairs.latent_dtype={pairs.latent_dtype!r}; choose one of {', '.join(LATENT_DTYPES)}")
     planned = planned_manifest(config, pipeline)  # refuses steps and solvers before gigabytes are hashed
@@ -121,7 +107,8 @@ def load_teacher(config: ml_collections.ConfigDict) -> Teacher:
     """The teacher of a config on this process' own devices, with its prompts and manifest; all settings checked."""
     pairs = config.pairs
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, jax.local_devices())
-    prompts = read_prompts(pairs.prompts, pairs.pairs_per_prompt, pairs.prompts_column)
+    reading = {"skip_empty": pairs.get("skip_empty", False), "asked": "pairs.prompts_column"}
+    prompts = read_prompts(pairs.prompts, pairs.pairs_per_prompt, pairs.prompts_column, **reading)
     check_batch_size(pairs, mesh)
     pipeline = Pipeline.load(config.pipeline, compute_dtype("pairs.dtype", pairs.dtype), mesh)
     manifest = make_manifest(config, pipeline, prompts)

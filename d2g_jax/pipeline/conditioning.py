@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax.models.network import Params
-from d2g_jax.pipeline.folder import Pipeline, tokenize
+from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.pipeline.tokenizers import tokenize
 
 
 class Conditioning(NamedTuple):

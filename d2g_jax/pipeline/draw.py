@@ -5,25 +5,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
-from numbers import Integral, Real
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax.diffusion import solvers
-from d2g_jax.diffusion.schedule import Schedule, guided
+from d2g_jax.diffusion.schedule import Schedule, guided, student_timestep
 from d2g_jax.diffusion.systems import OneStep, guidance_embedding
+from d2g_jax.inputs import numbers
 from d2g_jax.models import vae
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline.conditioning import Conditioning, encode_negative, encode_text, size_ids
-from d2g_jax.pipeline.folder import Pipeline, decode, to_uint8
+from d2g_jax.pipeline.folder import RECTIFIED_FLOW, Decoded, Pipeline, decode, quantise
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 
-MAX_GUIDANCE = 100.0
+_GUIDANCE = numbers.Range(-100, 100)
 
 _OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
@@ -50,12 +51,9 @@ class Solution:
 
     def __post_init__(self) -> None:
         """Raises `UserError` for values that no solution can have."""
-        if not isinstance(self.steps, Integral) or self.steps < 1:
-            raise UserError(f"steps={self.steps!r}; give a whole number from 1")
-        if not _is_number(self.guidance_scale) or not abs(self.guidance_scale) <= MAX_GUIDANCE:
-            raise UserError(f"guidance_scale={self.guidance_scale!r}; give a number, {MAX_GUIDANCE:g} at most")
-        if not _is_number(self.guidance_rescale) or not 0.0 <= self.guidance_rescale <= 1.0:
-            raise UserError(f"guidance_rescale={self.guidance_rescale!r}; give a number from 0 to 1")
+        numbers.COUNT.check("steps", self.steps)
+        _GUIDANCE.check("guidance_scale", self.guidance_scale)
+        numbers.SHARE.check("guidance_rescale", self.guidance_rescale)
         if not isinstance(self.negative_prompt, str):
             raise UserError(f"negative_prompt={self.negative_prompt!r}; give one text, empty for none")
 
@@ -64,6 +62,7 @@ class Solution:
 
         A file without a spacing means leading to diffusers' DDIM and linspace to its other solvers; so it does here.
         """
+        check_teacher(pipeline)
         source = str(pipeline.folder / "scheduler" / "scheduler_config.json")
         config = {"timestep_spacing": "leading" if self.solver == "ddim" else "linspace", **pipeline.scheduler}
         if self.spacing is not None:
@@ -71,7 +70,18 @@ class Solution:
         for key in _OTHER_SIGMAS:
             if self.solver != "ddim" and config.get(key):
                 raise UserError(f"{source}: {key}=true is not implemented; set it to false or take the solver ddim")
-        return Schedule.from_config(config, source=source)
+        schedule = Schedule.from_config(config, source=source)
+        if (
+            self.solver == "ddim"
+            and schedule.timestep_spacing == "linspace"
+            and self.steps < schedule.num_train_timesteps
+        ):
+            warnings.warn(
+                f"{source}: ddim with linspace spacing goes as diffusers' does, whose steps are wider than those "
+                "between its timesteps: its images are worse; take leading or trailing",
+                stacklevel=2,
+            )
+        return schedule
 
     @property
     def network_calls(self) -> int:
@@ -80,8 +90,19 @@ class Solution:
         return halves * solvers.network_calls(self.solver, self.steps)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def check_teacher(pipeline: Pipeline) -> None:
+    """Raises `UserError` for a pipeline that draws in few steps by a rule of its own and is no teacher to be solved."""
+    if pipeline.index["_class_name"] == RECTIFIED_FLOW:
+        raise UserError(f"{pipeline.folder}: a {RECTIFIED_FLOW}, no teacher to be solved; draw with system=instaflow")
+    if student_timestep(pipeline.scheduler) is not None:
+        raise UserError(
+            f"{pipeline.folder}: a one-step student, no teacher to be solved; give the one it was made from"
+        )
+    if pipeline.unet.config.time_cond_proj_dim is not None:
+        raise UserError(
+            f"{pipeline.folder}: its UNet has a time_cond_proj_dim, as latent consistency models have, and is no "
+            "teacher to be solved; draw with system=lcm, distil the model that it was made from"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +115,13 @@ class Programs:
     Attributes:
       encode: token ids (B, T L) to `Conditioning`.
       solve: float32 noise (B, C, h, w) and conditioning to float32 scaled latents (B, C, h, w).
-      decode: scaled latents (B, C, h, w) to uint8 images (B, H, W, 3).
+      decode: scaled latents (B, C, h, w) to uint8 images (B, H, W, 3) and whether they were finite.
       network_calls: UNet evaluations per image.
     """
 
     encode: Callable[[jax.Array], Conditioning]
     solve: Callable[[jax.Array, Conditioning], jax.Array]
-    decode: Callable[[jax.Array], jax.Array]
+    decode: Callable[[jax.Array], Decoded]
     network_calls: int
 
 
@@ -109,6 +130,21 @@ class Drawn(NamedTuple):
 
     latents: np.ndarray
     images: np.ndarray | None
+
+
+def check_finite(latents: np.ndarray, decoded: Decoded | None, name: object, prompts: Sequence[str]) -> None:
+    """Raises `UserError` for what is not finite: it would be a black or white image, get scores, and be served.
+
+    Latents (B, C, h, w) and what they were decoded to, both on the host, of `prompts`.
+    """
+    finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
+    finite = finite if decoded is None else finite & decoded.finite
+    if not finite.all():
+        first = prompts[int(np.argmin(finite))] if len(prompts) else ""
+        raise UserError(
+            f"{name}: {np.count_nonzero(~finite)} of {len(latents)} images are not finite, the first for {first!r}; "
+            "check its weights, or take the dtype float32"
+        )
 
 
 def teacher_programs(
@@ -213,19 +249,19 @@ def _encoder(
     return functools.partial(encode, towers)
 
 
-def _decoder(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
+def _decoder(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable[[jax.Array], Decoded]:
     program = jax.jit(lambda params, latents: decode(pipeline, params, _to_nhwc(latents)))
     params = meshes.place({"vae": pipeline.params["vae"]}, mesh)
     return functools.partial(program, params)
 
 
-def _tiled_decoder(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
+def _tiled_decoder(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable[[jax.Array], Decoded]:
     config, params = pipeline.vae.config, meshes.place(pipeline.params["vae"], mesh)
     program = jax.jit(lambda params, unscaled: pipeline.vae.apply(params, unscaled, method="decode"))
 
-    def decode_in_tiles(latents: jax.Array) -> jax.Array:
+    def decode_in_tiles(latents: jax.Array) -> Decoded:
         unscaled = vae.unscale_latents(config, _to_nhwc(latents))
-        return to_uint8(vae.decode_tiled(config, lambda tile: program(params, tile), unscaled))
+        return quantise(vae.decode_tiled(config, lambda tile: program(params, tile), unscaled))
 
     return decode_in_tiles
 
@@ -239,8 +275,12 @@ def draw(
     *,
     images: bool,
     seconds: dict[str, float] | None = None,
+    name: object = "the model",
+    prompts: Sequence[str] = (),
 ) -> Iterator[Drawn]:
     """Batch by batch in order; the last one is padded on the devices and cut on the host.
+
+    Raises `UserError` as `check_finite` does.
 
     Args:
       drawn: float32 noise (N, C, h, w).
@@ -248,6 +288,7 @@ def draw(
       batch_size: a multiple of the mesh's devices.
       images: whether to decode.
       seconds: if given, time is added to its "text", "unet" and "vae", each stage waited for.
+      name, prompts: of the model, and N: for messages.
     """
 
     def timed(name: str, start: float, value: jax.Array | Conditioning) -> float:
@@ -272,18 +313,25 @@ def draw(
         decoded = programs.decode(latents) if images else None
         if images:
             timed("vae", now, decoded)
-        fetched = jax.device_get((latents, decoded))
-        yield Drawn(*(None if x is None else x[:count] for x in fetched))
+        latents, decoded = _first(jax.device_get((latents, decoded)), count)
+        check_finite(latents, decoded, name, prompts[part])
+        yield Drawn(latents, decoded.images if images else None)
 
 
 def decode_all(pipeline: Pipeline, mesh: jax.sharding.Mesh, latents: np.ndarray, batch_size: int) -> np.ndarray:
-    """Scaled latents (N, C, h, w) to uint8 images (N, H, W, 3)."""
+    """Scaled latents (N, C, h, w) to uint8 images (N, H, W, 3). Raises `UserError` as `check_finite` does."""
     program, images = _decoder(pipeline, mesh), []
     for first in range(0, len(latents), batch_size):
         part = latents[first : first + batch_size]
         batch = meshes.place_batch({"latents": padded(part, batch_size)}, mesh)
-        images.append(jax.device_get(program(batch["latents"]))[: len(part)])
+        decoded = _first(jax.device_get(program(batch["latents"])), len(part))
+        check_finite(part, decoded, pipeline.folder / "vae", ())
+        images.append(decoded.images)
     return np.concatenate(images)
+
+
+def _first(tree: Any, count: int) -> Any:
+    return jax.tree.map(lambda x: x[:count], tree)
 
 
 def padded(x: np.ndarray, count: int) -> np.ndarray:

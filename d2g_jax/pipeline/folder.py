@@ -6,13 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import threading
-import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +19,14 @@ from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.hub import resolve
-from d2g_jax.pipeline.words import unknown_words
+from d2g_jax.pipeline.tokenizers import json_bytes, load_tokenizer, read_component
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.atomic import write_bytes
 from d2g_jax.runtime.errors import UserError
 
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+RECTIFIED_FLOW = "RectifiedFlowPipeline"
+"""InstaFlow's own class."""
 SKIPPED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that drawing does not need; never loaded."""
 
@@ -44,7 +42,7 @@ _SD_COMPONENTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 _COMPONENTS = {
     SD: _SD_COMPONENTS,
     "LatentConsistencyModelPipeline": _SD_COMPONENTS,
-    "RectifiedFlowPipeline": _SD_COMPONENTS,  # InstaFlow's own class
+    RECTIFIED_FLOW: _SD_COMPONENTS,
     SDXL: ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae", "scheduler"),
 }
 _WEIGHTS_STEM = {"text_encoder": "model", "text_encoder_2": "model"}
@@ -150,7 +148,7 @@ class Pipeline:
             for name in _components(index)
             if name.startswith("tokenizer")
         }
-        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        scheduler = read_component(folder / "scheduler" / "scheduler_config.json")
         params = {
             name: weights.load_params(places[name], network.abstract(), _placer(mesh, storage))
             for name, network in networks.items()
@@ -159,94 +157,28 @@ class Pipeline:
         return cls(folder=folder, index=index, params=params, scheduler=scheduler, **networks, **tokenizers)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; `UserError` when the file is missing, unreadable or something else."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-        raise UserError(f"{file} {reason}; expected a diffusers pipeline folder") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return value
+class Decoded(NamedTuple):
+    """uint8 images (N, H, W, 3), and bool (N,): whether each was finite before, for black ones do not show it."""
+
+    images: jax.Array
+    finite: jax.Array
 
 
-def load_tokenizer(folder: Path, text_config: clip.ClipTextConfig | None = None) -> Any:
-    """transformers' `CLIPTokenizer` of a folder; `UserError` without merges or when it does not fit the text tower."""
-    _check_merges(folder)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises torch, which nothing here uses
-    from transformers import CLIPTokenizer  # 1.5 s to import, and no torch
-
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    if text_config is not None:
-        length, positions = tokenizer.model_max_length, text_config.max_position_embeddings
-        if length > positions:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length must be at most {positions}")
-        if len(tokenizer) > text_config.vocab_size:
-            raise UserError(
-                f"{folder}: {len(tokenizer)} tokens, but the text tower's vocab_size is {text_config.vocab_size}"
-            )
-    return tokenizer
-
-
-_TOKENIZING = threading.Lock()
-"""A tokenizer keeps the padding of the call under way in itself, and the pair job tokenizes in two threads."""
-
-
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
-    """Prompts as int32 (N, L) with L = `model_max_length`, padded.
-
-    Warns of what is cut off as too long, and of words that a tokenizer of few words has never seen.
-    """
-    if not prompts:
-        return np.zeros((0, tokenizer.model_max_length), np.int32)
-    length = tokenizer.model_max_length
-    with _TOKENIZING:
-        whole = tokenizer(list(prompts))["input_ids"]
-        fitted = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"]
-    for prompt, ids in zip(prompts, whole, strict=True):
-        if len(ids) > length:
-            lost = tokenizer.decode(ids[length - 1 : -1])
-            warnings.warn(f"prompt longer than {length} tokens, cut off {lost!r}: {prompt!r}", stacklevel=2)
-    if unknown := unknown_words(tokenizer, prompts):
-        warnings.warn(f"words that this model has never seen: {', '.join(unknown)}", stacklevel=2)
-    return np.asarray(fitted, np.int32)
-
-
-def decode(pipeline: Pipeline, params: Mapping[str, Params], latents: jax.Array) -> jax.Array:
-    """Scaled latents (N, h, w, C) -> uint8 images (N, H, W, 3); pure."""
+def decode(pipeline: Pipeline, params: Mapping[str, Params], latents: jax.Array) -> Decoded:
+    """Scaled latents (N, h, w, C) as images; pure."""
     unscaled = vae.unscale_latents(pipeline.vae.config, latents)
-    return to_uint8(pipeline.vae.apply(params["vae"], unscaled, method="decode"))
+    return quantise(pipeline.vae.apply(params["vae"], unscaled, method="decode"))
+
+
+def quantise(images: jax.Array) -> Decoded:
+    """`to_uint8` with a look at what it hides."""
+    return Decoded(to_uint8(images), jnp.isfinite(images).all(axis=(1, 2, 3)))
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
     """[-1, 1] -> uint8, rounded as diffusers' `VaeImageProcessor` does."""
     unit = jnp.clip(images.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
     return jnp.round(unit * 255.0).astype(jnp.uint8)
-
-
-def tokenizer_files(vocab: Mapping[str, int], merges: Sequence[str], model_max_length: int) -> dict[str, bytes]:
-    """The files of a CLIP tokenizer folder, for `save_pipeline`; `merges` are lines such as `"i n</w>"`."""
-    special = {"bos_token": "<|startoftext|>"} | {
-        key: "<|endoftext|>" for key in ("eos_token", "pad_token", "unk_token")
-    }
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": model_max_length,
-        "do_lower_case": True,
-        **special,
-    }
-    return {
-        "vocab.json": _json_bytes(vocab),
-        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
-        "special_tokens_map.json": _json_bytes(special),
-        "tokenizer_config.json": _json_bytes(config),
-    }
-
-
-def read_tokenizer_files(folder: str | Path) -> dict[str, bytes]:
-    """The files of an existing tokenizer folder, for `save_pipeline`."""
-    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
 
 
 def save_pipeline(
@@ -271,14 +203,14 @@ def save_pipeline(
         for name in _COMPONENTS[class_name]:
             if name == "scheduler":
                 index[name] = ["diffusers", configs[name]["_class_name"]]
-                write_bytes(folder / name / "scheduler_config.json", _json_bytes(configs[name]))
+                write_bytes(folder / name / "scheduler_config.json", json_bytes(configs[name]))
             elif name.startswith("tokenizer"):
                 index[name] = ["transformers", "CLIPTokenizer"]
                 for file, content in tokenizers[name].items():
                     write_bytes(folder / name / file, content)
             else:
                 index[name] = _save_network(folder / name, name, configs[name], params[name], dtype)
-        write_bytes(folder / "model_index.json", _json_bytes(dict(sorted(index.items()))))
+        write_bytes(folder / "model_index.json", json_bytes(dict(sorted(index.items()))))
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; give a writable place") from error
 
@@ -289,7 +221,7 @@ def _save_network(folder: Path, name: str, config: Any, params: Params, dtype: A
     fields = config.to_json()
     if library == "diffusers":
         fields = {"_class_name": class_name, **fields}
-    write_bytes(folder / "config.json", _json_bytes(fields))
+    write_bytes(folder / "config.json", json_bytes(fields))
     stem = _WEIGHTS_STEM.get(name, "diffusion_pytorch_model")
     weights.save_state_dict(weights.to_state_dict(params), folder / f"{stem}.safetensors", dtype)
     return [library, class_name]
@@ -300,7 +232,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a diffusers pipeline folder")
     file = folder / "model_index.json"
-    index = read_json(file)
+    index = read_component(file)
     if index.get("_class_name") not in _COMPONENTS:
         raise UserError(f"{file}: _class_name {index.get('_class_name')!r} is unknown; expected {SD} or {SDXL}")
     known = _components(index)
@@ -339,7 +271,7 @@ def _components(index: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _build(source: Path, name: str, class_name: str, dtype: jnp.dtype, *, upcast_vae: bool) -> Network:
-    values = read_json(source)
+    values = read_component(source)
     if name == "unet":
         return unet.build(unet.UNetConfig.from_json(values, source=str(source)), dtype)
     if name == "vae":
@@ -377,22 +309,3 @@ def _latent_shape(config: Any) -> tuple[int, int, int]:
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return height, width, config.in_channels
-
-
-def _check_merges(folder: Path) -> None:
-    if (folder / "tokenizer.json").is_file():
-        merges = read_json(folder / "tokenizer.json").get("model", {}).get("merges")
-    elif not (folder / "vocab.json").is_file():
-        raise UserError(f"{folder / 'vocab.json'} is missing; a CLIP tokenizer needs vocab.json and merges.txt")
-    elif not (folder / "merges.txt").is_file():
-        raise UserError(f"{folder / 'merges.txt'} is missing; a CLIP tokenizer needs vocab.json and merges.txt")
-    else:
-        read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merges = [line for line in lines if line.strip() and not line.startswith("#version")]
-    if not merges:
-        raise UserError(f"{folder}: the tokenizer has no merges, it would spell every word; fetch merges.txt again")
-
-
-def _json_bytes(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

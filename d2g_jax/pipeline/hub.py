@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import glob
-import json
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from d2g_jax.pipeline.weights import STEMS
+from d2g_jax.inputs import places, text
+from d2g_jax.pipeline.weights import STEMS, VARIANTS
 from d2g_jax.runtime.errors import UserError
 
 NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
@@ -38,28 +39,44 @@ def resolve(model: str | Path, revision: str | None = None, with_extras: bool = 
       UserError: one line that says what to fetch and where to put it, for no network with nothing in the cache, an
         unknown or gated repository, an unknown revision, a repository without safetensors, and a missing folder.
     """
-    if Path(model).exists():
+    name = str(model).removeprefix("https://huggingface.co/") if model else ""
+    if not name.strip():
+        raise UserError(f"an empty path as a model, as a variable that is not set leaves it; {_REMEDY}")
+    if places.is_there(local := places.expanded(name)):
         if revision is not None:
             raise UserError(f"{model}: revision {revision!r} is for hub ids, and this is a local path; leave it out")
-        return Path(model)
-    if not _HUB_ID.fullmatch(str(model)):
-        raise UserError(f"{model}: no such folder; {_REMEDY}")
-    return _fetch(str(model), revision, with_extras)
+        return local
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(f"{name if len(name) <= 80 else name[:60] + '...'}: no such folder; {_REMEDY}")
+    return _fetch(name, revision, with_extras)
 
 
 def needed_files(names: Sequence[str], with_extras: bool = False) -> list[str]:
     """Of all files of a repository those that `Pipeline.load` reads, in the order of `names`.
 
     The index, every component's settings, and of each network one set of safetensors as `weights.load_params` would
-    choose it: the plain one before fp16, a single file before shards. No pickles, no EMA duplicates, no single-file
+    choose it: plain before fp16 and bf16, a single file before shards. No pickles, no EMA duplicates, no single-file
     checkpoints. A network that has no safetensors gets its config only (see `pickled_networks`).
     """
     chosen = {_INDEX}
     for folder in (*NETWORKS, *SETTINGS, *(EXTRAS if with_extras else ())):
         inside = [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
-        settings = [name for name in inside if re.fullmatch(r"[\w.-]+\.(json|txt)", name) and ".index." not in name]
+        settings = [
+            name for name in inside if re.fullmatch(r"[\w-][\w.-]*\.(json|txt)", name) and ".index." not in name
+        ]
         chosen |= {f"{folder}/{name}" for name in (*settings, *_weight_files(inside))}
     return [name for name in names if name in chosen]
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 (hex) over the names and bytes of what is read of a pipeline folder: the same wherever it lies."""
+    names = [p.relative_to(folder).as_posix() for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file()]
+    digest = hashlib.sha256()
+    for file in sorted(folder / name for name in needed_files(names)):
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def pickled_networks(names: Iterable[str]) -> list[str]:
@@ -71,7 +88,7 @@ def pickled_networks(names: Iterable[str]) -> list[str]:
 
 def _weight_files(inside: Sequence[str]) -> list[str]:
     """One set of weights among the files of a component's folder."""
-    for variant in ("", ".fp16"):
+    for variant in VARIANTS:
         for stem in STEMS:
             if (single := f"{stem}{variant}.safetensors") in inside:
                 return [single]
@@ -127,10 +144,8 @@ def _cached(repo: str, revision: str | None, error: Exception) -> Path:
 def _is_whole(folder: Path) -> bool:
     """Whether a snapshot has something in the folder of every component that its index names, and safetensors."""
     try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    if not isinstance(index, dict):
+        index = text.read_json(folder / _INDEX, "fetch it again")
+    except UserError:
         return False
     for name in (*NETWORKS, *SETTINGS):
         kind = "*.safetensors" if name in NETWORKS else "*"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,12 +19,16 @@ import jax
 import ml_dtypes  # noqa: F401  (teaches numpy the bfloat16 that safetensors returns)
 import numpy as np
 
+from d2g_jax.inputs.text import check_fetched
 from d2g_jax.models.network import Params
 from d2g_jax.runtime.atomic import replacing
 from d2g_jax.runtime.errors import UserError
 
 STEMS = ("diffusion_pytorch_model", "model")
 """File stems that diffusers and transformers write, looked for in this order."""
+
+VARIANTS = ("", ".fp16", ".bf16")
+"""What may stand behind a stem, looked for in this order: the plain file comes first."""
 
 Place = Callable[[tuple[str, ...], np.ndarray], Any]
 """(path of a leaf, float32 array) -> what stands in the tree in its place."""
@@ -32,6 +37,8 @@ _TORCH_LEAF = dict.fromkeys(("kernel", "scale", "embedding"), "weight") | {"mean
 _IGNORABLE = ("position_ids", "num_batches_tracked")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION_KEY = re.compile(r"^(.*attentions\.\d+\.)(query|key|value|proj_attn)(\.(?:weight|bias))$")
+_LAYER = re.compile(r"^(?:text_model\.)?(encoder\.layers\.\d+)\.")
+_FIRST = "text_model.encoder.layers.0.layer_norm1.weight"
 _POINTWISE_KEY = re.compile(r"(^|\.)attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -40,9 +47,9 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 def load_state_dict(path: str | Path, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """Reads the tensors of a safetensors file, or of the model folder that holds one.
 
-    In a folder the plain file comes first, then the `.fp16.` variant; either may be split into shards with an index.
-    Floating-point tensors are cast to `dtype` (None keeps what is stored). Raises `UserError` for a folder without
-    safetensors (a pickle is named and refused), a missing shard and a damaged or truncated file.
+    In a folder the plain file comes first, then the `.fp16.` and the `.bf16.` variant, each maybe in shards with an
+    index. Floating-point tensors are cast to `dtype` (None keeps what is stored). Raises `UserError` for a folder
+    without safetensors (a pickle is named and refused), a missing shard and a damaged or truncated file.
     """
     path = Path(path)
     state: dict[str, np.ndarray] = {}
@@ -121,7 +128,7 @@ def _files(path: Path) -> list[Path]:
         return _shards(path) if path.suffix == ".json" else [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such model file or folder")
-    for variant in ("", ".fp16"):
+    for variant in VARIANTS:
         for stem in STEMS:
             if (single := path / f"{stem}{variant}.safetensors").is_file():
                 return [single]
@@ -166,6 +173,8 @@ def _open(file: Path) -> Iterator[Any]:
     from safetensors import safe_open
 
     with _reading(file):
+        with file.open("rb") as stream:
+            check_fetched(file, stream.read(64))
         handle = safe_open(file, framework="numpy")
     with handle:
         yield handle
@@ -236,16 +245,22 @@ def _matched(
     """(path, number of axes, stored tensor) of every leaf; `UserError` for a missing, extra or wrongly shaped one."""
     expected = {_torch_key(path): (path, leaf) for path, leaf in _leaves(abstract)}
     renamed: dict[str, str] = {}
+    surplus: list[str] = []
     for key, tensor in stored.items():
         name = _canonical(key, expected)
         if name in expected:
             if name in renamed:
                 raise UserError(f"{source}: {key} and {renamed[name]} are the same tensor; keep one of them")
             renamed[name] = key
+        elif layer := _surplus_layer(name, expected):
+            surplus.append(layer)
         elif key.rpartition(".")[2] not in _IGNORABLE:
             raise UserError(
                 f"{tensor.source}: unexpected tensor {key}; the network of its config.json has no such parameter"
             )
+    if surplus:
+        layers = ", ".join(dict.fromkeys(surplus))
+        warnings.warn(f"{source}: {layers} left unread: config.json has fewer num_hidden_layers", stacklevel=2)
     matched = []
     for name, (path, leaf) in expected.items():
         if name not in renamed:
@@ -268,6 +283,17 @@ def _canonical(key: str, expected: Mapping[str, Any]) -> str:
     if old := _OLD_ATTENTION_KEY.match(key):
         return old[1] + _OLD_ATTENTION[old[2]] + old[3]
     return key
+
+
+def _surplus_layer(name: str, expected: Mapping[str, Any]) -> str:
+    """The layer of a text tower that a tensor belongs to, behind the last that its config has; "" for any other.
+
+    Fewer num_hidden_layers than there are layers is how diffusers' maintainers skip the last of CLIP.
+    """
+    layer = _LAYER.match(name)
+    if not layer or _FIRST not in expected or f"text_model.{layer[1]}.layer_norm1.weight" in expected:
+        return ""
+    return layer[1]
 
 
 def _torch_axes(array: np.ndarray, leaf_name: str) -> np.ndarray:

@@ -19,6 +19,7 @@ from d2g_jax.plan.targets import Target, check_libtpu, parse_topology
 from d2g_jax.runtime import atomic
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.interrupt import started
 
 
 def start(topology: str, method: str) -> Target:
@@ -27,6 +28,7 @@ def start(topology: str, method: str) -> Target:
     if target.chip.platform == "tpu" and method == "compile":
         check_libtpu(target)
     jax.config.update("jax_platforms", "cpu")
+    started()
     if target.chip.platform == "cpu":
         try:
             meshes.use_cpu_devices(target.count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ from typing import Any
 import jax
 import jaxlib
 
+from d2g_jax.inputs import places
 from d2g_jax.plan.targets import libtpu_version
 from d2g_jax.runtime import atomic
+from d2g_jax.runtime.errors import UserError
 
 
-def folder() -> Path:
-    """Beside the compilation cache: JAX_COMPILATION_CACHE_DIR, else ~/.cache/d2g_jax."""
-    base = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "d2g_jax"
-    return Path(base) / "plan"
+def folder() -> Path | None:
+    """Beside the compilation cache; None where nobody knows the home."""
+    base = places.cache_folder()
+    return base and base / "plan"
 
 
 def versions() -> dict[str, str | None]:
@@ -39,9 +41,13 @@ def source_hash() -> str:
 def cached(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The JSON object stored under `key`, or that of `make()`, which is then stored."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    file = folder() / f"{name}.json"
-    if file.is_file():
+    file = (place := folder()) and place / f"{name}.json"
+    if file and file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
     value = make()
-    atomic.write_text(file, json.dumps(value, indent=1) + "\n")
+    try:
+        if file:
+            atomic.write_text(file, json.dumps(value, indent=1) + "\n")
+    except UserError as error:  # what is only kept for the next time must not lose what is done
+        warnings.warn(f"the plan is not kept for the next time: {error}", stacklevel=2)
     return value

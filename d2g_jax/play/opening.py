@@ -33,7 +33,7 @@ class Choice:
     """What `d2g play` is asked to open.
 
     Attributes:
-      model: whatever `Sampler.load` takes; revision, system, unet as there.
+      model: whatever `Sampler.load` takes; revision, system, unet, pipeline as there.
       teacher: a pipeline folder or hub id; None is the model's own if it names one, `NONE` is none at all.
       solution: settings of `Solution` that differ from those of the student's pairs (else of `Solution()`), by name.
       size: (height, width) in pixels, None for the native side.
@@ -44,6 +44,7 @@ class Choice:
     revision: str | None = None
     system: str | None = None
     unet: Path | None = None
+    pipeline: Path | None = None
     teacher: str | None = None
     solution: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     size: tuple[int | None, int | None] = (None, None)
@@ -53,7 +54,8 @@ class Choice:
 def open_studio(choice: Choice) -> Studio:
     """Loads the model, and its teacher, on the first device. Raises `UserError` as `Sampler.load` does."""
     mesh, dtype = meshes.make_mesh(devices=jax.devices()[:1]), jnp.dtype(choice.dtype)
-    sampler = Sampler.load(choice.model, mesh, dtype, dtype, choice.revision, choice.system, choice.unet)
+    parts = choice.revision, choice.system, choice.unet, choice.pipeline
+    sampler = Sampler.load(choice.model, mesh, dtype, dtype, *parts)
     shape = latent_shape(sampler.pipeline, choice.size)
     factor = sampler.pipeline.vae.config.downscale
     size = (factor * shape[1], factor * shape[2])

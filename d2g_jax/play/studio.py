@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from PIL import Image
 
+from d2g_jax.inputs.text import as_prompt
 from d2g_jax.pipeline.conditioning import Conditioning, tokenize_prompts
-from d2g_jax.pipeline.draw import Programs
+from d2g_jax.pipeline.draw import Programs, check_finite
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.play import pad
 from d2g_jax.runtime import mesh as meshes
@@ -43,8 +44,7 @@ class Asked:
         prompt, seed, x, y = value["prompt"], value["seed"], value["x"], value["y"]
         if not isinstance(prompt, str) or len(prompt) > max_prompt:
             raise UserError(f"prompt: text of at most {max_prompt} characters")
-        if any("\ud800" <= character <= "\udfff" for character in prompt):  # JSON can say half a character
-            raise UserError("prompt: holds half a character (a surrogate)")
+        prompt = as_prompt(prompt, "prompt")
         if type(seed) is not int or not 0 <= seed < pad.SEEDS:
             raise UserError(f"seed: a whole number from 0 to {pad.SEEDS - 1}")
         for name, place in (("x", x), ("y", y)):
@@ -113,7 +113,7 @@ class Studio:
     def draw(self, name: str, asked: Asked) -> Drawing:
         """The image of system `name`; whoever else draws is waited for.
 
-        Raises `UserError` for latents that are not finite: decoded they would be some image all the same.
+        Raises `UserError` as `check_finite` does.
         """
         system, noise = self.systems[name], pad.noise_at(asked.seed, asked.x, asked.y, self.shape)
         with self._lock:
@@ -130,15 +130,11 @@ class Studio:
             solved_at = time.perf_counter()
             decoded = jax.block_until_ready(system.programs.decode(latents))
             end = time.perf_counter()
-            image, latent = (part[0] for part in jax.device_get((decoded, latents)))
-        if not np.isfinite(latent).all():
-            raise UserError(
-                f"{system.title}: drew values that are not finite for {asked.prompt!r}, seed {asked.seed}; check its "
-                "weights, or give --dtype=float32"
-            )
+            latents, decoded = jax.device_get((latents, decoded))
+        check_finite(latents, decoded, system.title, [asked.prompt])
         seconds = {"text": 0.0 if known else encoded_at - start, "unet": solved_at - encoded_at}
         seconds["vae"] = end - solved_at
-        return Drawing(image, noise, {stage: 1e3 * value for stage, value in seconds.items()}, notes)
+        return Drawing(decoded.images[0], noise, {stage: 1e3 * value for stage, value in seconds.items()}, notes)
 
     def warm_up(self) -> dict[str, float]:
         """Compiles everything; seconds by system. What comes later has the same shapes and compiles nothing."""

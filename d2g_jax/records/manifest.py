@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from d2g_jax.diffusion import noise
+from d2g_jax.inputs.numbers import RECORD_SEED
 from d2g_jax.records.files import read_json, write_json
 from d2g_jax.records.schema import DATASET, LATENT_DTYPES, VERSION, PairSchema
 from d2g_jax.runtime import buckets
@@ -18,8 +19,12 @@ from d2g_jax.runtime.errors import UserError
 
 FILE = "manifest.json"
 
-# What turns a noise level into alpha and sigma: these must be the teacher's own, or z and x0 do not belong together.
-_SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+_SCHEDULE = {
+    "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+    "trained_betas": None, "prediction_type": "epsilon",
+}  # fmt: skip
+"""What turns a noise level into alpha and sigma, and what a file without it means to diffusers: these must be the
+teacher's own, or z and x0 do not belong together."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,8 @@ class Manifest:
         """Raises `UserError` that names the first field in which the manifest of `folder` differs."""
         old = Manifest.read(folder)
         for field in dataclasses.fields(Manifest):
+            if field.name == "teacher":  # for people: a teacher that was moved is the same by its hash
+                continue
             before, now = getattr(old, field.name), getattr(self, field.name)
             if before != now:
                 raise UserError(
@@ -123,7 +130,7 @@ def check_fits(
     Args:
         source: the pairs folder, for the message.
         latent_shape: (C, h, w) of the teacher.
-        scheduler: the teacher's scheduler_config.json; an absent key counts as None.
+        scheduler: the teacher's scheduler_config.json; an absent key counts as diffusers' default.
         teacher_hash: also demands the very weights that made the pairs, when given.
 
     Raises:
@@ -133,9 +140,9 @@ def check_fits(
     pairs |= {"scaling_factor": manifest.scaling_factor, "noise_implementation": manifest.noise_implementation}
     teacher = {"latent_shape": tuple(latent_shape), "token_length": token_length, "scaling_factor": scaling_factor}
     teacher |= {"noise_implementation": noise.IMPLEMENTATION}
-    for key in _SCHEDULE_KEYS:
-        pairs[f"scheduler.{key}"] = manifest.scheduler.get(key)
-        teacher[f"scheduler.{key}"] = scheduler.get(key)
+    for key, default in _SCHEDULE.items():
+        pairs[f"scheduler.{key}"] = manifest.scheduler.get(key, default)
+        teacher[f"scheduler.{key}"] = scheduler.get(key, default)
     if teacher_hash is not None:
         pairs["teacher_hash"], teacher["teacher_hash"] = manifest.teacher_hash, teacher_hash
     for name, value in pairs.items():
@@ -150,8 +157,7 @@ def _check_values(manifest: Manifest, path: Path) -> None:
     if manifest.latent_dtype not in LATENT_DTYPES:
         raise UserError(f"{path}: latent_dtype = {manifest.latent_dtype!r}, expected one of {', '.join(LATENT_DTYPES)}")
     for name in ("seed", "num_records"):  # both enter the noise as 32-bit integers
-        if not 0 <= getattr(manifest, name) < 2**31:
-            raise UserError(f"{path}: {name} = {getattr(manifest, name)}, expected 0 to {2**31 - 1}")
+        RECORD_SEED.check(f"{path}: {name}", getattr(manifest, name))
     if not 1 <= manifest.num_shards <= min(manifest.num_records, 99999):
         raise UserError(f"{path}: num_shards = {manifest.num_shards}, expected 1 to num_records and at most 99999")
     for name, shape in manifest.text_shapes.items():

@@ -41,7 +41,8 @@ def summary(steps: Sequence[tuple[int, Mapping[str, Mapping[str, Any]]]]) -> Val
 def _ratios(values: Values) -> Values:
     known = {name: value for name, value in values.items() if value is not None}
     found: Values = {}
-    if known.get("target_std"):
+    # A line may begin with an update that was not finite: then what the student drew is not known.
+    if known.get("target_std") and {"latent_std", "latent_mean", "target_mean"} <= known.keys():
         found["latent_std_ratio"] = known["latent_std"] / known["target_std"]
         found["latent_shift"] = (known["latent_mean"] - known["target_mean"]) / known["target_std"]
     if known.get("gradient_regression") and "gradient_adversarial" in known:

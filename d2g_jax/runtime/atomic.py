@@ -62,18 +62,6 @@ def _uploading(path: buckets.BucketPath) -> Iterator[Path]:
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose a writable folder") from error
 
 
-def check_output(file: str | Path, like: str) -> None:
-    """Raises `UserError`, before long work, when --out=`file` could not be written; `like` is a name for a file."""
-    if not buckets.is_local(buckets.as_path(file)):
-        return  # whether a bucket takes it is known when it is there
-    file = Path(file)
-    folder = next(parent for parent in file.absolute().parents if parent.exists())
-    if file.is_dir():
-        raise UserError(f"--out={file}: is a folder; give a file, {file / like}")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"--out={file}: {folder} cannot be written; choose another folder")
-
-
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes `content` to `path`, whole or not at all; see `replacing`."""
     with replacing(path) as temporary:

@@ -15,7 +15,8 @@ from typing import IO, Any
 
 from d2g_jax.runtime.errors import UserError
 
-_SCHEMES = ("gs://", "s3://", "az://")
+_SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
+"""Of addresses, and the package that each needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +96,22 @@ class BucketPath:
         """fsspec's file system, one object per kind of bucket; it keeps no listings, for other workers change them."""
         import fsspec.core  # not needed for local folders
 
-        return fsspec.core.url_to_fs(self.address, use_listings_cache=False)[0]
+        try:
+            return fsspec.core.url_to_fs(self.address, use_listings_cache=False)[0]
+        except ImportError as error:
+            package = _SCHEMES[self.address.partition("://")[0]]
+            raise UserError(f"{self.address}: reading this bucket needs {package}; pip install {package}") from error
 
 
 def as_path(text: str | os.PathLike[str]) -> Path | BucketPath:
     """A path, local or in a bucket. Raises `UserError` for another kind of address."""
     text = os.fspath(text)
-    if text.startswith(_SCHEMES):
+    scheme, separator, _ = text.partition("://")
+    if scheme in _SCHEMES and separator:
         return BucketPath(text)
-    if "://" in text:
-        raise UserError(f"{text}: not a folder; give a local one or one that begins with {', '.join(_SCHEMES)}")
+    if separator:
+        known = ", ".join(f"{name}://" for name in _SCHEMES)
+        raise UserError(f"{text}: not a folder; give a local one or one that begins with {known}")
     return Path(text)
 
 

@@ -41,6 +41,8 @@ _POLL_SECONDS = 5.0
 _PATIENCE = 6  # polls without a sign of life; counted, not timed, so that a machine that slept accuses nobody
 _HEARTBEAT_SECONDS = 50  # JAX's own watch, which aborts with a stack trace: for when ours gets no turn
 _CONNECT_SECONDS = 300
+_SILENT_SECONDS = 10
+_joined = threading.Event()
 _END_MILLISECONDS = 7 * 24 * 3600 * 1000
 
 
@@ -85,7 +87,9 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
 
 def _detect(environment: Mapping[str, str]) -> str | None:
     """A job that SLURM's `srun` or a GKE TPU slice made of more than one process."""
-    if "SLURM_STEP_NODELIST" in environment and environment.get("SLURM_NTASKS", "1") != "1":
+    # An interactive shell is a step of one task, whatever the job that it is in was given.
+    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
+    if "SLURM_STEP_NODELIST" in environment and tasks != "1":
         return "slurm"
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
     slices = environment.get("MEGASCALE_NUM_SLICES", "1")
@@ -96,7 +100,7 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
     """Joins the other processes, if there are any; before any device is used.
 
     It comes first of all, before a config is read: from then on a process that fails alone takes the others along.
-    Where they do not come together, this process says so after `_CONNECT_SECONDS` and ends.
+    Where they do not come together, this process says so after `_SILENT_SECONDS`, and ends after `_CONNECT_SECONDS`.
 
     Raises:
       UserError: the environment is half set, or not what the detector needs.
@@ -107,7 +111,7 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
     where = place.coordinator or place.detector
     # SIGTERM is the loop's, which makes all processes stop after the same step; JAX's service would swallow it.
     jax.config.update("jax_enable_preemption_service", False)
-    waiting = threading.Timer(_CONNECT_SECONDS, _give_up, (place, where))
+    waiting = threading.Timer(_SILENT_SECONDS, _wait, (place, where))
     waiting.daemon = True
     waiting.start()
     try:
@@ -124,11 +128,16 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
         raise UserError(f"{where}: the processes of this job did not come together: {reason}") from error
     finally:
         waiting.cancel()
+        _joined.set()
     _watch.start()
 
 
-def _give_up(place: Place, where: str) -> None:
+def _wait(place: Place, where: str) -> None:
+    """Says so, and ends this process where the others do not come."""
     who = "this process" if place.process is None else f"process {place.process} of {place.processes}"
+    print(f"d2g: {where}: {who} waits for the others of this job", file=sys.stderr, flush=True)
+    if _joined.wait(_CONNECT_SECONDS - _SILENT_SECONDS):
+        return
     waited = f"waited {_CONNECT_SECONDS} s for the others of this job"
     print(f"d2g: {where}: {who} {waited}; look why one of them did not start", file=sys.stderr, flush=True)
     os._exit(LOST)

@@ -38,11 +38,33 @@ def leaving_at_once() -> AbstractContextManager[None]:
     it is compiling, which may take longer than the time that is left. Off the main thread it does nothing.
     """
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        print("d2g: terminated; the same command goes on from here", file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGTERM)
+    return _on_sigterm(_leave)
 
-    return _on_sigterm(leave)
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """A context in which Ctrl-C ends the process at once, until `started`: while jax is imported, one of its callbacks
+    would swallow the exception. Nothing has been begun, so nothing is lost. Off the main thread it does nothing.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        started()
+
+
+def started() -> None:
+    """From here on Ctrl-C raises `KeyboardInterrupt`, as ever."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    text = "interrupted" if number == signal.SIGINT else "terminated"
+    print(f"d2g: {text}; the same command goes on from here", file=sys.stderr, flush=True)
+    os._exit(128 + number)
 
 
 @contextmanager

@@ -186,9 +186,11 @@ def check_batch(
     """
     shards = batch_shards(mesh)
     if batch_size % groups:
-        raise UserError(f"train.batch_size={batch_size} is not a multiple of train.groups={groups}")
+        raise UserError(f"train.batch_size={batch_size} is not a multiple of train.groups={groups}; change one of them")
     if groups % shards:
-        raise UserError(f"train.groups={groups} is not a multiple of the {shards} devices of the mesh")
+        raise UserError(
+            f"train.groups={groups} is not a multiple of the {shards} devices of the mesh; set it to {shards} or more"
+        )
     shares = {"micro_batch": (batch_size // shards, micro_batch), "r1_micro_batch": (groups // shards, r1_micro_batch)}
     for name, (share, micro) in shares.items():
         if micro is not None and (micro < 1 or (share > micro and share % micro)):

@@ -23,7 +23,7 @@ _PLACE_KEYS = ("environment",)
 FREE = (
     "train.images", "train.skip_nonfinite", "train.sample_every", "train.checkpoint_every", "train.keep_checkpoints",
     "train.keep_best", "train.tensorboard", "train.wandb", "train.compile_workers", "train.remat", "train.micro_batch",
-    "train.r1_micro_batch", "optimization_level", "mesh",
+    "train.r1_micro_batch", "optimization_level", "mesh", "pairs.batch_size", "pairs.lease_seconds", "pairs.skip_empty",
 )  # fmt: skip
 """Settings and groups that may change when a run goes on: how long, where and how often, but not what is computed."""
 _NAMED = 3  # differing settings in a message
@@ -84,7 +84,9 @@ def check_same(mine: dict[str, Any], theirs: dict[str, Any], source: Path) -> No
 def _bound(config: dict[str, Any]) -> dict[str, Any]:
     """What of a config a run is bound to, keys joined by dots."""
     flat = flatten({key: value for key, value in config.items() if key not in _PLACE_KEYS})
-    return {key: value for key, value in flat.items() if key not in FREE and key.split(".")[0] not in FREE}
+    # Whoever has pairs knows their teacher by its content (`records.check_fits`), wherever it lies.
+    free = (*FREE, "pipeline") if "pairs" in config else FREE
+    return {key: value for key, value in flat.items() if key not in free and key.split(".")[0] not in free}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

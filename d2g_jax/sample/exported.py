@@ -6,7 +6,6 @@ Apart from `d2g_jax.export`, which writes these folders, because `d2g_jax.sample
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from d2g_jax.diffusion.schedule import Schedule
+from d2g_jax.inputs.text import read_json
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
@@ -73,12 +73,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     file = folder / DESCRIPTION
     if not file.is_file():
         return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); export the student again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object; export the student again")
+    value = read_json(file, "export the student again")
     timestep = value.get("timestep")
     if "timestep" not in value or not (timestep is None or (type(timestep) is int and timestep >= 0)):
         raise UserError(f"{file}: timestep must be a number from 0 or null, not {timestep!r}; export the student again")
@@ -120,7 +115,7 @@ def store(params: Params, dtype: Any) -> Params:
     for path, whole in jax.tree_util.tree_leaves_with_path(jax.device_get(finite)):
         if not whole:
             name = "/".join(part.key for part in path)
-            raise UserError(f"{name} overflows in {jnp.dtype(dtype).name}; take --dtype=bfloat16 or float32")
+            raise UserError(f"{name} overflows in {jnp.dtype(dtype).name}; take the dtype bfloat16 or float32")
     return narrow
 
 

@@ -1,16 +1,33 @@
-"""`d2g sample`: images of prompts as files, and the seconds they took."""
+"""`d2g sample`: images of prompts as files, written batch by batch, and the seconds they took."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from d2g_jax.diffusion import noise
+from d2g_jax.inputs.arrays import read_array
+from d2g_jax.inputs.numbers import COUNT
+from d2g_jax.inputs.text import as_prompt
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.runtime import atomic
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.grid import grid, save_png
-from d2g_jax.sample.model import load
+from d2g_jax.runtime.progress import Progress
+from d2g_jax.sample.folder import check, claim, digest, prompts_digest
+from d2g_jax.sample.model import Model, load
+
+IN_GRID = 100
+"""Images that grid.png shows, the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +44,7 @@ class Request:
       tiled: decode large images in overlapping tiles, for devices that cannot hold one image's activations.
       system: of `systems.SYSTEMS`, for a one-step generator of another method.
       unet: weights in place of the folder's own UNet.
+      pipeline: where a workdir's teacher lies now.
     """
 
     prompts: tuple[str, ...]
@@ -40,35 +58,118 @@ class Request:
     tiled: bool = False
     system: str | None = None
     unet: Path | None = None
+    pipeline: Path | None = None
 
 
 def sample(model: str | Path, request: Request, out: Path, revision: str | None = None) -> dict[str, float]:
-    """Draws and writes 00000.png ..., grid.png, noise.npy, latents.npy and prompts.txt into `out`.
+    """Draws and writes 00000.png ..., grid.png, noise.npy, latents.npy, prompts.txt and drawing.json into `out`.
 
-    Returns seconds: "load", "compile" (the first batch, which is drawn again), and "text", "unet" and "vae" apart.
+    A drawing that was stopped goes on behind its last whole batch. Returns seconds: "load", "compile" (the first batch,
+    which is drawn again), and "text", "unet" and "vae" apart.
 
-    Raises `UserError` for bad requests, and for latents that are not finite; then nothing is written.
+    Raises `UserError` for bad requests and an `out` that is neither empty nor this drawing's, before anything is drawn,
+    and as `pipeline.draw.check_finite` does.
     """
     start = time.monotonic()
-    loaded = load(model, revision=revision, system=request.system, unet=request.unet, dtype=request.dtype)
-    drawing = loaded.prepare(
-        request.prompts,
-        request.seed,
-        request.latents,
-        request.images_per_prompt,
-        request.size,
-        request.batch_size,
-        request.tiled,
-        request.solution,
+    given = None if request.latents is None else read_array(request.latents, "float32 noise (N, C, h, w)")
+    parts = {name: getattr(request, name) for name in ("system", "unet", "pipeline", "dtype")}
+    loaded = load(model, revision=revision, **parts)
+    options = (request.size, request.batch_size, request.tiled, request.solution)
+    prepare = lambda part: loaded.prepare(  # noqa: E731
+        request.prompts, request.seed, given, request.images_per_prompt, *options, part
     )
-    prepared = time.monotonic()
-    loaded.run(drawing.first())
-    compiled, seconds = time.monotonic(), {}
-    drawn = loaded.run(drawing, seconds=seconds)
-    for i, image in enumerate(drawn.images):
-        save_png(out / f"{i:05d}.png", image)
-    save_png(out / "grid.png", grid(drawn.images, math.ceil(math.sqrt(len(drawn.images)))))
-    atomic.write_array(out / "noise.npy", drawing.noise)
-    atomic.write_array(out / "latents.npy", drawn.latents)
-    atomic.write_text(out / "prompts.txt", "\n".join(drawing.prompts) + "\n")
-    return {"load": prepared - start, "compile": compiled - prepared, **seconds}
+    one = prepare(range(1))  # refuses what is wrong with the request
+    count = len(request.prompts) * request.images_per_prompt
+    COUNT.check("images of all prompts", count)
+    described = _describe(str(model), request, loaded, one.noise, given)
+    check(out, described)
+    shape = (count, *one.noise.shape[1:])
+    arrays = {name: _Growing(out / name, shape) for name in ("noise.npy", "latents.npy")}
+    prepared, compiled, seconds = time.monotonic(), None, {}
+    with Progress("draw", count, "image", beginning="compiling") as progress:
+        for first in range(0, count, request.batch_size):
+            part = range(first, min(first + request.batch_size, count))
+            files = [out / f"{i:05d}.png" for i in part]
+            if not (all(array.is_there for array in arrays.values()) and all(file.exists() for file in files)):
+                drawing = prepare(part)
+                if compiled is None:
+                    loaded.run(drawing)
+                    compiled = time.monotonic()
+                    claim(out, described)  # now that it has been seen to draw
+                    _write_prompts(out / "prompts.txt", request)
+                drawn = loaded.run(drawing, seconds=seconds)
+                arrays["noise.npy"].write(first, drawing.noise)
+                arrays["latents.npy"].write(first, drawn.latents)
+                for file, image in zip(files, drawn.images, strict=True):
+                    save_png(file, image)
+            progress.advance(len(part))
+    for array in arrays.values():
+        array.finish()
+    shown = [np.asarray(Image.open(out / f"{i:05d}.png")) for i in range(min(count, IN_GRID))]
+    save_png(out / "grid.png", grid(np.stack(shown), math.ceil(math.sqrt(len(shown)))))
+    return {"load": prepared - start, "compile": (compiled or prepared) - prepared, **seconds}
+
+
+def _describe(model: str, request: Request, loaded: Model, one: np.ndarray, given: np.ndarray | None) -> dict[str, Any]:
+    """What decides a pixel. `one`: noise of an image, whose sides say those of all."""
+    factor = loaded.sampler.pipeline.vae.config.downscale
+    solution = None if loaded.sampler.one_step is not None else request.solution or Solution()
+    return {
+        "model": model,
+        "unet_sha256": digest(loaded.sampler.pipeline.params["unet"]),
+        "system": request.system,
+        "solution": solution and dataclasses.asdict(solution),
+        "size": [factor * side for side in one.shape[2:]],
+        "seed": request.seed,
+        "first_noise": 0,
+        "noise": noise.IMPLEMENTATION if given is None else digest({"latents": given}),
+        "dtype": request.dtype,
+        "tiled": request.tiled,
+        "prompts_sha256": prompts_digest(_prompts(request)),
+    }
+
+
+def _prompts(request: Request) -> Iterator[str]:
+    """One an image, each in one line."""
+    lines = (as_prompt(prompt, "prompt") for prompt in request.prompts)
+    return (line for line in lines for _ in range(request.images_per_prompt))
+
+
+def _write_prompts(file: Path, request: Request) -> None:
+    """As `read_prompts` reads them."""
+    with atomic.replacing(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        stream.writelines(f"{prompt}\n" for prompt in _prompts(request))
+
+
+class _Growing:
+    """A float32 .npy file that is written part by part; it gets its name `file` when it is whole."""
+
+    def __init__(self, file: Path, shape: tuple[int, ...]):
+        self._file, self._part = file, file.with_name(f".{file.name}.part")
+        self._row_bytes = 4 * math.prod(shape[1:])
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        self._header = header.getvalue()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether earlier parts are, all of them or some."""
+        return self._file.exists() or self._part.exists()
+
+    def write(self, first: int, rows: np.ndarray) -> None:
+        """`rows` from place `first` on; on disk when this returns. Raises `UserError` when the disk is full."""
+        try:
+            if self._file.exists():
+                self._file.rename(self._part)
+            with self._part.open("r+b" if self._part.exists() else "w+b") as stream:
+                stream.write(self._header)
+                stream.seek(len(self._header) + first * self._row_bytes)
+                stream.write(np.ascontiguousarray(rows, "<f4").tobytes())
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise UserError(f"{self._file}: cannot be written ({error.strerror}); free space, then go on") from error
+
+    def finish(self) -> None:
+        if self._part.exists():
+            self._part.rename(self._file)

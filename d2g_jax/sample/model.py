@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from d2g_jax.inputs import numbers
+from d2g_jax.inputs.text import as_prompt
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Drawn, Programs, Solution, draw
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.sample.sampler import Sampler, noise_of
+from d2g_jax.sample.sampler import ONE_STEP, Sampler, noise_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -98,35 +99,36 @@ class Model:
         batch: int,
         tiled: bool,
         solution: Solution | None,
+        part: range | None = None,
     ) -> Drawing:
-        """What a call will draw with which programs; nothing is compiled yet. Raises as a call does."""
+        """What a call will draw with which programs, or `part` of its images; nothing is compiled yet.
+
+        Raises as a call does.
+        """
         prompts = [prompts] if isinstance(prompts, str) else prompts if prompts is None else list(prompts)
         if not prompts:
-            raise UserError("no prompts; give --prompt=TEXT or --prompts=FILE")
-        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
-            raise UserError(f"prompt {wrong[0]!r} is no text; give text, or a list of texts")
+            raise UserError("no prompts; give one or more")
         for name, count in (("images", images), ("batch", batch)):
-            if not isinstance(count, Integral) or count < 1:
-                raise UserError(f"{name}={count!r}; give a whole number from 1")
+            numbers.COUNT.check(name, count)
         if solution is not None and self.sampler.one_step is not None:
-            raise UserError(
-                f"{self._name}: this is a one-step student; leave out --steps, --guidance, --solver and --negative"
-            )
-        prompts = [prompt for prompt in prompts for _ in range(images)]
+            raise UserError(f"{self._name}: this is a one-step student; {ONE_STEP}")
+        total = len(prompts) * images
+        part = range(total) if part is None else part
+        prompts = [as_prompt(prompts[i // images], f"prompt {i // images + 1}") for i in part]
         pipeline = self.sampler.pipeline
-        noise = noise_of(pipeline, len(prompts), size, seed, latents)
+        noise = noise_of(pipeline, total, size, seed, latents, part)
         factor = pipeline.vae.config.downscale
         key = (solution, noise.shape[2] * factor, noise.shape[3] * factor, tiled)
         if key not in self._programs:
             self._programs[key] = self.sampler.programs(self.mesh, solution, key[1:3], tiled=tiled)
         devices = meshes.batch_shards(self.mesh)
-        least, most = (-(-count // devices) * devices for count in (min(batch, len(prompts)), batch))
+        least, most = (-(-count // devices) * devices for count in (min(batch, total), batch))
         known = self._rows.setdefault(key, set())
         rows = min((other for other in known if least <= other <= min(2 * least, most)), default=least)
         return Drawing(prompts, noise, tokenize_prompts(pipeline, prompts), self._programs[key], rows, known)
 
     def run(self, drawing: Drawing, *, decode: bool = True, seconds: dict[str, float] | None = None) -> Drawn:
-        """Draws it. `seconds`: see `pipeline.draw.draw`. Raises `UserError` where latents are not finite."""
+        """Draws it. `seconds`: see `pipeline.draw.draw`. Raises `UserError` as `check_finite` does."""
         batches = draw(
             drawing.programs,
             self.mesh,
@@ -135,17 +137,12 @@ class Model:
             drawing.batch_size,
             images=decode,
             seconds=seconds,
+            name=self._name,
+            prompts=drawing.prompts,
         )
         latents, images = zip(*batches, strict=True)
         drawing.drawn_before.add(drawing.batch_size)
-        latents = np.concatenate(latents)
-        finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
-        if not finite.all():
-            raise UserError(
-                f"{self._name}: {np.count_nonzero(~finite)} of {len(latents)} images are not finite, the first for "
-                f"{drawing.prompts[int(np.argmin(finite))]!r}; check its weights, or give --dtype=float32"
-            )
-        return Drawn(latents, np.concatenate(images) if decode else None)
+        return Drawn(np.concatenate(latents), np.concatenate(images) if decode else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +177,7 @@ def load(
     unet: str | Path | None = None,
     dtype: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
+    pipeline: str | Path | None = None,
 ) -> Model:
     """A model that draws: a callable from prompts to images.
 
@@ -189,14 +187,15 @@ def load(
       system: how a one-step generator of another method is called, a name of `diffusion.systems.SYSTEMS`.
       unet: safetensors in place of the model's own UNet.
       dtype: "float32", "bfloat16" or "float16": what the networks compute in and what their kernels are kept in.
+      pipeline: where a workdir's teacher lies now, if it was moved since the training.
       mesh: the devices; None is all of them (`runtime.mesh.make_mesh`).
 
     Raises:
       UserError: one line that says what is wrong with the files and what to do.
     """
-    if not isinstance(model, str | os.PathLike) or not str(model):
+    if not isinstance(model, str | os.PathLike):
         raise UserError(f"model {model!r}: give the path of a folder, or a hub id 'owner/name'")
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
     mesh, kind = meshes.make_mesh() if mesh is None else mesh, jnp.dtype(dtype)
-    return Model(Sampler.load(model, mesh, kind, kind, revision, system, unet), mesh, str(model))
+    return Model(Sampler.load(model, mesh, kind, kind, revision, system, unet, pipeline), mesh, str(model))

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax.diffusion import noise
+from d2g_jax.diffusion.schedule import student_timestep
 from d2g_jax.diffusion.systems import OneStep, find_system
+from d2g_jax.inputs import numbers, places
+from d2g_jax.inputs.arrays import check_floats, read_array
 from d2g_jax.pipeline.draw import Programs, Solution, one_step_programs, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
-from d2g_jax.pipeline.hub import resolve
+from d2g_jax.pipeline.hub import folder_hash, resolve
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import exported
 from d2g_jax.train.checkpoint import Checkpoints
+
+ONE_STEP = "leave out steps, guidance, solver, spacing and negative prompt"
+"""What to do with a teacher's options that a one-step generator is given."""
 
 MAX_SIDE = 8192
 """Pixels of an image: a mistyped side must not take the machine's memory."""
@@ -53,38 +61,46 @@ class Sampler:
         revision: str | None = None,
         system: str | None = None,
         unet: str | Path | None = None,
+        pipeline: str | Path | None = None,
     ) -> Sampler:
         """From a folder in diffusers' layout (a teacher, or an exported student), a hub id, or a training workdir.
 
         Of a workdir the newest average is taken. `dtype`, `storage` and `unet`: see `Pipeline.load`. `system`, a name
-        of `systems.SYSTEMS`, says that the folder holds a one-step generator of another method.
+        of `systems.SYSTEMS`, says that the folder holds a one-step generator of another method. `pipeline` is where a
+        workdir's teacher lies now, if it was moved since.
         Raises `UserError` for a student of ours with a `system` or a `unet`, as `Pipeline.load` does, and for a folder
         that is neither pipeline nor workdir.
         """
         if jnp.dtype(dtype) == jnp.float16 and mesh.devices.flat[0].platform == "cpu":
-            raise UserError("--dtype=float16: XLA multiplies no float16 matrices on CPUs; give bfloat16 or float32")
+            raise UserError("dtype=float16: XLA multiplies no float16 matrices on CPUs; give bfloat16 or float32")
         foreign = None if system is None else find_system(system)
-        if Path(model, "checkpoints").is_dir():
-            _check_own(model, system, unet)
-            return cls._from_workdir(Path(model), mesh, dtype, storage)
         folder = resolve(model, revision)
+        if (folder / "checkpoints").is_dir():
+            _check_own(model, system, unet)
+            return cls._from_workdir(folder, mesh, dtype, storage, pipeline)
+        if pipeline is not None:
+            raise UserError(f"{model}: no training workdir, and only that looks for its teacher; leave out pipeline")
         if folder.is_file():
-            raise UserError(f"{model}: a file; give the folder of a pipeline, an export or a workdir")
+            raise UserError(f"{model}: a file; {_of_file(folder)}")
         if not (folder / "model_index.json").exists():
             raise UserError(f"{model}: neither a pipeline folder (model_index.json) nor a workdir (checkpoints/)")
         described = exported.read_description(folder)
-        if described.get("timestep") is not None or described.get("format") == "flax":
-            _check_own(model, system, unet)
         if described.get("format") == "flax":
+            _check_own(model, system, unet)
             return cls(exported.load_pipeline(folder, dtype, mesh, storage), described["timestep"])
         pipeline = Pipeline.load(folder, dtype, mesh, storage, unet=unet)
-        return cls(pipeline, described.get("timestep"), foreign)
+        timestep = described["timestep"] if described else student_timestep(pipeline.scheduler)
+        if timestep is not None:
+            _check_own(model, system, unet)
+        return cls(pipeline, timestep, foreign)
 
     @classmethod
-    def _from_workdir(cls, workdir: Path, mesh: jax.sharding.Mesh, dtype: jnp.dtype, storage: jnp.dtype) -> Sampler:
+    def _from_workdir(
+        cls, workdir: Path, mesh: jax.sharding.Mesh, dtype: jnp.dtype, storage: jnp.dtype, moved: str | Path | None
+    ) -> Sampler:
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             metadata = checkpoints.metadata()
-            pipeline = Pipeline.load(metadata["pipeline"], dtype, mesh, storage, without=("unet",))
+            pipeline = Pipeline.load(_teacher(workdir, metadata, moved), dtype, mesh, storage, without=("unet",))
             unet = checkpoints.restore_ema(meshes.place(pipeline.unet.abstract(), mesh))
         pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": exported.store(unet, storage)})
         return cls(pipeline, metadata["timestep"])
@@ -103,10 +119,33 @@ class Sampler:
         return one_step_programs(self.pipeline, self.pipeline.params["unet"], self.one_step, mesh, size, tiled=tiled)
 
 
+def _teacher(workdir: Path, metadata: dict[str, Any], moved: str | Path | None) -> Path:
+    """The folder of a workdir's teacher. Raises `UserError` where it is gone, or `moved` is another's."""
+    if moved is None:
+        if not places.is_there(metadata["pipeline"]):
+            raise UserError(
+                f"{workdir}: its teacher is not in {metadata['pipeline']} any more; say where, pipeline=FOLDER"
+            )
+        return Path(metadata["pipeline"])
+    folder = resolve(moved)
+    if metadata.get("teacher_hash", found := folder_hash(folder)) != found:
+        raise UserError(f"{folder}: another pipeline than {metadata['pipeline']}, the teacher of {workdir}")
+    return folder
+
+
+def _of_file(file: Path) -> str:
+    """What to do with a file where a model's folder is wanted."""
+    if zipfile.is_zipfile(file):
+        return "an export to StableHLO draws by itself: `python run.py` of docs/export.md"
+    if file.suffix.lower() in (".safetensors", ".ckpt"):
+        return "diffusers makes a folder of it: from_single_file(FILE).save_pretrained(FOLDER); give that"
+    return "give the folder of a pipeline, an export or a workdir"
+
+
 def _check_own(model: str | Path, system: str | None, unet: str | Path | None) -> None:
     for flag, value in (("system", system), ("unet", unet)):
         if value is not None:
-            raise UserError(f"{model}: a student of d2g_jax, which says itself how it is called; leave out --{flag}")
+            raise UserError(f"{model}: a student of d2g_jax, which says itself how it is called; leave out {flag}")
 
 
 def latent_shape(pipeline: Pipeline, size: tuple[int | None, int | None] = (None, None)) -> tuple[int, int, int]:
@@ -120,21 +159,21 @@ def latent_shape(pipeline: Pipeline, size: tuple[int | None, int | None] = (None
         good = pixels is None or (isinstance(pixels, Integral) and pixels in range(factor, MAX_SIDE + 1, factor))
         if not good:
             raise UserError(
-                f"--{name}={pixels!r}: give a multiple of {factor}, the VAE's factor, from {factor} to {MAX_SIDE}"
+                f"{name}={pixels!r}: give a multiple of {factor}, the VAE's factor, from {factor} to {MAX_SIDE}"
             )
         sides.append(latent if pixels is None else pixels // factor)
     return channels, *sides
 
 
-def draw_noise(seed: int, count: int, shape: tuple[int, int, int]) -> np.ndarray:
-    """float32 noise (count, C, h, w) of images 0 to count - 1 under `seed`, the same on every backend.
+def draw_noise(seed: int, count: int, shape: tuple[int, int, int], first: int = 0) -> np.ndarray:
+    """float32 noise (count, C, h, w) of images `first` to first + count - 1 under `seed`, the same on every backend.
 
     Raises `UserError` for a seed that is none of the 32 bits that noise is drawn by.
     """
-    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed!r}; give a whole number from 0 to {2**32 - 1}")
+    numbers.SEED.check("seed", seed)
     rows = 1 << (count - 1).bit_length()  # of few sizes, so that another count compiles nothing
-    return np.asarray(noise.record_noise(int(seed), jnp.arange(rows, dtype=jnp.uint32), shape))[:count]
+    records = jnp.arange(first, first + rows, dtype=jnp.uint32)
+    return np.asarray(noise.record_noise(int(seed), records, shape))[:count]
 
 
 def noise_of(
@@ -143,28 +182,28 @@ def noise_of(
     size: tuple[int | None, int | None] = (None, None),
     seed: int = 0,
     latents: np.ndarray | str | Path | None = None,
+    part: range | None = None,
 ) -> np.ndarray:
     """float32 noise (count, C, h, w): `draw_noise` of images of `size`, or `latents` where they are given.
+
+    `part`: of only these of the images.
 
     `latents` is an array or the path of a .npy file, as one would give diffusers in `latents=`; its shape says height
     and width where `size` does not. Raises `UserError` for a file that cannot be read, another shape and values that
     are not finite.
     """
+    part = range(count) if part is None else part
     channels, *sides = latent_shape(pipeline, size)
     if latents is None:
-        return draw_noise(seed, count, (channels, *sides))
-    name = latents if isinstance(latents, str | Path) else "latents"
+        return draw_noise(seed, len(part), (channels, *sides), part.start)
+    name, form = "latents", "standard normal noise as float32 (N, C, h, w)"
     if isinstance(latents, str | Path):
-        try:
-            latents = np.load(latents, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{name}: cannot be read as .npy ({error}); give float32 (N, C, h, w)") from error
+        name, latents = latents, read_array(places.expanded(latents), form)
     try:
         latents = np.asarray(latents)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{name}: no array ({error}); give float32 (N, C, h, w)") from error
-    if not jnp.issubdtype(latents.dtype, jnp.floating):
-        raise UserError(f"{name}: holds {latents.dtype}; give standard normal noise as float32 (N, C, h, w)")
+        raise UserError(f"{name}: no array ({error}); give {form}") from error
+    check_floats(latents, name, form)
     asked = tuple("any" if given is None else side for given, side in zip(size, sides, strict=True))
     wanted, shape = (count, channels, *asked), np.shape(latents)
     if len(shape) != 4 or any(side not in ("any", found) for side, found in zip(wanted, shape, strict=True)):
@@ -172,7 +211,7 @@ def noise_of(
         raise UserError(f"{name}: shape {shape}; this model and {count} prompts need ({text})")
     factor = pipeline.vae.config.downscale
     latent_shape(pipeline, (shape[2] * factor, shape[3] * factor))  # refuses what is too large
-    latents = latents.astype(np.float32)
+    latents = latents[part.start : part.stop].astype(np.float32)
     if not np.isfinite(latents).all():
         raise UserError(f"{name}: holds values that are not finite; give standard normal noise")
     return latents

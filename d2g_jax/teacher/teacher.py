@@ -28,7 +28,7 @@ from d2g_jax.lpips_training.fit import Loss, sampled_rows
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import folder as pipelines
-from d2g_jax.pipeline import weights
+from d2g_jax.pipeline import tokenizers, weights
 from d2g_jax.runtime.atomic import write_text
 from d2g_jax.teacher.fit import long_recipe
 from d2g_jax.teacher.judge import accuracy, train_judge
@@ -132,7 +132,7 @@ def caption_table(tokens: Any, labels: np.ndarray, variants: int, seed: int) -> 
     rng = np.random.default_rng(seed)
     shown = [scenes.Scene(*map(int, row)) for row in labels]
     rounds = [[captions.random_caption(rng, scene) for scene in shown] for _ in range(variants)]
-    return np.stack([pipelines.tokenize(tokens, texts) for texts in rounds], axis=1)
+    return np.stack([tokenizers.tokenize(tokens, texts) for texts in rounds], axis=1)
 
 
 def train_text_tower(
@@ -253,10 +253,10 @@ def train_pipeline(config: ml_collections.ConfigDict, shown: scenes.Scenes, work
     )
     latents, scale = encode(vae_params, images)
     tokenizer.write_tokenizer(target / "tokenizer")
-    tokens = pipelines.load_tokenizer(target / "tokenizer")
+    tokens = tokenizers.load_tokenizer(target / "tokenizer")
     text = text_config(len(tokens))
     ids = caption_table(tokens, labels, config.denoiser.caption_variants, config.denoiser.seed)
-    empty = pipelines.tokenize(tokens, [""])[0]
+    empty = tokenizers.tokenize(tokens, [""])[0]
     text_params = stage(
         workdir,
         "text_tower",
@@ -283,7 +283,7 @@ def train_pipeline(config: ml_collections.ConfigDict, shown: scenes.Scenes, work
             "scheduler": SCHEDULER,
         },
         {**denoiser, "vae": vae_params},
-        {"tokenizer": pipelines.read_tokenizer_files(target / "tokenizer")},
+        {"tokenizer": tokenizers.read_tokenizer_files(target / "tokenizer")},
     )
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from d2g_jax.runtime.errors import UserError
 from d2g_jax.train.state import TrainState
 
 _NAMED = 3  # differing leaves in a message
+_LONGEST = 160  # characters of what a library says
 
 
 class Checkpoints:
@@ -95,17 +96,19 @@ class Checkpoints:
         with self._writing():
             self._manager.wait_until_finished()
 
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self.folder, lambda: f"whole ones: {', '.join(map(str, self.all())) or 'none'}. ")
+
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """A full disk or a bucket that refuses is the user's to mend; what Orbax makes of it has many types."""
+    def _reading(self, images: int) -> Iterator[None]:
+        """Says which checkpoint is damaged, as by half a copy, and which one is beside it."""
         try:
             yield
-        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors; JAX's own say that a process is lost
-            whole = ", ".join(map(str, self.all())) or "none"
-            raise UserError(
-                f"{self.folder}: a checkpoint cannot be written ({str(error).splitlines()[0]}); whole ones: {whole}. "
-                "Make room, then give the same command again"
-            ) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            older = [other for other in self.all() if other < images]
+            remedy = f"remove that folder to go on from {older[-1]}" if older else "no other is beside it"
+            reason = _first_line(error)
+            raise UserError(f"{self.folder / str(images)}: a damaged checkpoint ({reason}); {remedy}") from error
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest checkpoint, placed like `like` (arrays or `ShapeDtypeStruct`s with shardings), on any mesh.
@@ -121,16 +124,18 @@ class Checkpoints:
 
     def restore_any(self) -> dict[str, Any]:
         """The newest checkpoint's trees as they were saved, as host arrays, whatever networks they belong to."""
-        items = self._manager.restore(
-            self._require(), args=ocp.args.Composite(state=ocp.args.StandardRestore(), ema=ocp.args.StandardRestore())
-        )
+        images, item = self._require(), ocp.args.StandardRestore()
+        with self._reading(images):
+            items = self._manager.restore(images, args=ocp.args.Composite(state=item, ema=item))
         return {"state": items["state"], "ema": items["ema"]}
 
     def _restore(self, item: str, like: Any) -> Any:
         images = self._require()
-        self._check_tree(images, item, like)
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        return self._manager.restore(images, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))[item]
+        with self._reading(images):
+            self._check_tree(images, item, like)
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+            arguments = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
+            return self._manager.restore(images, args=arguments)[item]
 
     def _check_tree(self, images: int, item: str, like: Any) -> None:
         """Raises `UserError` that names the leaves in which the saved item and `like` differ."""
@@ -150,14 +155,31 @@ class Checkpoints:
 
     def metadata(self) -> dict[str, Any]:
         """The JSON saved beside the newest checkpoint."""
-        items = self._manager.restore(self._require(), args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))
-        return items["metadata"]
+        images = self._require()
+        with self._reading(images):
+            items = self._manager.restore(images, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))
+            return {**items["metadata"]}
 
     def _require(self) -> int:
         images = self.latest()
         if images is None:
             raise UserError(f"{self.folder}: no checkpoint here; run `d2g train` with this --workdir first")
         return images
+
+
+@contextmanager
+def writing(place: Path, whole: Callable[[], str] = str) -> Iterator[None]:
+    """A full disk or a bucket that refuses is the user's to mend; what Orbax makes of it has many types."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors; JAX's own say that a process is lost
+        remedy = f"{whole()}Make room, then give the same command again"
+        raise UserError(f"{place}: a checkpoint cannot be written ({_first_line(error)}); {remedy}") from error
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
 
 def _split(state: TrainState) -> tuple[dict[str, Any], Params]:

@@ -35,11 +35,17 @@ class Nearest(NamedTuple):
 
 
 def make_gallery(
-    painter: Painter, params: Any, source: records.PairSource | records.SkippingSource, workdir: Path, images: int
+    painter: Painter,
+    params: Any,
+    source: records.PairSource | records.SkippingSource,
+    workdir: Path,
+    images: int,
+    kept: Sequence[int] = (),
 ) -> Path | None:
     """Draws with `params`, the student after `images` images, and writes samples/gallery.json and what it names.
 
-    All processes draw, the first one writes. Returns None where there are too few pairs for a walk.
+    `kept` are the ids of pairs that were not trained on; none is looked for among them. All processes draw, the first
+    one writes. Returns None where there are too few pairs for a walk.
     """
     if len(source) < 2:
         return None
@@ -49,7 +55,8 @@ def make_gallery(
     queries = [held_out(own, i, i) for i in range(min(QUERIES, len(own)))]
     wanted = [*_walk(0, 1, "text"), *_walk(0, 2, "noise"), *_alone(len(ends), queries)]
     drawn = _draw(painter, params, [*ends, *queries], wanted)
-    found, between_pairs = nearest(drawn.latents[2 * STEPS :], own)
+    trained = records.Rest(own, kept)
+    found, between_pairs = nearest(drawn.latents[2 * STEPS :], trained)
     neighbours = [own[int(i)] for i in found.ids.ravel()]
     pairs = _draw(painter, params, neighbours, _alone(0, neighbours)).teacher
     if not is_first():
@@ -68,8 +75,8 @@ def make_gallery(
             {"of": "noise", "prompts": prompts[:1], "images": files["walk_noise"]},
         ],
         "nearest": {
-            "searched": min(SEARCHED, len(own)),
-            "pairs": len(own),
+            "searched": min(SEARCHED, len(trained)),
+            "pairs": len(trained),
             "between_pairs": round(between_pairs, 4),
             "rows": _rows(queries, neighbours, found, files),
         },
@@ -105,9 +112,10 @@ def nearest(queries: np.ndarray, source: Sequence[Record]) -> tuple[Nearest, flo
 
     The second, a mean over a few pairs, is the scale of such distances; all is found in one pass over the pairs.
     """
-    ids = _spread(len(source), QUERIES)
-    own = np.stack([np.asarray(source[i]["latents"], np.float32) for i in ids])
-    found = search(np.concatenate([queries, own]), source, NEIGHBOURS, skip=[-1] * len(queries) + ids)
+    some = [source[i] for i in _spread(len(source), QUERIES)]
+    own = np.stack([np.asarray(one["latents"], np.float32) for one in some])
+    skip = [-1] * len(queries) + [int(one["id"]) for one in some]
+    found = search(np.concatenate([queries, own]), source, NEIGHBOURS, skip=skip)
     scale = float(found.distances[len(queries) :, 0].mean())
     return Nearest(*(part[: len(queries)] for part in found)), scale
 

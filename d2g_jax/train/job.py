@@ -68,7 +68,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
             with LivePage(workdir, t.images, "images") as page:
                 loop(config, d, frozen, state, source, mesh, checkpoints, workdir, pipeline, page)
         else:  # stopped while its last pictures were drawn
-            make_gallery(Painter(d, frozen, source, mesh, pipeline, workdir), state.ema, source, workdir, images)
+            painter, kept = (
+                Painter(d, frozen, source, mesh, pipeline, workdir),
+                records.held_out(len(source), t.held_out),
+            )
+            make_gallery(painter, state.ema, source, workdir, images, kept)
         first_decides(lambda: finish(workdir, t.images, "images"))
 
 

@@ -47,6 +47,7 @@ def loop(
     t, images = config.train, int(state.images)
     skipped = source.skipped if isinstance(source, records.SkippingSource) else set()
     metadata = {"name": config.name, "pipeline": str(pipeline.folder.absolute()), "timestep": d.timestep}
+    metadata["teacher_hash"] = source.manifest.teacher_hash
     painter, vote = Painter(d, frozen, source, mesh, pipeline, workdir), Vote()
     kept = records.held_out(len(source), t.held_out)
     held_out = [source[i] for i in kept]
@@ -85,7 +86,7 @@ def loop(
                 checkpoints.wait()
                 requests.leave(stop)
         page.update("drawing the last pictures", images, at_once=True)
-        make_gallery(painter, state.ema, source, workdir, images)
+        make_gallery(painter, state.ema, source, workdir, images, kept)
         checkpoints.wait()
     if skipped:
         logging.getLogger(__name__).warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -132,7 +133,12 @@ class Painter:
     def decoded(self, latents: np.ndarray) -> np.ndarray:
         """uint8 images (N, H, W, 3) of at most `count` latents (N, C, h, w)."""
         placed = meshes.place_whole_batch({"x": padded(latents.astype(np.float32), self._padded)}, self._mesh)
-        return jax.device_get(self._decode(self._vae, placed["x"]))[: len(latents)]
+        decoded = jax.device_get(self._decode(self._vae, placed["x"]))
+        if not decoded.finite[: len(latents)].all():  # a picture is no reason to end a run
+            warnings.warn(
+                "the VAE makes images that are not finite of some latents; they are black or white", stacklevel=2
+            )
+        return decoded.images[: len(latents)]
 
     def pictures(self, params: Any, batch: Sequence[Record], mix: Mix) -> Pictures:
         """As `latents`, with the images of them and, in the records' own order, of the records' latents."""

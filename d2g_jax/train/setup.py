@@ -19,9 +19,12 @@ from d2g_jax.models import discriminator as discriminators
 from d2g_jax.models import unet as unets
 from d2g_jax.models.layers import check_remat
 from d2g_jax.pipeline.conditioning import encode_text, from_text_fields
+from d2g_jax.pipeline.draw import check_teacher
 from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.pipeline.hub import folder_hash
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.processes import first_decides
 from d2g_jax.train.state import TrainState, create_state, discriminator_optimizer, generator_optimizer
 from d2g_jax.train.step import Distillation, Frozen
 
@@ -42,7 +45,13 @@ def open_pairs(config: ml_collections.ConfigDict, folder: Path) -> records.PairS
 
 
 def check_pairs(folder: Path, manifest: records.Manifest, pipeline: Pipeline) -> None:
-    """Raises `UserError` unless these pairs were made by this teacher."""
+    """Raises `UserError` unless these pairs were made by this teacher, and it is one."""
+    check_teacher(pipeline)
+    # one process: the others wait for the gigabytes that are hashed
+    first_decides(lambda: _check_pairs(folder, manifest, pipeline))
+
+
+def _check_pairs(folder: Path, manifest: records.Manifest, pipeline: Pipeline) -> None:
     height, width, channels = pipeline.latent_shape
     records.check_fits(
         manifest,
@@ -51,6 +60,7 @@ def check_pairs(folder: Path, manifest: records.Manifest, pipeline: Pipeline) ->
         token_length=pipeline.token_length,
         scaling_factor=pipeline.scaling_factor,
         scheduler=pipeline.scheduler,
+        teacher_hash=folder_hash(pipeline.folder),
     )
 
 

@@ -1,6 +1,7 @@
 """The `d2g` command as a stranger meets it: exit codes and one line for whatever is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -179,3 +180,46 @@ def test_bench_flags_are_checked_before_anything_is_compiled(capsys, tmp_path):
     assert "--losses=mse,mse" in one_line(capsys, "bench", "train", "--losses=mse,mse")
     assert "did you mean train.images" in one_line(capsys, "bench", "train", "--config.train.imags=8")
     assert "train.groups=2" in one_line(capsys, "bench", "train", "--batches=3")
+
+
+@pytest.mark.parametrize(("job", "hint"), [("samle", "sample"), ("evalute", "evaluate"), ("trian", "train")])
+def test_a_job_that_is_nearly_one(job, hint, capsys):
+    assert f"unknown job {job!r}; did you mean {hint}?" in one_line(capsys, job)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["export"], "interrupted; nothing was kept, the same command begins anew"),
+        (["metric"], "interrupted; nothing was kept"),
+        (["pairs", "verify"], "interrupted; nothing was kept"),
+        (["train"], "interrupted; the same command goes on from here"),
+        (["sample"], "interrupted; the same command goes on from here"),
+    ],
+)
+def test_an_interrupted_job_says_what_is_kept(command, said, monkeypatch, capsys):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("d2g_jax.__main__._run", stopped)
+    assert main(command) == 130
+    assert said in capsys.readouterr().err
+
+
+def test_a_latin_1_terminal_shows_what_it_can():
+    code = "import sys; from d2g_jax.__main__ import main; main(['--version']); print('a – b “c”')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"a ? b ?c?" in done.stdout
+
+
+def test_ctrl_c_before_the_work_ends_the_process():
+    code = (
+        "import os, signal; from d2g_jax.runtime.interrupt import starting\n"
+        "with starting():\n    os.kill(os.getpid(), signal.SIGINT)\n    print('swallowed')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "d2g: interrupted; the same command goes on from here\n"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from d2g_jax.__main__ import main
-from d2g_jax.config.base_config import COUNTS
 from d2g_jax.config.configuration import read_config
+from d2g_jax.config.ranges import RANGES, range_of
 from d2g_jax.runtime import mesh
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.runs import flatten
@@ -39,24 +39,62 @@ def test_a_single_device_is_told_the_remedy():
         mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
 
 
-def test_every_count_is_a_setting():
-    known = flatten(read_config(FOLDER / "sd15.py").to_dict())
-    assert set(COUNTS) <= set(known)
+@pytest.mark.parametrize("name", [None, "sd15", "sdxl", "lpips"])
+def test_every_number_has_a_range_and_is_in_it(name):
+    settings = flatten(read_config(name and FOLDER / f"{name}.py").to_dict())
+    for key, value in settings.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            assert value in range_of(key), key
+
+
+def test_every_range_is_of_a_setting():
+    files = (None, FOLDER / "sd15.py", FOLDER / "lpips.py")
+    known = [f".{key}" for file in files for key in flatten(read_config(file).to_dict())]
+    assert not [ending for ending in RANGES if not any(key.endswith(f".{ending}") for key in known)]
 
 
 @pytest.mark.parametrize(
     "flag",
-    ["train.keep_checkpoints=0", "train.log_every=-1", "train.groups=0", "train.batch_size=0"],
+    [
+        "train.keep_checkpoints=0",
+        "train.log_every=-1",
+        "train.batch_size=1e3",
+        "pairs.count=1e20",
+        "pairs.count=100000000000000000000",
+        "pairs.seed=18446744073709551615",
+        "seed=18446744073709551615",
+        "adversarial.weight=nan",
+        "adversarial.r1_gamma=inf",
+        "loss.l1_weight=-0.5",
+        "optimizer.generator.learning_rate=-1.0",
+        "optimizer.discriminator.new_learning_rate=nan",
+        "train.ema_half_life_images=0.0",
+        "adversarial.mix_and_match=1.5",
+    ],
 )
-def test_counts_below_one_are_refused_at_once(flag, tmp_path, capsys):
+def test_numbers_out_of_range_are_refused_at_once(flag, tmp_path, capsys):
     assert main(["train", f"--workdir={tmp_path / 'run'}", f"--config.{flag}"]) == 2
-    assert capsys.readouterr().err == f"d2g: {flag}: give 1 or more\n"
+    error = capsys.readouterr().err
+    assert error == f"d2g: {flag}; give {range_of(flag.split('=')[0])}\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_in_a_tuple_have_the_range_too(capsys):
+    assert main(["plan", "--topology=gpu:8xH100", "--config.optimizer.generator.betas=(0.0, 2.0)"]) == 2
+    assert capsys.readouterr().err == "d2g: optimizer.generator.betas=2.0; give a number from 0 to 1\n"
+
+
+def test_a_home_behind_an_equals_sign_is_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    flags = ["--config.pipeline=~/sd", "--config.pairs.prompts=~/a.txt", "--config.pairs.negative_prompt=~ wavy"]
+    config = read_config(None, flags)
+    assert (config.pipeline, config.pairs.prompts) == ("/somewhere/sd", "/somewhere/a.txt")
+    assert config.pairs.negative_prompt == "~ wavy"
 
 
 def test_records_kept_out_may_be_none_but_not_fewer(tmp_path, capsys):
     assert main(["train", f"--workdir={tmp_path / 'run'}", "--config.train.held_out=-1"]) == 2
-    assert capsys.readouterr().err == "d2g: train.held_out=-1: give 0 or more\n"
+    assert capsys.readouterr().err == "d2g: train.held_out=-1; give a whole number from 0 to 2147483647\n"
 
 
 def test_a_plan_looks_at_its_file_first(tmp_path, capsys):
@@ -66,7 +104,7 @@ def test_a_plan_looks_at_its_file_first(tmp_path, capsys):
 
 def test_a_plan_refuses_them_too(capsys):
     assert main(["plan", "--topology=gpu:8xH100", "--config.adversarial.r1_interval=0"]) == 2
-    assert capsys.readouterr().err == "d2g: adversarial.r1_interval=0: give 1 or more\n"
+    assert capsys.readouterr().err == "d2g: adversarial.r1_interval=0; give a whole number from 1 to 2147483647\n"
 
 
 @pytest.mark.parametrize(

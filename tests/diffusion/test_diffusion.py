@@ -150,3 +150,24 @@ def test_one_step_from_noise_alone_is_finite(prediction_type):
     found = diffusion.one_step(lambda x, t: 2.0 * x, schedule, 999, jnp.ones((1, 2, 2, 1)))
     # v = -x_0 there, and x_0 is x_0.
     np.testing.assert_array_equal(found, np.full((1, 2, 2, 1), -2.0 if prediction_type == "v_prediction" else 2.0))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "EDMEulerScheduler is no schedule of betas"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEulerDiscreteScheduler is no"),
+        ({"_class_name": "CMStochasticIterativeScheduler", "beta_start": 0.1}, "CMStochasticIterativeScheduler is no"),
+        ({"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}, "has none of beta_schedule, beta_start"),
+        ({"prediction_type": "epsilon"}, "has none of beta_schedule"),
+        (SD15 | {"use_flow_sigmas": True}, "use_flow_sigmas=true is not"),
+    ],
+)
+def test_what_is_no_schedule_of_betas_is_refused(config, message):
+    with pytest.raises(UserError, match=f"a.json: {message}"):
+        diffusion.Schedule.from_config(config, source="a.json")
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "FlaxPNDMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_whatever_goes_through_a_schedule_of_betas_is_read(name):
+    assert diffusion.Schedule.from_config(SD15 | {"_class_name": name}).num_train_timesteps == 1000

@@ -9,7 +9,7 @@ import pytest
 from d2g_jax.digits import captions, scenes, tokenizer
 from d2g_jax.digits.scenes import UNCLEAR, Scene
 from d2g_jax.digits.textures import KINDS
-from d2g_jax.pipeline.folder import load_tokenizer, tokenize
+from d2g_jax.pipeline.tokenizers import load_tokenizer, tokenize
 
 SCENE = Scene(digit=7, weight=2, slant=0, ink=1, texture=3, dark=2, light=1)
 

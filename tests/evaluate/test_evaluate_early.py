@@ -11,6 +11,7 @@ from d2g_jax.__main__ import main
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.evaluate import drawing, features, job, pairwise, reference
 from d2g_jax.evaluate.protocols import PROTOCOLS
+from d2g_jax.pipeline import draw
 from d2g_jax.results import metric_weights
 from d2g_jax.results.results import read_result
 from d2g_jax.runtime.errors import UserError
@@ -51,9 +52,9 @@ def statistics(real, tmp_path_factory):
     [
         (["--out=."], "--out=.: is a folder; give a file, result.json"),
         (["--out=LICENSE/a.json"], "LICENSE cannot be written; choose another folder"),
-        (["--draw-batch=0"], "--draw-batch=0: give 1 or more"),
-        (["--draw-batch=-1"], "--draw-batch=-1: give 1 or more"),
-        (["--max-corrupt=-1"], "--max-corrupt=-1: give 0 or more"),
+        (["--draw-batch=0"], "--draw-batch=0; give a whole number from 1"),
+        (["--draw-batch=-1"], "--draw-batch=-1; give a whole number from 1"),
+        (["--max-corrupt=-1"], "--max-corrupt=-1; give a whole number from 0"),
         (["--samples=1", "--metrics=kid"], "KID: subsets of 1; its estimate is of pairs"),
         (["--samples=3", "--metrics=recall"], "3 images have no 3-th neighbour"),
         (["--samples=64", "--metrics=fid"], "FID: 64 images of the system with 64 features; it needs at least 65"),
@@ -101,18 +102,12 @@ def test_images_too_small_for_lpips(tiny_lpips):
 
 
 def test_a_model_that_draws_nan_gets_no_score(tmp_path, capsys, monkeypatch):
-    real_draw = drawing.draw
-
-    def draw(*arguments, **options):
-        for batch in real_draw(*arguments, **options):
-            latents = np.array(batch.latents)
-            latents[3, 0, 1, 2] = np.nan
-            yield batch._replace(latents=latents)
-
-    monkeypatch.setattr(drawing, "draw", draw)
+    check = draw.check_finite
+    monkeypatch.setattr(draw, "check_finite", lambda latents, *rest: check(latents * np.nan, *rest))
     line = refused(capsys, *MODEL, "--samples=70", "--metrics=fid", f"--out={tmp_path / 'a.json'}")
     assert "pipeline: " in line
-    assert "a-drawn/images/00003.png would be of latents that are not finite; check its weights" in line
+    assert "64 of 64 images are not finite" in line
+    assert "check its weights" in line
     assert list(tmp_path.rglob("*.png")) == []
 
 
@@ -133,8 +128,8 @@ def test_accuracy_says_whose_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--batch=0", "--batch=0: give 1 or more"),
-        ("--max-corrupt=-1", "--max-corrupt=-1: give 0 or more"),
+        ("--batch=0", "--batch=0; give a whole number from 1"),
+        ("--max-corrupt=-1", "--max-corrupt=-1; give a whole number from 0"),
         ("--out=a.npy", "reference statistics are a .npz file"),
         ("--out=LICENSE/a.npz", "LICENSE cannot be written"),
     ],
@@ -185,17 +180,17 @@ def test_statistics_of_another_shape(change, message, statistics, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "holds a list, not an object"),
-        ('{"a": 1}', "seed is missing"),
-        ("{", "cannot be read"),
-        ("[" * 100_000, "cannot be read"),
+        ("[]", ": expected a JSON object, not a list"),
+        ('{"a": 1}', ": seed is missing"),
+        ("{", " cannot be read"),
+        ("[" * 100_000, " cannot be read"),
     ],
 )
 def test_a_damaged_description_of_a_drawing(content, message, real, tmp_path, capsys):
     folder = shutil.copytree(real, tmp_path / "images")
     (folder / "drawing.json").write_text(content)
     command = ["evaluate", "--protocol=digits", f"--images={folder}", f"--samples={N}", "--metrics=fid"]
-    assert f"drawing.json: {message}" in refused(capsys, *command, f"--out={tmp_path / 'a.json'}")
+    assert f"drawing.json{message}" in refused(capsys, *command, f"--out={tmp_path / 'a.json'}")
 
 
 def test_the_hash_of_a_folder_is_of_its_settings_too(tmp_path):

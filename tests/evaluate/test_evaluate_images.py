@@ -1,12 +1,14 @@
 """Folders of images as a protocol sees them: what is prepared how, and what is refused."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from d2g_jax.evaluate.images import batches, natural_key, prepare, survey
+from d2g_jax.evaluate import job
+from d2g_jax.evaluate.images import batches, prepare, survey
 from d2g_jax.evaluate.protocols import PROTOCOLS, find_protocol
 from d2g_jax.runtime.errors import UserError
 
@@ -45,7 +47,6 @@ def test_images_come_in_natural_order_and_the_contact_sheet_is_none(tmp_path):
     (first, images), (second, rest) = batches(found, COCO, 2)
     assert (first, second, images.shape, rest.shape) == ([0, 1], [2], (2, 16, 16, 3), (1, 16, 16, 3))
     np.testing.assert_array_equal(images[0], prepare(Image.open(tmp_path / "1.png"), COCO))
-    assert sorted(["b2", "b10", "a"], key=natural_key) == ["a", "b2", "b10"]
 
 
 def test_the_digest_is_of_contents_and_order(tmp_path):
@@ -119,3 +120,19 @@ def test_protocols_are_told_apart_by_every_field():
     assert dataclasses.replace(one, neighbours=5).sha256 != one.sha256
     with pytest.raises(UserError, match="coco2014-30k, coco2017-5k, digits"):
         find_protocol("coco")
+
+
+@pytest.mark.parametrize("name", ["._1.png", "._grid.png", ".hidden.jpg"])
+def test_what_a_mac_lays_beside_images_is_not_corrupt(name, tmp_path):
+    save(tmp_path, ["1.png", "2.png"])
+    (tmp_path / name).write_bytes(b"\0\5\x16\7 Mac OS X")
+    assert survey(tmp_path, COCO).names == ("1.png", "2.png")
+
+
+def test_when_none_of_the_first_can_be_read_nothing_is_measured(tmp_path):
+    save(tmp_path, ["2.png", "3.png"])
+    (tmp_path / "1.png").write_bytes(b"")
+    request = SimpleNamespace(max_corrupt=1, samples=1)
+    plan = SimpleNamespace(protocol=COCO, request=request, samples=1)
+    with pytest.raises(UserError, match="of the first 1 images none can be read"):
+        job._survey(plan, tmp_path)

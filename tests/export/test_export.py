@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.diffusion.schedule import Schedule, one_step
+from d2g_jax.diffusion.schedule import Schedule, one_step, student_timestep
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.export import export_student, load_flax
+from d2g_jax.export import export_student, load_flax, to_diffusers
 from d2g_jax.export.to_diffusers import one_step_scheduler
 from d2g_jax.models import attention, layers, platform
 from d2g_jax.pipeline import folder as pipelines
-from d2g_jax.pipeline import weights
+from d2g_jax.pipeline import tokenizers, weights
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import draw, student_programs
 from d2g_jax.pipeline.folder import Pipeline
@@ -157,8 +157,8 @@ def test_untouched_teacher_comes_back_byte_for_byte(teacher: str, dtype: str, re
         loaded, source = Pipeline.load(source), tmp_path / "half"
         configs = {name: getattr(loaded, name).config for name in loaded.params} | {"scheduler": loaded.scheduler}
         names = ("tokenizer", "tokenizer_2")[: len(loaded.tokenizers)]
-        tokenizers = {name: pipelines.read_tokenizer_files(loaded.folder / name) for name in names}
-        pipelines.save_pipeline(source, configs, loaded.params, tokenizers, np.float16)
+        files = {name: tokenizers.read_tokenizer_files(loaded.folder / name) for name in names}
+        pipelines.save_pipeline(source, configs, loaded.params, files, np.float16)
     export_student(Sampler(Pipeline.load(source), None), "diffusers", tmp_path / "out", dtype=dtype)
     before, after = files_of(source), files_of(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -378,16 +378,16 @@ def test_weights_are_arguments_and_only_those_that_draw(tiny_sd: Path, tmp_path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"to": "onnx"}, "--to=onnx is unknown; choose one of diffusers, flax, stablehlo"),
-        ({"dtype": "int8"}, "--dtype=int8 is unknown"),
+        ({"to": "onnx"}, "to=onnx is unknown; choose one of diffusers, flax, stablehlo"),
+        ({"dtype": "int8"}, "dtype=int8 is unknown"),
         ({"timestep": 1000}, "timestep 1000 is out of range: the teacher's schedule has 0 to 999"),
         ({"to": "stablehlo", "timestep": None}, "this is a teacher; take diffusers or flax"),
-        ({"to": "stablehlo", "size": (30, None)}, "--height=30: give a multiple of 4"),
-        ({"size": (64, 64)}, "--height and --width are for --to=stablehlo"),
-        ({"out": "full"}, "full: is not empty; give --out a new place"),
-        ({"to": "stablehlo", "out": "full"}, "full: is a folder, and --to=stablehlo writes one file"),
-        ({"to": "stablehlo", "out": "full/file"}, "file: exists; give --out a new name"),
-        ({"out": "full/file"}, "file: is a file, and --to=diffusers writes a folder"),
+        ({"to": "stablehlo", "size": (30, None)}, "height=30: give a multiple of 4"),
+        ({"size": (64, 64)}, "height and width are for to=stablehlo"),
+        ({"out": "full"}, "full: is not empty; give a new place"),
+        ({"to": "stablehlo", "out": "full"}, "full: is a folder, and to=stablehlo writes one file"),
+        ({"to": "stablehlo", "out": "full/file"}, "file: exists; give a new name"),
+        ({"out": "full/file"}, "file: is a file, and to=diffusers writes a folder"),
         ({"out": "full/file/out"}, "out: cannot be written"),
     ],
 )
@@ -422,3 +422,32 @@ def test_layers_are_traced_for_another_platform():
         assert platform.platform() == "gpu"
         assert not layers.prefers_matmul(*shapes)
     assert platform.platform() == jax.default_backend()
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "plain"])
+def test_a_model_card_of_a_folder_with_a_quote_in_its_name_is_code(name):
+    described = {
+        "dtype": "float32",
+        "teacher": "t",
+        "versions": {"d2g_jax": "1"},
+        "timestep": 9,
+        "prediction_type": "v",
+    }
+    card = to_diffusers.model_card(described, "StableDiffusionPipeline", name, [])
+    code = card.split("```python\n")[1].split("```")[0]
+    assert f"from_pretrained({json.dumps(name)}, " in code
+    compile(code, "README.md", "exec")
+
+
+def test_a_student_that_diffusers_saved_again_is_still_one(tiny_sd: Path, tmp_path: Path):
+    diffusers = pytest.importorskip("diffusers")
+    teacher = json.loads((tiny_sd / "scheduler" / "scheduler_config.json").read_text())
+    for timestep in (399, 999):
+        config = one_step_scheduler(teacher, timestep)
+        (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+        diffusers.DDIMScheduler.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+        again = json.loads((tmp_path / "again" / "scheduler_config.json").read_text())
+        assert student_timestep(again) == timestep
+        older = {key: value for key, value in again.items() if not key.startswith("_d2g")}
+        assert student_timestep(older) == (timestep if timestep < 999 else None)  # such exports bore no mark
+    assert student_timestep(teacher) is None

@@ -36,6 +36,18 @@ PRUNED = dict(
     down_block_types=(CROSS_DOWN, DOWN, DOWN), up_block_types=(UP, UP, CROSS_UP), mid_block_type=None,
     attention_head_dim=2,
 )  # fmt: skip
+# Segmind's SSD-1B and Vega, in small: depths of their own for each transformer, and a middle without attention.
+VEGA = dict(
+    block_out_channels=(16, 16, 24), layers_per_block=2, norm_num_groups=8, cross_attention_dim=12,
+    down_block_types=(DOWN, CROSS_DOWN, CROSS_DOWN), up_block_types=(CROSS_UP, CROSS_UP, UP),
+    mid_block_type="UNetMidBlock2D", attention_head_dim=2, use_linear_projection=True,
+    transformer_layers_per_block=[1, [1, 2], [2, 1]], reverse_transformer_layers_per_block=[[2, 1, 1], [1, 2, 1], 1],
+)  # fmt: skip
+ZERO = dict(
+    block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=12,
+    down_block_types=(DOWN, CROSS_DOWN), up_block_types=(CROSS_UP, UP), attention_head_dim=2,
+    transformer_layers_per_block=(0, 2),
+)  # fmt: skip
 FULL_SD15 = dict(cross_attention_dim=768)
 FULL_SD21 = dict(
     cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True, upcast_attention=True
@@ -75,7 +87,9 @@ def batch(config: UNetConfig, height: int, width: int):
 
 
 @pytest.mark.parametrize(
-    ("fields", "size"), [(SDXL, (6, 4)), (PRUNED, (7, 9))], ids=["sdxl", "pruned-and-odd-at-two-levels"]
+    ("fields", "size"),
+    [(SDXL, (6, 4)), (PRUNED, (7, 9)), (VEGA, (4, 8)), (ZERO, (4, 4))],
+    ids=["sdxl", "pruned-and-odd-at-two-levels", "lists-of-lists-and-a-plain-middle", "depth-0-without-attention"],
 )
 def test_output_equals_diffusers(fields, size):
     from torch_oracle import error, nchw, nhwc, quick_jit, torch
@@ -214,6 +228,13 @@ def test_config_survives_json_and_diffusers_takes_it():
     assert UNetConfig.from_json(theirs, source=SOURCE) == config
 
 
+def test_the_moving_average_of_diffusers_trainers_is_the_same_network():
+    own = UNetConfig(**SDXL).to_json()
+    ema = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 7, "power": 2 / 3}
+    ema |= {"update_after_step": 0, "use_ema_warmup": False}
+    assert UNetConfig.from_json({**own, **ema}, source=SOURCE) == UNetConfig.from_json(own, source=SOURCE)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -228,6 +249,11 @@ def test_config_survives_json_and_diffusers_takes_it():
         {"block_out_channels": [16, -32]},
         {"attention_head_dim": [2, 2, 2]},
         {"attention_head_dim": 3},
+        {"transformer_layers_per_block": -1},
+        {"transformer_layers_per_block": [1, 2, 1]},
+        {"transformer_layers_per_block": [[1], [2, 2, 2]], "reverse_transformer_layers_per_block": [1, 1]},
+        {"reverse_transformer_layers_per_block": [1, [2, 2]]},
+        {"reverse_transformer_layers_per_block": [1]},
         {"norm_num_groups": 7},
         {"addition_embed_type": "text_time"},
         {"cross_attention_dim": [12, 12]},

@@ -104,3 +104,15 @@ def test_an_upload_that_fails_is_one_line(bucket, monkeypatch):
 def test_other_addresses_are_refused():
     with pytest.raises(UserError, match="ftp://a: not a folder"):
         buckets.as_path("ftp://a")
+
+
+@pytest.mark.parametrize(("address", "package"), [("gs://b/x", "gcsfs"), ("s3://b/x", "s3fs"), ("az://b/x", "adlfs")])
+def test_a_bucket_whose_package_is_not_installed(address, package, monkeypatch):
+    import fsspec.core
+
+    def missing(*_, **__):
+        raise ImportError(f"Please install {package}")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(UserError, match=f"{address}: reading this bucket needs {package}; pip install {package}"):
+        buckets.as_path(address).exists()

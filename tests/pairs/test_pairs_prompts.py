@@ -1,5 +1,6 @@
 """Prompts from text, JSON lines, parquet and TFDS folders, and every way in which they can be wrong."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -96,6 +97,103 @@ def test_parquet_kinds_of_text(kind, tmp_path):
     assert read_prompts(write_parquet(tmp_path, PROMPTS, kind), 1, "caption").lines == PROMPTS
 
 
+def write_coco(folder, lines=PROMPTS):
+    file = folder / "captions_val2014.JSON"
+    rows = [{"image_id": i, "id": 7 + i, "caption": line} for i, line in enumerate(lines)]
+    file.write_text(json.dumps({"info": {}, "images": [], "annotations": rows}), encoding="utf-8")
+    return file
+
+
+def write_objects(folder, lines=PROMPTS):
+    file = folder / "prompts.json"
+    file.write_text(json.dumps([{"caption": line} for line in lines]), encoding="utf-8-sig")
+    return file
+
+
+def write_csv(folder, lines=PROMPTS, name="prompts.csv", delimiter=","):
+    file = folder / name
+    with file.open("w", encoding="utf-8-sig", newline="") as stream:
+        csv.writer(stream, delimiter=delimiter).writerows([("url", "caption"), *enumerate(lines)])
+    return file
+
+
+def write_tsv(folder, lines=PROMPTS):
+    return write_csv(folder, lines, "prompts.TSV", "\t")
+
+
+def write_parts(folder, lines=PROMPTS):
+    folder = folder / "parts"
+    folder.mkdir()
+    for number, line in enumerate(lines):
+        write_parquet(folder, [line]).rename(folder / f"train-{number * 7}.parquet")
+    (folder / "README.md").write_text("a data set")
+    return folder
+
+
+@pytest.mark.parametrize("write", [write_coco, write_objects, write_csv, write_tsv, write_parts])
+def test_files_as_data_sets_come(write, tmp_path):
+    source = write(tmp_path)
+    assert read_prompts(source, 1, "caption").lines == PROMPTS
+    with pytest.raises(UserError, match=r"--prompts-column is empty; it has .*caption"):
+        read_prompts(source, asked="--prompts-column")
+
+
+def test_a_list_of_texts_has_no_column(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(PROMPTS), encoding="utf-8")
+    assert read_prompts(tmp_path / "a.json").lines == PROMPTS
+    with pytest.raises(UserError, match="has no columns"):
+        read_prompts(tmp_path / "a.json", 1, "caption")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a"])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(name, tmp_path):
+    (tmp_path / name).write_bytes("\ufeffthe cat\r\nthe dog\r\n".encode())
+    assert read_prompts(tmp_path / name).lines == ("the cat", "the dog")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.xml", b"<a/>", r"\.xml files are not read as prompts; give \.txt, "),
+        ("a.csv.gz", b"", r"\.gz files are not read"),
+        ("a.txt", b"x" * 30_000, "line 1 is no prompt but 30000 characters"),
+        ("a.txt", b"a\0b", "line 1 is no prompt"),
+        ("a.json", b'{"captions": []}', "neither a list of prompts nor captions of COCO"),
+        ("a.json", b'{"a": 1}\n{"a": 2}\n', "no JSON .*one object per line is a .jsonl file"),
+        ("a.csv", b'a,"caption', "cannot be read as CSV"),
+        ("x" * 300, None, "No such file"),
+        ("gs://bucket/a.txt", None, "an address"),
+    ],
+)
+def test_files_of_another_kind(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_prompts(name if content is None else tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("write", [write_csv, write_jsonl, write_parquet])
+def test_empty_prompts_are_counted_at_once_or_left_out(write, tmp_path):
+    source = write(tmp_path, ("one", "", " ", "two", ""))
+    with pytest.raises(UserError, match=r"\w+ [12] is empty and so are 2 more of 5; .*pairs\.skip_empty=True"):
+        read_prompts(source, 1, "caption")
+    assert read_prompts(source, 1, "caption", skip_empty=True).lines == ("one", "two")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_an_emoji_is_named(name, tmp_path):
+    row = b'{"caption": "a \\ud83d"}'
+    (tmp_path / name).write_bytes(row if name == "a.jsonl" else b"[" + row + b"]")
+    with pytest.raises(UserError, match=r"(line 1|row 0) holds half a character"):
+        read_prompts(tmp_path / name, 1, "caption")
+
+
+def test_a_line_break_in_a_prompt_is_a_space(tmp_path):
+    assert read_prompts(write_coco(tmp_path, ("bold\n7", "a\r\nb")), 1, "caption").lines == ("bold 7", "a b")
+
+
 def test_digest_knows_where_a_prompt_ends(tmp_path):
     two, one = (read_prompts(write_jsonl(tmp_path, lines), 1, "caption").digest() for lines in (("a", "b"), ("a\nb",)))
     assert two != one
@@ -106,12 +204,12 @@ def test_columns_that_are_not_there_are_named(write, tmp_path):
     source = write(tmp_path)
     with pytest.raises(UserError, match=r"no column 'text'; it has .*caption"):
         read_prompts(source, 1, "text")
-    with pytest.raises(UserError, match=r"pairs\.prompts_column is empty; it has .*caption"):
+    with pytest.raises(UserError, match=r"column is empty; it has .*caption"):
         read_prompts(source)
 
 
 def test_a_text_file_has_no_columns(tmp_path):
-    with pytest.raises(UserError, match="a text file has no columns"):
+    with pytest.raises(UserError, match="has no columns"):
         read_prompts(write_text(tmp_path), 1, "caption")
 
 

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from d2g_jax.diffusion import solvers
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.pipeline import weights
-from d2g_jax.pipeline.folder import Pipeline, load_tokenizer, tokenize
+from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.pipeline.tokenizers import load_tokenizer, tokenize
 from d2g_jax.runtime.errors import UserError
 
 VAE, TEXT = "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"

@@ -285,3 +285,25 @@ def test_refused_connection_is_as_good_as_no_network(tmp_path: Path):
     assert lines[0] == str(snapshot)
     assert lines[1].startswith("UserError owner/absent: not whole in the cache")
     assert "refused" in lines[1]
+
+
+def test_bfloat16_where_there_is_nothing_else():
+    names = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.bf16.safetensors"]
+    assert hub.needed_files(names) == names
+    both = [*names, "unet/diffusion_pytorch_model.fp16.safetensors"]
+    assert hub.needed_files(both) == [*names[:2], both[-1]]
+
+
+def test_a_teacher_is_known_by_what_is_read_of_it(tmp_path: Path):
+    def write(folder: Path, **files: str) -> Path:
+        for name, content in {"model_index.json": "{}", "unet/config.json": "{}", **files}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(content)
+        return folder
+
+    weights = {"unet/diffusion_pytorch_model.safetensors": "a"}
+    plain = hub.folder_hash(write(tmp_path / "plain", **weights))
+    beside = {"notes.txt": "mine", "README.md": "b", "unet/._config.json": "c", "safety_checker/config.json": "{}"}
+    assert hub.folder_hash(write(tmp_path / "moved", **weights, **beside)) == plain
+    assert hub.folder_hash(write(tmp_path / "other", **{name: "b" for name in weights})) != plain
+    assert hub.folder_hash(write(tmp_path / "tuned", **weights, **{"unet/config.json": "{ }"})) != plain

@@ -10,6 +10,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,9 +19,10 @@ import pytest
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.models import vae
 from d2g_jax.pipeline import folder as pipelines
-from d2g_jax.pipeline import weights, words
+from d2g_jax.pipeline import tokenizers, weights, words
 from d2g_jax.pipeline.conditioning import encode_text, tokenize_prompts
-from d2g_jax.pipeline.folder import Pipeline, tokenize
+from d2g_jax.pipeline.draw import Solution
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime.errors import UserError
 
 PROMPTS = ["the cat", "the dog the cat", ""]
@@ -44,8 +46,8 @@ def configs_of(pipeline: Pipeline) -> dict:
 
 def save(pipeline: Pipeline, folder: Path, dtype=np.float32) -> None:
     names = ("tokenizer", "tokenizer_2")[: len(pipeline.tokenizers)]
-    tokenizers = {name: pipelines.read_tokenizer_files(pipeline.folder / name) for name in names}
-    pipelines.save_pipeline(folder, configs_of(pipeline), pipeline.params, tokenizers, dtype)
+    files = {name: tokenizers.read_tokenizer_files(pipeline.folder / name) for name in names}
+    pipelines.save_pipeline(folder, configs_of(pipeline), pipeline.params, files, dtype)
 
 
 def trees_equal(a, b) -> bool:
@@ -68,7 +70,7 @@ def test_our_folder_in_diffusers_and_back(loaded: Pipeline, tmp_path: Path):
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "ours")
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(3, 8, 8, 4)).astype(np.float32)
-    ids = pipelines.tokenize(loaded.tokenizer, PROMPTS)
+    ids = tokenizers.tokenize(loaded.tokenizer, PROMPTS)
     text = jax.jit(lambda params, ids: encode_text(loaded, params, ids))(loaded.params, ids)
     predict = jax.jit(loaded.unet.apply)
     predicted = predict(loaded.params["unet"], latents, np.full(3, 981), text.encoder_hidden_states)
@@ -149,31 +151,31 @@ def test_uint8_is_diffusers_rounding():
 def test_tokenize(loaded: Pipeline):
     transformers = pytest.importorskip("transformers")
     oracle = transformers.CLIPTokenizer.from_pretrained(loaded.folder / "tokenizer")
-    ids = pipelines.tokenize(loaded.tokenizer, PROMPTS)
+    ids = tokenizers.tokenize(loaded.tokenizer, PROMPTS)
     assert ids.dtype == np.int32
     np.testing.assert_array_equal(ids, oracle(PROMPTS, padding="max_length", max_length=16).input_ids)
     with pytest.warns(UserWarning, match="longer than 16 tokens, cut off 'dog'"):
-        long = pipelines.tokenize(loaded.tokenizer, ["the " * 14 + "dog"])
+        long = tokenizers.tokenize(loaded.tokenizer, ["the " * 14 + "dog"])
     assert long.shape == (1, 16)
     assert long[0, -1] == oracle.eos_token_id
-    assert pipelines.tokenize(loaded.tokenizer, []).shape == (0, 16)
+    assert tokenizers.tokenize(loaded.tokenizer, []).shape == (0, 16)
 
 
 def test_our_tokenizer_files_are_clip(tiny_vocabulary, tmp_path: Path):
     vocab, merges = tiny_vocabulary
-    for name, content in pipelines.tokenizer_files(vocab, merges, 16).items():
+    for name, content in tokenizers.tokenizer_files(vocab, merges, 16).items():
         (tmp_path / name).write_bytes(content)
-    tokenizer = pipelines.load_tokenizer(tmp_path)
+    tokenizer = tokenizers.load_tokenizer(tmp_path)
     assert tokenizer.model_max_length == 16
     assert tokenizer.tokenize("The cat, dog x") == ["the</w>", "cat</w>", "<|endoftext|>", "dog</w>", "x</w>"]
     end = vocab["<|endoftext|>"]
     expected = [vocab["<|startoftext|>"], vocab["cat</w>"], end, *[end] * 13]
-    assert pipelines.tokenize(tokenizer, ["cat"])[0].tolist() == expected
+    assert tokenizers.tokenize(tokenizer, ["cat"])[0].tolist() == expected
 
 
 def test_neither_torch_nor_tensorflow(tiny_sd: Path):
     code = (
-        "import sys; from pathlib import Path; import d2g_jax.pipeline.folder as p; "
+        "import sys; from pathlib import Path; import d2g_jax.pipeline.folder, d2g_jax.pipeline.tokenizers as p; "
         f"p.tokenize(p.load_tokenizer(Path({str(tiny_sd / 'tokenizer')!r})), ['the cat']); "
         "print([m for m in ('torch', 'tensorflow', 'diffusers') if m in sys.modules])"
     )
@@ -285,9 +287,11 @@ def test_tokenizing_in_many_threads_at_once():
     """A tokenizer keeps the padding of the call under way in itself: unguarded, some of these come back unpadded."""
     tokenizer = Pipeline.load(WEIGHTS / "pipeline").tokenizer
     prompts = ["a seven", "", "a bold red seven slanted to the right on navy and white stripes"]
-    expected = [tokenize(tokenizer, [prompt]) for prompt in prompts]
+    expected = [tokenizers.tokenize(tokenizer, [prompt]) for prompt in prompts]
     with ThreadPoolExecutor(8) as pool:
-        for prompt, ids in zip(prompts * 200, pool.map(lambda p: tokenize(tokenizer, [p]), prompts * 200), strict=True):
+        for prompt, ids in zip(
+            prompts * 200, pool.map(lambda p: tokenizers.tokenize(tokenizer, [p]), prompts * 200), strict=True
+        ):
             np.testing.assert_array_equal(ids, expected[prompts.index(prompt)])
 
 
@@ -295,13 +299,72 @@ def test_words_that_a_small_tokenizer_has_never_seen():
     tokenizer = Pipeline.load(WEIGHTS / "pipeline", without=("text_encoder", "unet", "vae")).tokenizer
     assert {"seven", "bold", "slanted"} <= set(words.known_words(tokenizer))
     with pytest.warns(UserWarning, match="never seen: orange, cow$"):
-        pipelines.tokenize(tokenizer, ["a bold Orange seven", "a thin cow, 3", "a orange 5"])
+        tokenizers.tokenize(tokenizer, ["a bold Orange seven", "a thin cow, 3", "a orange 5"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pipelines.tokenize(tokenizer, ["", "a bold seven slanted to the right", "digit 3, thin strokes"])
+        tokenizers.tokenize(tokenizer, ["", "a bold seven slanted to the right", "digit 3, thin strokes"])
 
 
 def test_a_tokenizer_that_spells_has_no_list_of_words(tiny_sd):
     tokenizer = Pipeline.load(tiny_sd, without=("text_encoder", "unet", "vae")).tokenizer
     assert words.known_words(tokenizer) == ()
     assert words.unknown_words(tokenizer, ["zebra"]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", "version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("special_tokens_map.json", "[]", "expected a JSON object"),
+        ("merges.txt", "#version: 0.2\nz z\n", "transformers cannot read this tokenizer"),
+        ("merges.txt", "#version: 0.2\n", "has no merges"),
+        ("vocab.json", "{", "cannot be read"),
+    ],
+)
+def test_damaged_tokenizers_are_one_line(name, content, message, tiny_vocabulary, tmp_path: Path):
+    for file, good in tokenizers.tokenizer_files(*tiny_vocabulary, 16).items():
+        (tmp_path / file).write_bytes(good)
+    tokenizers.load_tokenizer(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        tokenizers.load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_long_captions_are_counted_in_one_line(tiny_vocabulary, tmp_path: Path):
+    for file, good in tokenizers.tokenizer_files(*tiny_vocabulary, 16).items():
+        (tmp_path / file).write_bytes(good)
+    tokenizer = tokenizers.load_tokenizer(tmp_path)
+    long = "the " * 14 + "dog"
+    with pytest.warns(UserWarning, match="^2 of 4 prompts are longer than 16 tokens, cut off 'dog': 'the") as told:
+        tokenizers.tokenize(tokenizer, ["cat", long, long, "dog"])
+    assert len(told) == 1
+
+
+def _stub(class_name: str = pipelines.SD, scheduler: dict | None = None, cond: int | None = None) -> SimpleNamespace:
+    unet = SimpleNamespace(config=SimpleNamespace(time_cond_proj_dim=cond))
+    config = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", **(scheduler or {})}
+    return SimpleNamespace(folder=Path("sd"), index={"_class_name": class_name}, unet=unet, scheduler=config)
+
+
+@pytest.mark.parametrize(
+    ("stub", "message"),
+    [
+        (_stub("RectifiedFlowPipeline"), "draw with system=instaflow"),
+        (_stub(cond=256), "time_cond_proj_dim.*system=lcm"),
+        (_stub(scheduler={"_d2g_timestep": 999}), "a one-step student, no teacher"),
+        (_stub(scheduler={"_class_name": "EDMEulerScheduler"}), "EDMEulerScheduler is no schedule of betas"),
+    ],
+)
+def test_what_is_no_teacher_is_refused_before_it_is_solved(stub, message):
+    with pytest.raises(UserError, match=message):
+        Solution().schedule(stub)
+
+
+def test_ddim_with_linspace_is_warned_of():
+    with pytest.warns(UserWarning, match="ddim with linspace spacing"):
+        Solution(spacing="linspace").schedule(_stub())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Solution(spacing="trailing").schedule(_stub())
+        Solution(solver="euler", spacing="linspace").schedule(_stub())

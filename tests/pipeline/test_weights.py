@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import tracemalloc
@@ -362,3 +363,29 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path):
         weights.save_state_dict(torch_state(), file / "below.safetensors")
     one_line(error, "below.safetensors", "writable")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+def test_layers_that_a_text_tower_skips_are_left_unread(prefix: str, tmp_path: Path):
+    """Clip skip as diffusers' maintainers do it: fewer num_hidden_layers than the file has layers."""
+    config = clip.ClipTextConfig(
+        vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=3, num_attention_heads=1,
+        max_position_embeddings=4,
+    )  # fmt: skip
+    whole = clip.build(config).init(jax.random.key(0))
+    state = {key.replace("text_model.", prefix): value for key, value in weights.to_state_dict(whole).items()}
+    weights.save_state_dict(state, tmp_path / "model.safetensors")
+    fewer = clip.build(dataclasses.replace(config, num_hidden_layers=2)).abstract()
+    with pytest.warns(UserWarning, match=r"encoder\.layers\.2 left unread: config\.json has fewer") as told:
+        params = weights.load_params(tmp_path, fewer)
+    assert len(told) == 1
+    assert set(params["text_model"]["encoder"]["layers"]) == {"0", "1"}
+    with pytest.raises(UserError, match="is missing"):
+        weights.load_params(tmp_path, clip.build(dataclasses.replace(config, num_hidden_layers=4)).abstract())
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path):
+    file = tmp_path / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=r"model\.safetensors: a Git LFS pointer.*git lfs pull"):
+        weights.load_state_dict(file)

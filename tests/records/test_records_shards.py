@@ -229,3 +229,21 @@ def test_check_fits(manifest):
             records.check_fits(manifest, **teacher | {name: value})
     with pytest.raises(UserError, match="noise_implementation"):
         records.check_fits(dataclasses.replace(manifest, noise_implementation="torch"), **teacher)
+
+
+@pytest.mark.parametrize("key", ["prediction_type", "beta_schedule", "num_train_timesteps"])
+def test_a_default_that_is_left_out_is_the_same_schedule(manifest, key):
+    own = {"prediction_type": "epsilon", "beta_schedule": "linear", "num_train_timesteps": 1000}
+    pairs = dataclasses.replace(manifest, scheduler={k: v for k, v in own.items() if k != key})
+    names = ("latent_shape", "token_length", "scaling_factor")
+    teacher = {name: getattr(manifest, name) for name in names} | {"source": "pairs"}
+    records.check_fits(pairs, scheduler=own, **teacher)
+    with pytest.raises(UserError, match=f"scheduler.{key}"):
+        records.check_fits(pairs, scheduler={**own, key: 7}, **teacher)
+
+
+def test_a_teacher_that_was_moved_is_the_same(manifest, tmp_path):
+    manifest.write(tmp_path)
+    dataclasses.replace(manifest, teacher="moved").write(tmp_path)
+    with pytest.raises(UserError, match="teacher_hash is"):
+        dataclasses.replace(manifest, teacher_hash="other").write(tmp_path)

@@ -67,3 +67,11 @@ def test_the_documentation_has_these_bands():
         low, high = (f"{end:g}" if np.isfinite(end) else "" for end in (band.low, band.high))
         extent = f"{low} to {high}" if low and high else f"above {low}" if low else f"below {high}"
         assert f"| `{band.metric}` | {extent} |" in text
+
+
+@pytest.mark.parametrize("missing", ["latent_std", "latent_mean", "target_mean"])
+def test_a_window_that_begins_with_an_update_that_is_not_finite_has_no_ratio(missing):
+    metrics = {"target_std": 2.0, "target_mean": 0.0, "latent_std": 1.0, "latent_mean": 0.5, missing: np.nan}
+    values = line([metrics])
+    assert values[missing] is None
+    assert not {"latent_std_ratio", "latent_shift"} & values.keys()

@@ -42,13 +42,3 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/a: cannot be written .*; free space or choose a writable folder"):
         atomic.write_text(tmp_path / "file" / "a", "")
-
-
-def test_a_bad_output_is_told_before_the_work(tmp_path):
-    atomic.check_output(tmp_path / "new" / "a.json", "a.json")
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match=r"^--out=.*: is a folder; give a file, .*/a\.json$"):
-        atomic.check_output(tmp_path, "a.json")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file cannot be written; choose another folder"):
-        atomic.check_output(tmp_path / "file" / "a.json", "a.json")

@@ -20,6 +20,9 @@ SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID"
         (SLURM, Place(detector="slurm")),
         ({**SLURM, "SLURM_NTASKS": "1"}, None),
         ({**SLURM, COUNT: "1"}, None),  # an interactive shell inside an allocation
+        ({**SLURM, "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, None),  # the same, told by SLURM alone
+        ({**SLURM, "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "2"}, Place(detector="slurm")),
+        ({**SLURM, "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, Place(detector="slurm")),
         ({**SLURM, ADDRESS: "host:12"}, Place("host:12", detector="slurm")),
         ({**SLURM, ADDRESS: "host:12", COUNT: "4", ID: "3"}, Place("host:12", 4, 3)),
         ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, Place(detector="gketpu")),

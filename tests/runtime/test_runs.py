@@ -77,3 +77,15 @@ def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose a writable folder"):
         runs.claim(tmp_path / "file", config())
+
+
+@pytest.mark.parametrize("change", [{"pipeline": "/moved/sd/"}, {"pairs.batch_size": 8}, {"pairs.lease_seconds": 1.0}])
+def test_what_cannot_change_a_result_may_change(change, tmp_path):
+    before = ConfigDict({"pipeline": "sd", "pairs": {"batch_size": 4, "lease_seconds": 0.0, "count": 8}})
+    runs.claim(tmp_path, before)
+    after = ConfigDict(before.to_dict())
+    after.update_from_flattened_dict(change)
+    runs.claim(tmp_path, after)
+    after.pairs.count = 9
+    with pytest.raises(UserError, match=r"pairs\.count=8 \(this one has 9\)"):
+        runs.claim(tmp_path, after)

@@ -85,7 +85,7 @@ def test_on_one_device_as_on_a_mesh(student, tiny_sd):
     ("options", "message"),
     [
         ({"steps": 4}, "one-step student; leave out"),
-        ({"height": 33}, "--height=33"),
+        ({"height": 33}, "height=33"),
         ({"images": 0}, "images=0"),
         ({"latents": np.zeros((2, 3, 8, 8))}, r"latents: shape \(2, 3, 8, 8\); this model and 2 prompts need \(2, 4"),
         ({"latents": np.zeros((2, 4, 8, 8)), "height": 64}, r"need \(2, 4, 16, any\)"),
@@ -97,7 +97,7 @@ def test_on_one_device_as_on_a_mesh(student, tiny_sd):
         ({"seed": 2**32}, "seed=4294967296"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 1.5}, "seed=1.5"),
-        ({"height": 32.0}, "--height=32.0: give a multiple"),
+        ({"height": 32.0}, "height=32.0: give a multiple"),
         ({"batch": 1.5}, "batch=1.5"),
     ],
 )
@@ -131,16 +131,16 @@ def test_options_and_prompts_that_do_not_exist(student):
             student(PROMPTS, **{option: 3.0})
     with pytest.raises(UserError, match="no prompts"):
         student([])
-    with pytest.raises(UserError, match="prompt 1 is no text"):
+    with pytest.raises(UserError, match="prompt 1 holds int, no text"):
         student([1])
 
 
 def test_bad_models_are_one_line(tiny_sd):
     for model, options, message in (
         (None, {}, "model None"),
-        ("", {}, "model ''"),
+        ("", {}, "an empty path as a model"),
         (tiny_sd, {"dtype": "float99"}, "dtype='float99'; choose one of"),
-        (tiny_sd, {"dtype": "float16"}, "--dtype=float16"),
+        (tiny_sd, {"dtype": "float16"}, "dtype=float16"),
         (tiny_sd / "model_index.json", {}, "model_index.json: a file; give the folder"),
     ):
         with pytest.raises(UserError, match=message):

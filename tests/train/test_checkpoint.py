@@ -1,6 +1,7 @@
 """Checkpoints: which are kept, what is refused, other meshes, and a kill in the middle of a save."""
 
 import dataclasses
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,3 +169,22 @@ def test_killed_in_a_save_and_restored_on_other_meshes(tmp_path, request):
             restored.generator["a"]["kernel"].sharding == meshes.tree_shardings(restored, mesh).generator["a"]["kernel"]
         )
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("_")) == [str(n) for n in whole]
+
+
+@pytest.mark.parametrize("lost", ["state", "ema", "metadata"])
+def test_a_damaged_newest_checkpoint_is_named_and_so_is_the_one_beside_it(lost, tmp_path):
+    mesh = meshes.make_mesh()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for images in (8, 16):
+            checkpoints.save(meshes.place(state(images), mesh), {"images": images})
+    for file in (tmp_path / "16" / lost).rglob("*"):  # half an rsync
+        if file.is_file():
+            file.unlink()
+    with Checkpoints(tmp_path) as checkpoints:
+        read = checkpoints.metadata if lost == "metadata" else lambda: checkpoints.restore(meshes.place(state(0), mesh))
+        with pytest.raises(UserError, match=r"16: a damaged checkpoint .*; remove that folder to go on from 8") as told:
+            read()
+    assert "\n" not in str(told.value)
+    shutil.rmtree(tmp_path / "16")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(checkpoints.restore(meshes.place(state(0), mesh)), state(8))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from d2g_jax import records
 from d2g_jax.train import gallery
 from d2g_jax.train.painter import Mix, Pictures, lerp, slerp
 
@@ -113,6 +114,14 @@ def test_a_large_set_is_searched_in_part(monkeypatch):
 def test_the_walk_goes_to_the_prompt_with_the_fewest_words_in_common():
     prompts = ["a bold three", "a bold seven", "the thin 4", "upright zero", "a bold three"]
     assert gallery.distant_prompts(prompts) == (0, 2)
+
+
+def test_pairs_that_were_not_trained_on_are_not_looked_for():
+    bank = np.arange(20, dtype=np.float32)[:, None, None, None] * np.ones((1, 1, 2, 2), np.float32)
+    source = records.Rest(Pairs(bank, [""] * 20), [5, 15])
+    found, _ = gallery.nearest(np.full((1, 1, 2, 2), 5.1), source)
+    assert len(source) == 18
+    assert found.ids[0].tolist() == [6, 4, 7]
 
 
 @pytest.mark.parametrize(("count", "pairs"), [(32, 40), (2, 2), (3, 3)])

@@ -1,0 +1,114 @@
+"""The CLIP tokenizers of a pipeline folder: read, used and written."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2g_jax.inputs import text
+from d2g_jax.models import clip
+from d2g_jax.pipeline.words import unknown_words
+from d2g_jax.runtime.errors import UserError
+
+
+def read_component(file: Path) -> dict[str, Any]:
+    """A JSON object of a pipeline folder; see `text.read_json`."""
+    return text.read_json(file, "expected a diffusers pipeline folder")
+
+
+def load_tokenizer(folder: Path, text_config: clip.ClipTextConfig | None = None) -> Any:
+    """transformers' `CLIPTokenizer` of a folder; `UserError` without merges or when it does not fit the text tower."""
+    for file in folder.glob("[!.]*.json"):
+        read_component(file)
+    _check_merges(folder)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises torch, which nothing here uses
+    from transformers import CLIPTokenizer  # 1.5 s to import, and no torch
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the parser is Rust's, and raises plain Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{folder}: transformers cannot read this tokenizer ({reason}); fetch it again") from error
+    if text_config is not None:
+        length, positions = tokenizer.model_max_length, text_config.max_position_embeddings
+        if length > positions:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length must be at most {positions}")
+        if len(tokenizer) > text_config.vocab_size:
+            raise UserError(
+                f"{folder}: {len(tokenizer)} tokens, but the text tower's vocab_size is {text_config.vocab_size}"
+            )
+    return tokenizer
+
+
+_TOKENIZING = threading.Lock()
+"""A tokenizer keeps the padding of the call under way in itself, and the pair job tokenizes in two threads."""
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
+    """Prompts as int32 (N, L) with L = `model_max_length`, padded.
+
+    Warns, a line each, of what is cut off as too long and of words that a tokenizer of few words has never seen.
+    """
+    if not prompts:
+        return np.zeros((0, tokenizer.model_max_length), np.int32)
+    length = tokenizer.model_max_length
+    with _TOKENIZING:
+        # not verbose: its warning of indexing errors is not true of prompts that are cut off next
+        whole = tokenizer(list(prompts), verbose=False)["input_ids"]
+        fitted = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"]
+    if cut := [(prompt, ids) for prompt, ids in zip(prompts, whole, strict=True) if len(ids) > length]:
+        prompt, lost = cut[0][0], tokenizer.decode(cut[0][1][length - 1 : -1])
+        several = f"{len(cut)} of {len(prompts)} prompts are" if len(prompts) > 1 else "prompt"
+        warnings.warn(f"{several} longer than {length} tokens, cut off {lost!r}: {prompt!r}", stacklevel=2)
+    if unknown := unknown_words(tokenizer, prompts):
+        warnings.warn(f"words that this model has never seen: {', '.join(unknown)}", stacklevel=2)
+    return np.asarray(fitted, np.int32)
+
+
+def tokenizer_files(vocab: Mapping[str, int], merges: Sequence[str], model_max_length: int) -> dict[str, bytes]:
+    """The files of a CLIP tokenizer folder, for `save_pipeline`; `merges` are lines such as `"i n</w>"`."""
+    special = {"bos_token": "<|startoftext|>"} | {
+        key: "<|endoftext|>" for key in ("eos_token", "pad_token", "unk_token")
+    }
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": model_max_length,
+        "do_lower_case": True,
+        **special,
+    }
+    return {
+        "vocab.json": json_bytes(vocab),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
+        "special_tokens_map.json": json_bytes(special),
+        "tokenizer_config.json": json_bytes(config),
+    }
+
+
+def read_tokenizer_files(folder: str | Path) -> dict[str, bytes]:
+    """The files of an existing tokenizer folder, for `save_pipeline`."""
+    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
+
+
+def _check_merges(folder: Path) -> None:
+    if (folder / "tokenizer.json").is_file():
+        merges = read_component(folder / "tokenizer.json").get("model", {}).get("merges")
+    elif not (folder / "vocab.json").is_file():
+        raise UserError(f"{folder / 'vocab.json'} is missing; a CLIP tokenizer needs vocab.json and merges.txt")
+    elif not (folder / "merges.txt").is_file():
+        raise UserError(f"{folder / 'merges.txt'} is missing; a CLIP tokenizer needs vocab.json and merges.txt")
+    else:
+        lines = text.lines(text.read_text(folder / "merges.txt", "fetch the tokenizer again"))
+        merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+    if not merges:
+        raise UserError(f"{folder}: the tokenizer has no merges, it would spell every word; fetch merges.txt again")
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

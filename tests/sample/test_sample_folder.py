@@ -1,0 +1,165 @@
+"""Where `d2g sample` writes: over nothing of others, batch by batch, and on from where it was stopped."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from d2g_jax.__main__ import main
+from d2g_jax.pairs import read_prompts
+from d2g_jax.sample.model import Model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.make(Path(os.environ["D2G_JAX_TINY"])) / "pipeline"
+
+
+def sample(model, out, *flags):
+    return main(["sample", f"--model={model}", f"--out={out}", "--steps=1", "--batch=2", *flags])
+
+
+def refused(capsys, *command):
+    capsys.readouterr()
+    assert main(list(command)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if re.match("d2g: (?!warning)", line)]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def files(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_the_prompts_that_are_written_are_read_again(model, tmp_path):
+    prompts = ["--prompt=bold\n7", "--prompt=a\r\nred 3", "--prompt=thin\u20284"]
+    assert sample(model, tmp_path / "out", *prompts) == 0
+    assert read_prompts(tmp_path / "out" / "prompts.txt").lines == ("bold 7", "a red 3", "thin\u20284")
+    assert sample(model, tmp_path / "again", f"--prompts={tmp_path / 'out' / 'prompts.txt'}") == 0
+    np.testing.assert_array_equal(*(np.load(tmp_path / name / "latents.npy") for name in ("out", "again")))
+
+
+@pytest.mark.parametrize("prompt", ["caf\udce9", "a \ud83d"])
+def test_a_prompt_that_is_no_text_is_named(prompt, capsys):
+    assert "--prompt holds half a character" in refused(capsys, "sample", "--model=m", f"--prompt={prompt}", "--out=o")
+
+
+def test_nothing_of_others_is_written_over(model, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "prompts.txt").write_text("a red 7\n")
+    command = ("sample", f"--model={model}", "--steps=1")
+    line = refused(capsys, *command, f"--prompts={mine / 'prompts.txt'}", f"--out={mine}")
+    assert line == f"d2g: {mine}: holds other files; give a new place or empty it"
+    assert files(mine) == {"prompts.txt": b"a red 7\n"}
+    (tmp_path / "file").write_text("")
+    assert "file cannot be written" in refused(capsys, *command, "--prompt=a", f"--out={tmp_path / 'file' / 'out'}")
+
+
+@pytest.mark.parametrize("other", ["--images=2", "--seed=1", "--prompt=b"])
+def test_a_folder_holds_one_drawing(model, other, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert sample(model, out, "--prompt=a", "--images=3") == 0
+    before = files(out)
+    command = ("sample", f"--model={model}", f"--out={out}", "--steps=1", "--batch=2", "--prompt=a", "--images=3")
+    assert "drawing.json: images of another drawing, " in refused(capsys, *command, other)
+    assert files(out) == before
+    assert main(list(command)) == 0
+    assert files(out) == before
+
+
+def test_a_stopped_drawing_goes_on(model, tmp_path, monkeypatch):
+    flags = ("--prompt=a", "--prompt=b 3", "--images=3")
+    assert sample(model, tmp_path / "whole", *flags) == 0
+    run, calls = Model.run, []
+
+    def stop(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:  # one to compile, two batches, then Ctrl-C
+            raise KeyboardInterrupt
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(Model, "run", stop)
+    assert sample(model, tmp_path / "out", *flags) == 130
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 4
+    calls.append(1)
+    assert sample(model, tmp_path / "out", *flags) == 0
+    assert len(calls) == 7  # one to compile, one batch
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_the_grid_shows_the_first(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("d2g_jax.sample.job.IN_GRID", 4)
+    assert sample(model, tmp_path / "out", "--prompt=a", "--images=5") == 0
+    with Image.open(tmp_path / "out" / "grid.png") as image:
+        assert image.width < 3 * 64
+    assert np.load(tmp_path / "out" / "noise.npy").shape == (5, 4, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def overflowing(model, tmp_path_factory):
+    """Finite latents and finite weights, and a decoder whose images are not finite."""
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("overflowing") / "pipeline")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = {name: value.astype(np.float32) for name, value in load_file(file).items()}
+    weights["decoder.conv_out.weight"] = np.full_like(weights["decoder.conv_out.weight"], 3e38)
+    save_file(weights, file, {"format": "pt"})
+    return folder
+
+
+def test_images_that_overflow_are_not_written(overflowing, tmp_path, capsys):
+    line = refused(capsys, "sample", f"--model={overflowing}", "--steps=1", "--prompt=a", f"--out={tmp_path / 'out'}")
+    assert "1 of 1 images are not finite, the first for 'a'" in line
+    assert not (tmp_path / "out").exists()
+    tiled = ("--tiled", f"--out={tmp_path / 'tiled'}")
+    assert "not finite" in refused(capsys, "sample", f"--model={overflowing}", "--steps=1", "--prompt=a", *tiled)
+
+
+def test_images_that_overflow_get_no_score(overflowing, tmp_path, capsys):
+    command = ["evaluate", "--protocol=digits", f"--model={overflowing}", "--steps=1", "--samples=2"]
+    line = refused(capsys, *command, "--metrics=accuracy", f"--out={tmp_path / 'a.json'}")
+    assert "2 of 2 images are not finite" in line
+    assert not (tmp_path / "a.json").exists()
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("seed", [18446744073709551615, 2**32, -1])
+def test_seeds_of_others_are_refused_with_the_range(seed, model, tmp_path, capsys):
+    out = f"--out={tmp_path / 'out'}"
+    line = refused(capsys, "sample", f"--model={model}", "--prompt=a", "--steps=1", f"--seed={seed}", out)
+    assert f"seed={seed}; give a whole number from 0 to 4294967295" in line
+    flags = (f"--model={model}", "--samples=2", "--metrics=accuracy", f"--seed={seed}", out)
+    assert "seed=" in refused(capsys, "evaluate", "--protocol=digits", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--model=", "an empty path as a model"),
+        ("--model=" + "a long prompt " * 40, "no such folder"),
+        ("--model=v1-5.safetensors", "diffusers makes a folder of it: from_single_file"),
+        ("--model=student.zip", "an export to StableHLO draws by itself"),
+        ("--model=gs://bucket/sd", "no such folder; pass a local folder"),
+        ("--prompts=" + "a long prompt " * 40, "No such file; .* a prompt itself goes to --prompt"),
+        ("--prompts=https://host/a.txt", "an address"),
+        ("--guidance=nan", "guidance_scale=nan; give a number from -100 to 100"),
+        ("--latents=a.npz", "cannot be read as .npy"),
+        ("--latents=a.npy", "cannot be read as .npy"),
+    ],
+)
+def test_habits_of_strangers(flag, message, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "v1-5.safetensors").write_bytes(b"x")
+    (tmp_path / "student.zip").write_bytes(b"PK\x05\x06" + bytes(18))
+    np.savez(tmp_path / "a.npz", np.zeros(3))
+    (tmp_path / "a.npy").write_bytes(b"")
+    line = refused(capsys, "sample", f"--model={model}", "--prompt=a", "--steps=1", f"--out={tmp_path / 'out'}", flag)
+    assert re.search(message, line)
+    assert len(line) < 500
+    assert not (tmp_path / "out").exists()
