@@ -19,7 +19,7 @@ RANGES: dict[str, Range] = {
     "guidance_rescale": SHARE,
     "lease_seconds": WEIGHT,
     **dict.fromkeys(("weight", "l1_weight", "kl_weight", "weight_decay", "r1_gamma"), WEIGHT),
-    **dict.fromkeys(("pseudo_huber_c", "gradient_clip", "ema_half_life_images"), RATE),
+    **dict.fromkeys(("pseudo_huber_c", "gradient_clip", "ema_half_life_images", "time_power"), RATE),
     **dict.fromkeys(("learning_rate", "new_learning_rate"), RATE),
     **dict.fromkeys(("betas", "b2", "momentum", "dropout", "ema", "decay"), SHARE),
     **dict.fromkeys(("mix_and_match", "caption_dropout", "images.held_out"), SHARE),

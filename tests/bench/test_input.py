@@ -15,7 +15,7 @@ SMALL = InputRequest(shape="digits", records=68, batch=8, repeats=2)
 def test_the_random_folder_is_one_of_pairs(tmp_path):
     source = records.PairSource(make_folder(tmp_path, SMALL))
     assert len(source) == 68
-    assert source[5]["latents"].shape == (4, 8, 8)
+    assert source[5]["latents"].shape == (4, 16, 16)
 
 
 def test_both_sides_are_measured():

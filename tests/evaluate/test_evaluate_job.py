@@ -195,7 +195,7 @@ def test_bad_flags(flags, message, real, tmp_path, capsys):
 def test_a_list_of_too_few_prompts(real, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a one\na two\n")
     flags = [f"--images={real}", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={tmp_path / 'a.json'}"]
-    assert "2 prompts; digits takes 2000" in refused(capsys, *DIGITS, *flags)
+    assert "--samples=80 of the 2 prompts" in refused(capsys, *DIGITS, *flags)
 
 
 def test_too_few_images_without_the_flag(real, tmp_path, capsys):

@@ -118,7 +118,7 @@ def test_bad_triplets(triplet_folder):
     with pytest.raises(UserError, match="one number from 0 to 1, this holds left"):
         open_triplets(triplet_folder, "train")[0].judgement(2)
     (kind / "judge" / "000002.npy").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"000002\.npy: not a readable judgement"):
+    with pytest.raises(UserError, match=r"000002\.npy: cannot be read as \.npy"):
         open_triplets(triplet_folder, "train")[0].judgement(2)
     (kind / "p1" / "000003.png").write_bytes(b"x")
     with pytest.raises(UserError, match=r"p1/000003\.png: not a readable image"):

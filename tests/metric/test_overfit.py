@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2g_jax.digits import data
+from d2g_jax.digits import scenes
 from d2g_jax.digits.config import WEIGHTS, get_config
 from d2g_jax.metric import overfit as job
 from d2g_jax.runtime import runs
@@ -154,7 +154,7 @@ def test_what_is_written(finished):
     assert len({row["pixel_lpips"] for row in rows if row["step"] == 0}) == 1  # the same noise for all
     assert all(("loss" in row) == (row["step"] > 0) for row in rows)
     with Image.open(workdir / "overfit.png") as image:
-        assert image.size == (2 * (96 + 2) + 2, 5 * (96 + 2) + 2)
+        assert image.size == (2 * (64 + 2) + 2, 5 * (64 + 2) + 2)
     page = (workdir / "report.html").read_text()
     assert all(title in page for title in job.TITLES.values())
     assert "http://" not in page
@@ -177,10 +177,10 @@ def test_users_images_are_cropped_to_the_model_s_size(tmp_path):
 
 
 def test_targets_are_the_first_of_the_test_set():
-    names, images = job.read_targets(config(targets=3).overfit, 32)
-    test = data.load()[1]
-    np.testing.assert_array_equal(images, test.images[:3])
-    assert names[1] == f"{test.labels[1]} (test image 1)"
+    names, images = job.read_targets(config(targets=3).overfit, scenes.SIZE)
+    shown = scenes.render(3, 0, test=True)
+    np.testing.assert_array_equal(images, scenes.to_floats(shown.images))
+    assert all(str(row[0]) in name for name, row in zip(names, shown.labels, strict=True))
 
 
 @pytest.mark.parametrize(

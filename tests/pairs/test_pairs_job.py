@@ -53,7 +53,7 @@ def test_every_storage_choice_at_once(made, tmp_path):
     )
     source, before = records.PairSource(folder), records.PairSource(plain)
     assert records.verify(folder) == []
-    assert source.manifest.text_shapes == {"encoder_hidden_states": [16, 64]}
+    assert source.manifest.text_shapes == {"encoder_hidden_states": [20, 16]}
     record = source[13]
     assert record["latents"].dtype == record["encoder_hidden_states"].dtype == ml_dtypes.bfloat16
     np.testing.assert_allclose(record["latents"].astype(float), before[13]["latents"].astype(float), rtol=2**-7)
@@ -133,7 +133,7 @@ def test_records_of_another_config_are_not_solved_again(made):
     config, folder = made
     other = copy.deepcopy(config)
     other.pairs.guidance_scale = 5.0
-    with pytest.raises(UserError, match=r"guidance_scale is 2\.0, this run has 5\.0"):
+    with pytest.raises(UserError, match=r"guidance_scale is 3\.0, this run has 5\.0"):
         resolve.resolve(other, folder, 1)
     with pytest.raises(UserError, match="--resolve=0"):
         resolve.resolve(config, folder, 0)
@@ -177,7 +177,7 @@ def test_distinct_prompts_are_encoded_once(made, tmp_path):
     counting = lambda ids: calls.append(ids.shape) or encode(ids)  # noqa: E731
     object.__setattr__(teacher, "programs", dataclasses.replace(teacher.programs, encode=counting))
     inputs = teacher.prepare(0)
-    assert calls == [(8, 16)]
+    assert calls == [(8, 20)]
     assert inputs.rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     alone = encode(meshes.place_batch(inputs.input_ids[:8], teacher.mesh))
     np.testing.assert_array_equal(inputs.text_of(slice(8)).encoder_hidden_states, alone.encoder_hidden_states)
@@ -202,10 +202,10 @@ def test_one_ahead_is_in_order_passes_errors_on_and_runs_no_further():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A tmpfs of 64 KiB; skips where it cannot be mounted."""
+    """A tmpfs of 192 KiB; skips where it cannot be mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", str(folder)], capture_output=True)
     if done.returncode:
         pytest.skip("needs root, to mount a small tmpfs")
     yield folder
@@ -215,7 +215,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_stops_the_job_and_loses_nothing(made, small_disk):
     config, whole = made
     ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(48 * 1024))  # the first shard fits, the next do not
+    ballast.write_bytes(bytes(136 * 1024))  # the first shard fits, the next do not
     config = copy.deepcopy(config)
     config.pairs.lease_seconds = 0.0
     with pytest.raises(UserError, match="No space left on device") as caught:

@@ -355,7 +355,7 @@ def no_merges(folder: Path) -> None:
 BAD = {
     "truncated": (lambda f: truncate(f, -1), (TEXT, "not a whole safetensors file", "fetch it again")),
     "empty": (lambda f: truncate(f, 0), (TEXT, "not a whole safetensors file")),
-    "git-lfs pointer": (pointer, (TEXT, "not a whole safetensors file")),
+    "git-lfs pointer": (pointer, (TEXT, "a Git LFS pointer")),
     "pickle only": (pickle_only, ("text_encoder/pytorch_model.bin", "pickle files are refused", "safetensors")),
     "no weights": (lambda f: (f / TEXT).unlink(), ("text_encoder: holds no weights", "model.safetensors")),
     "NaN": (lambda f: tensor(f, lambda s, k: s[k].fill(np.nan)), (TEXT, "final_layer_norm.bias holds NaN")),
