@@ -130,9 +130,9 @@ def test_a_file_without_spacing_means_what_it_means_to_diffusers(tiny_sd):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--height=33", "--height=33"),
+        ("--height=33", "height=33"),
         ("--width=100000000", "from 4 to 8192"),
-        ("--width=0", "--width=0"),
+        ("--width=0", "width=0"),
         ("--solver=ddpm", "'ddpm'"),
         ("--spacing=log", "log"),
         ("--steps=1001", "1001"),
