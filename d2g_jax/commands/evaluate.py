@@ -88,10 +88,10 @@ def _take_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> N
     file = first.parse_known_args(arguments)[0].config
     if file is None:
         return
-    from d2g_jax.config.configuration import read_config
+    from d2g_jax.config.configuration import load_config
 
     flags = {action.dest: action for action in parser._actions if action.option_strings}
-    for name, value in read_config(file).items():
+    for name, value in load_config(file).items():
         if name not in flags or name in ("config", "help"):
             raise UserError(f"--config={file}: {name} is no flag of `{parser.prog}`")
         if value is None:

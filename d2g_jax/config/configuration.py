@@ -25,7 +25,7 @@ def read_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Any:
     from absl import flags
     from ml_collections import config_flags
 
-    config = _load_config(file or Path(__file__).parents[1] / "digits" / "config.py")
+    config = load_config(file or Path(__file__).parents[1] / "digits" / "config.py")
     for override in overrides:
         key, equals, _ = override.removeprefix("--config.").partition("=")
         _check_key(config, key)
@@ -73,7 +73,7 @@ def _check_key(config: Any, key: str) -> None:
         raise UserError(f"--config.{key}: no such setting" + (f"; did you mean {nearest[0]}?" if nearest else ""))
 
 
-def _load_config(file: Path) -> Any:
+def load_config(file: Path) -> Any:
     """What `get_config()` of a Python file returns."""
     from ml_collections import ConfigDict
 

@@ -18,6 +18,9 @@ SLANTS = ("slanted to the left", "upright", "slanted to the right")
 PHRASINGS = 4
 """How many ways `caption` knows of saying the same thing; each with the digit as a word or as a numeral."""
 
+PLAIN = "plain"
+"""In place of a texture's name: a ground of one colour."""
+
 
 class Prompt(NamedTuple):
     """A prompt with the labels it was built from: nothing ever parses a caption."""
@@ -67,10 +70,6 @@ def random_caption(rng: np.random.Generator, scene: Scene, mention: float = 0.9)
     )
     shown = scene._replace(weight=weight, slant=slant)
     return caption(shown, int(rng.integers(PHRASINGS)), bool(rng.random() < 0.5))
-
-
-PLAIN = "plain"
-"""In place of a texture's name: a ground of one colour."""
 
 
 def evaluation_prompts(count: int, seed: int, grounds: Sequence[str] = KINDS) -> list[Prompt]:
