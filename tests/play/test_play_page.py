@@ -238,7 +238,7 @@ def test_in_a_browser(command, tmp_path):
     _, address = command
     with chromium.Chromium(tmp_path) as browser:
         browser.open(address)
-        browser.until("document.querySelector('#student img')?.naturalWidth == 32")
+        browser.until("document.querySelector('#student img')?.naturalWidth == 64")
         assert browser.run("document.getElementById('prompt').value") == "the digit 3, bold strokes"
         first = browser.run(SHOWN)
 
@@ -274,7 +274,7 @@ def test_in_a_browser(command, tmp_path):
 
         browser.run("document.getElementById('prompt').focus()")
         browser.press("Enter", "\r")
-        browser.until("document.querySelector('#teacher img').naturalWidth == 32 && !teacherBusy")
+        browser.until("document.querySelector('#teacher img').naturalWidth == 64 && !teacherBusy")
         assert browser.run("document.querySelector('#teacher img').src") != typed
         assert times(browser, "teacher")["unet"] > 0
         assert browser.run("document.querySelector('#teacher .veil').hidden")
@@ -287,7 +287,7 @@ def test_in_a_browser(command, tmp_path):
         there = browser.run("location.href")
         browser.open("about:blank")
         browser.open(there)  # the address keeps prompt, seed and place
-        browser.until("document.querySelector('#student img')?.naturalWidth == 32")
+        browser.until("document.querySelector('#student img')?.naturalWidth == 64")
         assert browser.run(SHOWN) == fresh
 
         for width in (390, 1280):
