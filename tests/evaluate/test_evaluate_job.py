@@ -64,7 +64,7 @@ def test_a_model_is_drawn_and_its_result_says_how_it_was_measured(drawn):
 
 
 def test_its_frechet_distance_is_the_demo_s(drawn):
-    """As `digits.evaluation.score` takes it."""
+    """As `demo.evaluation.score` takes it."""
     folder = drawn / "result-drawn" / "images"
     from d2g_jax.evaluate.images import batches
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from simulated import work
 
-pytestmark = pytest.mark.slow  # compiling takes minutes; tests/test_step.py has two devices in the default run
+pytestmark = pytest.mark.slow  # compiling takes minutes; tests/train/test_step.py has two devices in the default run
 
 TOLERANCE = 1e-5
 NEAR_ZERO = ("logit_real", "logit_fake")
