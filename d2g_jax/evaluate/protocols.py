@@ -69,7 +69,7 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 DIGITS_PROMPTS_SEED = 1
-"""As the demo's, so that both score the same prompts."""
+"""As the demo's; but the demo draws fewer, and of another number the prompts are others."""
 
 
 def find_protocol(name: str) -> Protocol:

@@ -1,8 +1,8 @@
 """`d2g teacher`: the embedded miniature Stable Diffusion, trained from nothing on digits in front of textures.
 
-Stages, each skipped when its files are there and gone on with where it stopped: autoencoder, text tower and denoiser
-(together, with caption dropout for guidance), latent metric, pixel metric, independent judge. The result is a diffusers
-folder beside the metrics' and the judge's weights; what ships as package data was made by this command.
+Stages, each skipped when its files are there and gone on with where it stopped: autoencoder, text tower alone, denoiser
+and text tower (together, with caption dropout for guidance), latent metric, pixel metric, independent judge. The result
+is a diffusers folder beside the metrics' and the judge's weights; what ships as package data was made by this command.
 """
 
 from __future__ import annotations
