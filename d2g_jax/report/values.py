@@ -16,18 +16,16 @@ _TITLES = {
     "frechet_to_teacher": "Fréchet to teacher",
     "unexplained": "R, unexplained",
     "frechet_to_real": "Fréchet to real",
-    "accuracy.digit": "Digit right",
-    "accuracy.weight": "Weight right",
-    "accuracy.slant": "Slant right",
-    "accuracy.all": "All three right",
     "network_calls": "Network calls",
     "seconds_per_image": "Seconds per image",
 }
 
 
 def label(key: str) -> str:
-    """`learning_rate` -> `Learning rate`; the names that the field writes otherwise are looked up."""
-    text = key.replace("_", " ").replace(".", " ").strip()
+    """`learning_rate` -> `Learning rate`, `accuracy.ink` -> `Ink right`; names of the field are looked up."""
+    first, _, part = key.partition(".")
+    text = f"{part} right" if first == "accuracy" and part else key
+    text = text.replace("_", " ").replace(".", " ").strip()
     return _TITLES.get(key) or text[:1].upper() + text[1:]
 
 

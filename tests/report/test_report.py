@@ -79,6 +79,8 @@ def test_the_page_shows_what_the_run_holds(workdir):
         "teacher, 50 steps",
         "14.12",
         "0.087",
+        "Digit right",
+        "All right",
     ):
         assert expected in words
     for expected in ("e_latent_lpips", "1e-05", "1 min 55 s", "regression", "mse outside 0.8 to 1.25", "1 not finite"):
