@@ -20,6 +20,7 @@ from d2g_jax.ablate.judge import StudentJudge, check_images
 from d2g_jax.ablate.rows import Ablation, Row
 from d2g_jax.ablate.students import check_config, images_per_second, last_phase, student_config
 from d2g_jax.ablate.table import progress_line, summarize, table
+from d2g_jax.demo.judge import check_evaluation
 from d2g_jax.runtime import atomic, runs
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.interrupt import terminating
@@ -76,6 +77,7 @@ def ablate(
     check_config(config, ablation)
     judged = "evaluation" in config
     if judged:
+        check_evaluation(config)
         check_images(config)
     with locked(workdir), terminating():
         given = None if pairs_folder is None else _check_pairs(config, pairs_folder)
@@ -130,7 +132,7 @@ def _finished(config: ml_collections.ConfigDict, workdir: Path, ablation: Ablati
 def _read_figures(file: Path, student: ml_collections.ConfigDict) -> dict[str, Any]:
     try:
         made = json.loads(file.read_text(encoding="utf-8"))
-        same = made["config_hash"] == runs.config_hash(student)
+        same = made["config_hash"] == runs.config_hash(student) and float(made["figures"]["images_per_second"]) >= 0
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not the figures of a student ({error}); remove it to judge again") from error
     if not same:

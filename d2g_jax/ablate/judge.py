@@ -39,8 +39,8 @@ class StudentJudge:
         teacher = sample.Sampler.load(config.pipeline, self._mesh)
         self._pipeline, solution = teacher.pipeline, pairs.solution(config.pairs)
         self._held_out = HeldOut.make(config, teacher.pipeline, self._mesh)
-        solve = lambda: self._held_out.solve(teacher.programs(self._mesh, solution))  # noqa: E731
-        self._teacher = cached(workdir / "evaluation" / "teacher.npy", solve)
+        programs = teacher.programs(self._mesh, solution)
+        self._teacher = cached(workdir / "evaluation" / "teacher.npy", self._held_out, programs)
         drawn = self._decode(self._teacher)
         self._reference, self._sharp = self._judge.features(drawn), sharp_energy(drawn)
         others = latents_of_pairs(pairs_folder, e.samples)

@@ -44,7 +44,8 @@ def summarize(ablation: Ablation, figures: Mapping[str, Mapping[int, Mapping[str
     for row in ablation.rows:
         by_seed = figures.get(row.name, {})
         if by_seed:
-            names = next(iter(by_seed.values()))
+            first, *others = by_seed.values()
+            names = [name for name in first if all(name in other for other in others)]
             entries.append(
                 {
                     "name": row.name,

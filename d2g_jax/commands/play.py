@@ -62,6 +62,7 @@ def play(own: argparse.Namespace) -> None:
     given = common.given_solution(own)
     size = (own.height, own.width)
     choice = Choice(own.model, own.revision, own.system, own.unet, own.pipeline, own.teacher, given, size, own.dtype)
+    prompts = tuple(own.prompt) or own_prompts(own.model)
     with server.listen(own.host, own.port) as listener, terminating():
         start = time.monotonic()
         studio = open_studio(choice)
@@ -76,7 +77,7 @@ def play(own: argparse.Namespace) -> None:
         with contextlib.suppress(KeyboardInterrupt):  # not raised where a shell has told us to ignore it
             limits = server.Limits(own.max_prompt, own.queue)
             words = known_words(studio.systems["student"].pipeline.tokenizer)
-            server.serve(studio, listener, limits, tuple(own.prompt) or own_prompts(own.model), words)
+            server.serve(studio, listener, limits, prompts, words)
         _say("ended")
 
 

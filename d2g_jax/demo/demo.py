@@ -19,7 +19,8 @@ import numpy as np
 from d2g_jax import pairs
 from d2g_jax.demo import evaluation
 from d2g_jax.demo.held_out import HeldOut, cached, latents_of_pairs
-from d2g_jax.demo.judge import judge_of
+from d2g_jax.demo.judge import check_evaluation, judge_of
+from d2g_jax.inputs.text import read_json
 from d2g_jax.pipeline.draw import decode_all
 from d2g_jax.report import LivePage, finish
 from d2g_jax.runtime import atomic, runs
@@ -69,7 +70,10 @@ def demo(config: ml_collections.ConfigDict, workdir: Path, *, full: bool = False
     """Runs or resumes everything in `workdir` and returns the table of results as text.
 
     Writes pairs/, students/NAME/, evaluation/, samples/, metrics.jsonl, result.json, report.html.
+
+    Raises `UserError` before any work for a config whose samples could not be judged.
     """
+    check_evaluation(config)
     with locked(workdir):
         runs.claim(workdir, config)
         students = student_configs(config, full=full)
@@ -93,7 +97,7 @@ class Clock:
 
     def __init__(self, workdir: Path, page: LivePage):
         self._file, self._page, self._begun = workdir / "seconds.json", page, 0
-        self.seconds: dict[str, float] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self.seconds: dict[str, float] = read_json(self._file, "remove it") if self._file.exists() else {}
 
     @contextmanager
     def stage(self, name: str, remark: str = "") -> Iterator[None]:
@@ -124,7 +128,7 @@ def measure(
     held_out, solution = HeldOut.make(config, teacher.pipeline, mesh), pairs.solution(config.pairs)
     systems, latents = {title: teacher.programs(mesh, solution)}, {}
     with clock.stage("teacher samples"):
-        latents[title] = cached(workdir / "evaluation" / "teacher.npy", lambda: held_out.solve(systems[title]))
+        latents[title] = cached(workdir / "evaluation" / "teacher.npy", held_out, systems[title])
     with clock.stage("evaluate"):
         systems[ONE_STEP] = teacher.programs(mesh, dataclasses.replace(solution, steps=1))
         for name in student_configs(config, full=full):
@@ -137,11 +141,7 @@ def measure(
         judge = judge_of(config)
         result = evaluation.score(judge, images, other_images, held_out.prompts, calls, latents, kinds)
         _show(workdir, [p.prompt for p in held_out.prompts[:SHOWN]], images)
-    result["protocol"] |= {
-        "prompts": f"{e.samples} drawn with seed {e.seed} from the captions that the pairs were drawn from",
-        "noise": f"held out, seed {held_out.noise_seed}",
-        "guidance_scale": solution.guidance_scale,
-    }
+    result["protocol"] |= {**held_out.protocol, "guidance_scale": solution.guidance_scale}
     result["environment"] = {
         **runs.environment(),
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),

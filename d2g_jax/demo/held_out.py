@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import numpy as np
 
 from d2g_jax import records
 from d2g_jax.demo.judge import judge_of
+from d2g_jax.inputs.arrays import read_array
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Programs, draw
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import atomic
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import sampler as sample
 
 
@@ -26,6 +28,7 @@ class HeldOut:
 
     Attributes:
       prompts: with the labels that they were built from.
+      about: how they were drawn, in words.
       noise_seed: of `noise`; the pairs have another.
       noise: float32 (N, C, h, w).
       input_ids: int32 (N, L).
@@ -33,6 +36,7 @@ class HeldOut:
     """
 
     prompts: Sequence[Any]
+    about: str
     noise_seed: int
     noise: np.ndarray
     input_ids: np.ndarray
@@ -46,7 +50,8 @@ class HeldOut:
         prompts = judge_of(config).prompts(e.samples, e.seed, e.grounds)
         noise = sample.draw_noise(seed, e.samples, sample.latent_shape(pipeline))
         ids = tokenize_prompts(pipeline, [p.prompt for p in prompts])
-        return cls(prompts, seed, noise, ids, e.batch_size, mesh)
+        about = f"{e.samples} captions of {', '.join(e.grounds)}, drawn with seed {e.seed}"
+        return cls(prompts, about, seed, noise, ids, e.batch_size, mesh)
 
     def solve(self, programs: Programs) -> np.ndarray:
         """The scaled latents (N, C, h, w) of a system."""
@@ -56,10 +61,7 @@ class HeldOut:
     @property
     def protocol(self) -> dict[str, str]:
         """For a result file."""
-        return {
-            "prompts": f"{len(self.prompts)} drawn from the captions that the pairs were drawn from",
-            "noise": f"held out, seed {self.noise_seed}",
-        }
+        return {"prompts": self.about, "noise": f"held out, seed {self.noise_seed}"}
 
 
 def latents_of_pairs(folder: Path, count: int) -> np.ndarray:
@@ -68,8 +70,14 @@ def latents_of_pairs(folder: Path, count: int) -> np.ndarray:
     return np.stack([source[i]["latents"] for i in range(min(count, len(source)))]).astype(np.float32)
 
 
-def cached(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array in `file`, made and written there first if need be."""
+def cached(file: Path, held_out: HeldOut, programs: Programs) -> np.ndarray:
+    """What `held_out.solve(programs)` gives, from `file`, where it is written first if need be.
+
+    Raises `UserError` for a file that holds something else.
+    """
     if not file.exists():
-        atomic.write_array(file, make())
-    return np.load(file)
+        atomic.write_array(file, held_out.solve(programs))
+    latents = read_array(file, "another, or remove it to draw again")
+    if latents.shape != held_out.noise.shape:
+        raise UserError(f"{file}: holds {latents.shape}, not {held_out.noise.shape}; remove it to draw again")
+    return latents

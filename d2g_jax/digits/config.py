@@ -129,7 +129,7 @@ def teacher() -> ConfigDict:
                 "seed": 0,
             },
             "denoiser": {
-                "steps": 7_000,
+                "steps": 16_000,
                 "batch_size": 64,
                 "learning_rate": 1.5e-3,
                 "b2": 0.99,

@@ -192,7 +192,7 @@ def _read_config(file: Path) -> vgg.VGGConfig:
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}; a metric folder holds one") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a metric's config ({error})") from error
+        raise UserError(f"{file}: not a metric's config ({error}); write it again") from error
     if kind != KIND:
         found = "that of a latent metric" if space is not None else f"metric is {kind!r}"
         raise UserError(f"{file}: not the config of a pixel metric, {found}; give a folder whose metric is {KIND!r}")

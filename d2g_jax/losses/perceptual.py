@@ -341,7 +341,7 @@ def read_metric_config(file: Path) -> tuple[vgg.VGGConfig, LatentSpace]:
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}; a metric folder holds one") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a metric's config with a latent_space ({error})") from error
+        raise UserError(f"{file}: not a metric's config with a latent_space ({error}); write it again") from error
     return vgg.VGGConfig.from_json(config, source=str(file)), space
 
 

@@ -53,8 +53,11 @@ class VGGConfig:
         result = cls(**known)
         if result.tap not in TAPS:
             raise UserError(f"{source}: tap is {result.tap!r}; choose one of {', '.join(TAPS)}")
-        if not len(result.widths) == len(result.convs) == len(result.pools) > 0:
+        lists = (result.widths, result.convs, result.pools)
+        if not all(isinstance(one, tuple) for one in lists) or not len(lists[0]) == len(lists[1]) == len(lists[2]) > 0:
             raise UserError(f"{source}: widths, convs and pools must be lists of one length, one entry for each slice")
+        if not all(isinstance(n, int) and n > 0 for n in (result.in_channels, *result.widths, *result.convs)):
+            raise UserError(f"{source}: in_channels, widths and convs must be whole numbers from 1")
         return result
 
     def to_json(self) -> dict[str, Any]:

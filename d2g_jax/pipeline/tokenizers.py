@@ -17,6 +17,8 @@ from d2g_jax.models import clip
 from d2g_jax.pipeline.words import unknown_words
 from d2g_jax.runtime.errors import UserError
 
+_NAMED = 10  # unknown words in a warning
+
 
 def read_component(file: Path) -> dict[str, Any]:
     """A JSON object of a pipeline folder; see `text.read_json`."""
@@ -68,7 +70,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
         several = f"{len(cut)} of {len(prompts)} prompts are" if len(prompts) > 1 else "prompt"
         warnings.warn(f"{several} longer than {length} tokens, cut off {lost!r}: {prompt!r}", stacklevel=2)
     if unknown := unknown_words(tokenizer, prompts):
-        warnings.warn(f"words that this model has never seen: {', '.join(unknown)}", stacklevel=2)
+        more = f" and {len(unknown) - _NAMED} others" if len(unknown) > _NAMED else ""
+        warnings.warn(f"words that this model has never seen: {', '.join(unknown[:_NAMED])}{more}", stacklevel=2)
     return np.asarray(fitted, np.int32)
 
 

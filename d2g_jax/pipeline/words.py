@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +21,12 @@ def known_words(tokenizer: Any) -> tuple[str, ...]:
 
 
 def unknown_words(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """The words of `prompts`, lower-cased and once each, that are none of `known_words`; [] where there are none."""
+    """The words of `prompts`, lower-cased and once each, that are none of `known_words`; [] where there are none.
+
+    One letter of the Latin alphabet is a token of its own, and no word.
+    """
     if not (known := known_words(tokenizer)):
         return []
-    found = (word for prompt in prompts for word in re.findall("[^\\W\\d_]{2,}", prompt.lower()))
+    texts = (unicodedata.normalize("NFC", prompt).lower() for prompt in prompts)
+    found = (word for text in texts for word in re.findall(r"[^\W\d_]{2,}|[^\W\d_a-z]", text))
     return list(dict.fromkeys(word for word in found if word not in known))

@@ -170,7 +170,7 @@ def page(studio: Studio, limits: Limits, prompts: tuple[str, ...] = (), words: t
     student, teacher = studio.systems["student"], studio.systems.get("teacher")
     settings: dict[str, Any] = {
         "size": list(studio.size),
-        "prompts": [prompt[: limits.prompt] for prompt in prompts],
+        "prompts": [prompt for prompt in prompts if len(prompt) <= limits.prompt],
         "words": list(words),
         "maxPrompt": limits.prompt,
         "seeds": pad.SEEDS,

@@ -101,12 +101,13 @@ class PairSource:
 class SkippingSource:
     """A `PairSource` in which the next readable record stands for a corrupt one; `skipped` are the ids left out.
 
-    The first of them is a warning in the log. Raises the record's own error when no record can be read, and still when
-    a shard is missing or none of its records can be found.
+    Records of `held_out` stand for one another alone, so that none of them is trained on. The first skip is a warning
+    in the log. Raises the record's own error when no record can be read, and still when a shard is missing or none of
+    its records can be found.
     """
 
-    def __init__(self, source: PairSource):
-        self._source = source
+    def __init__(self, source: PairSource, held_out: Sequence[int] = ()):
+        self._source, self._held_out = source, frozenset(held_out)
         self.manifest, self.folder = source.manifest, source.folder
         self.skipped: set[int] = set()
 
@@ -114,14 +115,16 @@ class SkippingSource:
         return len(self._source)
 
     def __getitem__(self, record_id: int) -> dict[str, np.ndarray]:
-        for other in range(record_id, record_id + len(self)):
+        for other in (i % len(self) for i in range(record_id, record_id + len(self))):
+            if (other in self._held_out) != (record_id in self._held_out):
+                continue
             try:
-                return self._source[other % len(self)]
+                return self._source[other]
             except CorruptRecord as error:
                 corrupt = error
                 if not self.skipped:
                     logging.getLogger(__name__).warning("skipped: %s", error)
-                self.skipped.add(other % len(self))
+                self.skipped.add(other)
         raise corrupt
 
 

@@ -15,10 +15,12 @@ import ml_collections
 import numpy as np
 
 from d2g_jax.digits import distortions, scenes
+from d2g_jax.inputs.text import read_json
 from d2g_jax.losses.perceptual import LatentLPIPS, LatentSpace, save_metric
 from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.models import vgg
 from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.teacher.fit import adamw_recipe, long_recipe
 
 TRUNK = vgg.VGGConfig(in_channels=4, widths=(16, 32, 32, 48, 48))
@@ -36,6 +38,13 @@ def chunks_of_triplets(count: int, seed: int, *, test: bool) -> Iterator[distort
     """`count` triplets, a multiple of `CHUNK`, a chunk at a time."""
     for first in range(0, count, CHUNK):
         yield distortions.triplets(CHUNK, seed * 100_000 + first, test=test)
+
+
+def check_triplets(config: ml_collections.ConfigDict) -> None:
+    """Raises `UserError` unless the triplets of both metrics, and the quarter held out, are whole chunks."""
+    for name in ("metric", "pixel_metric"):
+        if (count := config[name].heads.triplets) % (4 * CHUNK):
+            raise UserError(f"teacher.{name}.heads.triplets={count}; give a multiple of {4 * CHUNK}")
 
 
 def latent_triplets(encode: Encoder, count: int, seed: int, *, test: bool = False) -> calibrate.Triplets:
@@ -61,7 +70,7 @@ def train_metric(
     """Trains trunk and heads, writes `workdir`/metric, and returns its scores on triplets of held-out digits."""
     folder = workdir / "metric"
     if (folder / "scores.json").exists():
-        return json.loads((folder / "scores.json").read_text())
+        return read_json(folder / "scores.json", "remove it to train the metric again")
     parts = [shown.images[i : i + 1000] for i in range(0, len(shown.images), 1000)]
     latents = np.concatenate([encode(scenes.to_floats(part)) for part in parts])
     labelled = classify.LabelledLatents.from_arrays(latents, shown.labels.astype(np.int32), HEAD.classes)

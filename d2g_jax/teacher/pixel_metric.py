@@ -19,6 +19,7 @@ import ml_collections
 import numpy as np
 
 from d2g_jax.digits import scenes
+from d2g_jax.inputs.text import read_json
 from d2g_jax.losses.lpips import LPIPS, SCALE, SHIFT, save_lpips
 from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.models import vgg
@@ -40,7 +41,7 @@ def train_pixel_metric(config: ml_collections.ConfigDict, shown: scenes.Scenes, 
     """
     folder, heads = workdir / "lpips", config.heads
     if (folder / SCORES).exists():
-        return json.loads((folder / SCORES).read_text())
+        return read_json(folder / SCORES, "remove it to train the metric again")
 
     def take(rows: np.ndarray, step: int) -> dict[str, np.ndarray]:
         return {"latents": normalise(scenes.to_floats(shown.images[rows])), "labels": shown.labels[rows]}

@@ -29,10 +29,13 @@ from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import folder as pipelines
 from d2g_jax.pipeline import tokenizers, weights
+from d2g_jax.runtime import runs
 from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.lock import locked
 from d2g_jax.teacher.fit import long_recipe
 from d2g_jax.teacher.judge import accuracy, train_judge
-from d2g_jax.teacher.metric import train_metric
+from d2g_jax.teacher.metric import check_triplets, train_metric
 from d2g_jax.teacher.pixel_metric import train_pixel_metric
 
 SCHEDULER = {
@@ -216,7 +219,17 @@ def denoising(
 
 
 def make_teacher(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """All that ships as package data: pipeline/, metric/, lpips/, judge.safetensors, prompts.txt."""
+    """All that ships as package data: pipeline/, metric/, lpips/, judge.safetensors, prompts.txt.
+
+    Raises `UserError` for a workdir of another config, a live run's, and a number of triplets that is none of chunks.
+    """
+    check_triplets(config)
+    with locked(workdir):
+        runs.claim(workdir, ml_collections.ConfigDict({"job": "teacher", "teacher": config}))
+        _make(config, workdir)
+
+
+def _make(config: ml_collections.ConfigDict, workdir: Path) -> None:
     shown = scenes.render(config.scenes.count, config.scenes.seed)
     train_pipeline(config, shown, workdir)
     pipeline = pipelines.Pipeline.load(workdir / "pipeline", without=("text_encoder", "unet"))
@@ -292,4 +305,7 @@ def stage(workdir: Path, name: str, abstract: Params, train: Callable[[], Params
     file = workdir / "stages" / f"{name}.safetensors"
     if not file.exists():
         weights.save_state_dict(weights.to_state_dict(train()), file)
-    return weights.to_params(weights.load_state_dict(file), abstract, source=str(file))
+    try:
+        return weights.to_params(weights.load_state_dict(file), abstract, source=str(file))
+    except UserError as error:
+        raise UserError(f"{error}; or remove it, to train the stage again") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,13 @@ class Journal:
     def write_line(self, images: int, state: TrainState, counts: dict[str, float]) -> None:
         """Writes one line of means over the steps since the last, and says which alarms begin or end with it.
 
+        Of `counts`, figures of the state itself, those that are not finite are None, as JSON knows no others.
+
         Raises `NotFinite` after saving `state` when an update stopped the run.
         """
         self._fetch(state)
-        line = {**health.summary(guard.without_outcomes(self._steps)), **counts}
+        finite = {name: value if math.isfinite(value) else None for name, value in counts.items()}
+        line = {**health.summary(guard.without_outcomes(self._steps)), **finite}
         before, alarms = self._log.last.get("alarms", []), self._watch.see(line)
         self._write(images, line, {"alarms": alarms, "left_out": self._left_out})
         self._check_best(line)

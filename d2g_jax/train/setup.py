@@ -41,7 +41,9 @@ def open_pairs(config: ml_collections.ConfigDict, folder: Path) -> records.PairS
     """What training reads of a record; a corrupt one stops it, or is skipped if `train.skip_corrupt` says so."""
     manifest = records.Manifest.read(folder)
     source = records.PairSource(folder, fields=(*_FIELDS, *manifest.text_shapes))
-    return records.SkippingSource(source) if config.train.skip_corrupt else source
+    if not config.train.skip_corrupt:
+        return source
+    return records.SkippingSource(source, records.held_out(len(source), config.train.held_out))
 
 
 def check_pairs(folder: Path, manifest: records.Manifest, pipeline: Pipeline) -> None:

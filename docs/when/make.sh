@@ -3,7 +3,7 @@
 #   sh docs/when/make.sh runs/when         all settings; what is finished is left alone
 #   python docs/when/draw.py runs/when     the table, and docs/when.svg
 set -eu
-root=$1
+root=${1:?give a folder, such as runs/when}
 prompts() {  # prompts.txt of some grounds
     python -c "import sys; from d2g_jax.digits import captions
 print(*(p.prompt for p in captions.evaluation_prompts(4096, 2, sys.argv[1:])), sep='\n')" "$@"

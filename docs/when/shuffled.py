@@ -28,4 +28,4 @@ schedule.one_step = shuffled  # before training and sampling import it from ther
 
 from d2g_jax.__main__ import main  # noqa: E402
 
-sys.exit(main(sys.argv[1:]))
+sys.exit(main([*sys.argv[1:], "--config.name=shuffled"]))  # the workdir is bound to it: no ordinary run goes on in it

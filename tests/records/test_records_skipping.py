@@ -31,6 +31,12 @@ def test_the_next_readable_record_stands_in(folder, manifest, caplog):
     assert set(batch["id"].tolist()) == set(range(23)) - {5, 6, 22}
 
 
+def test_what_is_held_out_stays_so(folder, manifest):
+    corrupt(folder, manifest, 4, 5, 20)
+    source = records.SkippingSource(records.PairSource(folder), held_out=[5, 6, 21])
+    assert [int(source[i]["id"]) for i in (4, 5, 20)] == [7, 6, 22]
+
+
 def test_a_folder_without_a_readable_record(tmp_path, pairs):
     manifest = pairs.manifest_with(num_records=3, num_shards=1)
     folder = pairs.write_folder(tmp_path / "1.0.0", manifest)
