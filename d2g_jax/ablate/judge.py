@@ -39,8 +39,8 @@ class StudentJudge:
         teacher = sample.Sampler.load(config.pipeline, self._mesh)
         self._pipeline, solution = teacher.pipeline, pairs.solution(config.pairs)
         self._held_out = HeldOut.make(config, teacher.pipeline, self._mesh)
-        programs = teacher.programs(self._mesh, solution)
-        self._teacher = cached(workdir / "evaluation" / "teacher.npy", self._held_out, programs)
+        file = workdir / "evaluation" / "teacher.npy"
+        self._teacher = cached(file, self._held_out, lambda: teacher.programs(self._mesh, solution))
         drawn = self._decode(self._teacher)
         self._reference, self._sharp = self._judge.features(drawn), sharp_energy(drawn)
         others = latents_of_pairs(pairs_folder, e.samples)

@@ -90,10 +90,10 @@ def parse_with_config(parser: Parser, arguments: list[str]) -> tuple[argparse.Na
     return own, config
 
 
-def require_section(config: Any, name: str, job: str) -> None:
-    """Raises `UserError` for a config that says nothing of what a job makes."""
+def require_section(config: Any, name: str) -> None:
+    """Raises `UserError` for a config without a section that not every config has."""
     if name not in config:
-        raise UserError(f"the config has no section {name}, of which {job} is made; see configs/digits.py")
+        raise UserError(f"the config has no section {name}, which this job reads; see configs/digits.py")
 
 
 def start(config: Any = None, *, cache: bool = True, same: dict[str, Any] | None = None) -> None:

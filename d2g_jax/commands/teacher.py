@@ -9,7 +9,7 @@ def run(arguments: list[str]) -> int:
     parser = common.parser("teacher")
     parser.add_argument("--workdir", type=common.path, required=True)
     own, config = common.parse_with_config(parser, arguments)
-    common.require_section(config, "teacher", "d2g teacher")
+    common.require_section(config, "teacher")
     common.start(config)
     from d2g_jax.teacher.teacher import make_teacher
 

@@ -71,7 +71,7 @@ def demo(config: ml_collections.ConfigDict, workdir: Path, *, full: bool = False
 
     Writes pairs/, students/NAME/, evaluation/, samples/, metrics.jsonl, result.json, report.html.
 
-    Raises `UserError` before any work for a config whose samples could not be judged.
+    Raises `UserError` before any work for samples that could not be judged as the section `evaluation` says.
     """
     check_evaluation(config)
     with locked(workdir):
@@ -128,7 +128,7 @@ def measure(
     held_out, solution = HeldOut.make(config, teacher.pipeline, mesh), pairs.solution(config.pairs)
     systems, latents = {title: teacher.programs(mesh, solution)}, {}
     with clock.stage("teacher samples"):
-        latents[title] = cached(workdir / "evaluation" / "teacher.npy", held_out, systems[title])
+        latents[title] = cached(workdir / "evaluation" / "teacher.npy", held_out, lambda: systems[title])
     with clock.stage("evaluate"):
         systems[ONE_STEP] = teacher.programs(mesh, dataclasses.replace(solution, steps=1))
         for name in student_configs(config, full=full):

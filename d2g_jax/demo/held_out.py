@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,13 @@ def latents_of_pairs(folder: Path, count: int) -> np.ndarray:
     return np.stack([source[i]["latents"] for i in range(min(count, len(source)))]).astype(np.float32)
 
 
-def cached(file: Path, held_out: HeldOut, programs: Programs) -> np.ndarray:
-    """What `held_out.solve(programs)` gives, from `file`, where it is written first if need be.
+def cached(file: Path, held_out: HeldOut, programs: Callable[[], Programs]) -> np.ndarray:
+    """What `held_out.solve(programs())` gives, from `file`, where it is written first if need be.
 
     Raises `UserError` for a file that holds something else.
     """
     if not file.exists():
-        atomic.write_array(file, held_out.solve(programs))
+        atomic.write_array(file, held_out.solve(programs()))
     latents = read_array(file, "another, or remove it to draw again")
     if latents.shape != held_out.noise.shape:
         raise UserError(f"{file}: holds {latents.shape}, not {held_out.noise.shape}; remove it to draw again")

@@ -34,7 +34,6 @@ class Judge:
 
     def prompts(self, count: int, seed: int, grounds: Sequence[str]) -> list[captions.Prompt]:
         """Each with a `prompt` and the labels that it was made of."""
-        check_grounds(grounds)
         return captions.evaluation_prompts(count, seed, grounds)
 
     def features(self, images: np.ndarray) -> np.ndarray:
@@ -96,20 +95,13 @@ def judge_of(config: ml_collections.ConfigDict) -> Judge:
     return _judge(config.evaluation.judge)
 
 
-def check_grounds(grounds: Sequence[str]) -> None:
-    """Raises `UserError` for one that is unknown, and for none."""
-    known = (*KINDS, captions.PLAIN)
+def check_evaluation(config: ml_collections.ConfigDict) -> None:
+    """Raises `UserError`, before anything is made, unless the samples of the section `evaluation` can be judged."""
+    judge_of(config)
+    grounds, known = config.evaluation.grounds, (*KINDS, captions.PLAIN)
     if not grounds or (unknown := [ground for ground in grounds if ground not in known]):
         given = unknown[0] if grounds else "none"
         raise UserError(f"evaluation.grounds: {given} is no ground; give some of {', '.join(known)}")
-
-
-def check_evaluation(config: ml_collections.ConfigDict) -> None:
-    """Raises `UserError`, before anything is made, unless the samples that a config asks for can be judged."""
-    if "evaluation" not in config:
-        raise UserError("the config has no section evaluation, by which samples are judged; see configs/digits.py")
-    judge_of(config)
-    check_grounds(config.evaluation.grounds)
     for name, count in (("evaluation.samples", config.evaluation.samples), ("pairs.count", config.pairs.count)):
         if count <= FEATURES:
             raise UserError(f"{name}={count}; a Frechet distance needs more than {FEATURES} images")

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,8 @@ class SkippingSource:
     its records can be found.
     """
 
-    def __init__(self, source: PairSource, held_out: Sequence[int] = ()):
-        self._source, self._held_out = source, frozenset(held_out)
+    def __init__(self, source: PairSource, held_out: Collection[int] = ()):
+        self._source, self.held_out = source, frozenset(held_out)
         self.manifest, self.folder = source.manifest, source.folder
         self.skipped: set[int] = set()
 
@@ -116,7 +116,7 @@ class SkippingSource:
 
     def __getitem__(self, record_id: int) -> dict[str, np.ndarray]:
         for other in (i % len(self) for i in range(record_id, record_id + len(self))):
-            if (other in self._held_out) != (record_id in self._held_out):
+            if (other in self.held_out) != (record_id in self.held_out):
                 continue
             try:
                 return self._source[other]

@@ -158,7 +158,7 @@ def _with_prompts(source: records.PairSource | records.SkippingSource) -> record
     """The same pairs with their prompts, which training has no use for."""
     fields = ("id", "prompt", "input_ids", "latents", *source.manifest.text_shapes)
     own = records.PairSource(source.folder, fields=fields)
-    return records.SkippingSource(own) if isinstance(source, records.SkippingSource) else own
+    return records.SkippingSource(own, source.held_out) if isinstance(source, records.SkippingSource) else own
 
 
 def _walk(left: int, right: int, what: str) -> list[dict[str, Any]]:
