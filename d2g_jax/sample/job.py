@@ -90,7 +90,8 @@ def sample(model: str | Path, request: Request, out: Path, revision: str | None 
         for first in range(0, count, request.batch_size):
             part = range(first, min(first + request.batch_size, count))
             files = [out / f"{i:05d}.png" for i in part]
-            if not (all(array.is_there for array in arrays.values()) and all(file.exists() for file in files)):
+            missing = not (all(a.is_there for a in arrays.values()) and all(file.exists() for file in files))
+            if missing:
                 drawing = prepare(part)
                 if compiled is None:
                     loaded.run(drawing)
@@ -102,7 +103,7 @@ def sample(model: str | Path, request: Request, out: Path, revision: str | None 
                 arrays["latents.npy"].write(first, drawn.latents)
                 for file, image in zip(files, drawn.images, strict=True):
                     save_png(file, image)
-            progress.advance(len(part))
+            progress.advance(len(part), made=missing)
     for array in arrays.values():
         array.finish()
     shown = [np.asarray(Image.open(out / f"{i:05d}.png")) for i in range(min(count, IN_GRID))]
