@@ -135,9 +135,22 @@ def student_timestep(config: Mapping[str, Any]) -> int | None:
     """
     if isinstance(config.get(STUDENT), int):
         return config[STUDENT]
-    cut = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "steps_offset": 1, "set_alpha_to_one": True}
     betas = config.get("trained_betas")
-    return len(betas) - 1 if betas and all(config.get(key) == value for key, value in cut.items()) else None
+    return len(betas) - 1 if betas and _is_one_step(config) else None
+
+
+def may_be_student(config: Mapping[str, Any]) -> bool:
+    """Whether diffusers saved it again of such an export without the mark, at the last timestep; or of a teacher.
+
+    What it was saved of had all of the teacher's betas: nothing tells which of the two it was.
+    """
+    return student_timestep(config) is None and "_diffusers_version" in config and _is_one_step(config)
+
+
+def _is_one_step(config: Mapping[str, Any]) -> bool:
+    """Whether its one DDIM step goes from the last timestep to x_0, as of all exports."""
+    wanted = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "steps_offset": 1}
+    return all(config.get(key) == value for key, value in {**wanted, "set_alpha_to_one": True}.items())
 
 
 def _betas(config: Mapping[str, Any], source: str) -> np.ndarray:
