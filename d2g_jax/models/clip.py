@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from d2g_jax.inputs.fields import check_kinds
 from d2g_jax.models.layers import LayerNorm, Linear
 from d2g_jax.models.network import Network
 from d2g_jax.runtime.errors import UserError
@@ -77,6 +78,7 @@ class ClipTextConfig:
             raise UserError(f"{source}: hidden_act {result.hidden_act} is unknown; expected {tuple(_ACTIVATIONS)}")
         if not isinstance(result.eos_token_id, int):
             raise UserError(f"{source}: eos_token_id {result.eos_token_id} must be one integer")
+        check_kinds(result, source)
         if result.hidden_size % result.num_attention_heads:
             raise UserError(
                 f"{source}: hidden_size {result.hidden_size} is not a multiple of "
