@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 
 from d2g_jax.inputs import images, numbers
 from d2g_jax.inputs.arrays import check_floats, read_array
+from d2g_jax.inputs.text import read_json
 from d2g_jax.losses import augment
 from d2g_jax.losses.lpips import KIND, LPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, check_latents, e_latent_lpips
@@ -104,16 +104,9 @@ def measure(
 def load_metric(folder: str | Path) -> LatentLPIPS | LPIPS:
     """The metric of a folder, of the kind that its config.json says. Raises `UserError` as their `load` do."""
     folder = Path(folder)
-    file = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"{folder}: no metric folder; give one with config.json and metric.safetensors")
-    try:
-        config = json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}; a metric folder holds one") from error
-    except ValueError as error:
-        raise UserError(f"{file}: not a metric's config ({error})") from error
-    pixels = isinstance(config, dict) and config.get("metric") == KIND
+    pixels = read_json(folder / "config.json", "a metric folder holds one").get("metric") == KIND
     return LPIPS.load(folder) if pixels else LatentLPIPS.load(folder)
 
 

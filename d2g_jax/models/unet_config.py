@@ -140,7 +140,7 @@ class UNetConfig:
         chosen["upcast_attention"] = bool(chosen.get("upcast_attention"))  # older files say null
         config = cls(**chosen)
         config._check(source)
-        check_kinds(config, source)
+        check_kinds(cls, chosen, source)
         return config
 
     def to_json(self) -> dict[str, Any]:

@@ -73,8 +73,8 @@ class VaeConfig:
                 known[key] = tuple(value) if isinstance(value, list) else value
             elif not key.startswith("_") and value != _NEUTRAL.get(key):
                 raise UserError(f"{source}: {key} = {value!r} is not implemented for AutoencoderKL")
+        check_kinds(cls, known, source)
         result = cls(**known)
-        check_kinds(result, source)
         levels = len(result.block_out_channels)
         for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             if getattr(result, key) != (block,) * levels:

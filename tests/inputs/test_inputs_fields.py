@@ -1,6 +1,5 @@
 """JSON of other people as dataclasses: null, text and truth where numbers are meant."""
 
-import dataclasses
 import math
 
 import pytest
@@ -15,20 +14,33 @@ from d2g_jax.runtime.errors import UserError
 BETAS = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-@dataclasses.dataclass
 class Kinds:
-    count: int = 1
-    factor: float = 0.5
-    name: str = "a"
-    used: bool = True
-    size: int | tuple[int, int] | None = None
+    count: int
+    factor: float
+    name: str
+    used: bool
+    size: int | tuple[int, int] | None
+    depths: tuple[int | tuple[int, ...], ...]
+    libraries: dict[str, str]
 
 
 @pytest.mark.parametrize(
-    "good", [{}, {"count": 0}, {"factor": 2}, {"used": False}, {"size": 8}, {"size": (8, 16)}, {"size": None}]
+    "good",
+    [
+        {},
+        {"count": 0},
+        {"factor": 2},
+        {"used": False},
+        {"size": 8},
+        {"size": (8, 16)},
+        {"size": None},
+        {"depths": (1, (2, 3))},
+        {"depths": ()},
+        {"libraries": {"jax": "1"}},
+    ],
 )
 def test_values_of_their_kind(good):
-    check_kinds(Kinds(**good), "config.json")
+    check_kinds(Kinds, good, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -36,13 +48,13 @@ def test_values_of_their_kind(good):
     [
         {"count": "1"}, {"count": 1.0}, {"count": True}, {"count": None}, {"factor": None}, {"factor": "0.5"},
         {"factor": math.nan}, {"factor": False}, {"name": 1}, {"used": 1}, {"used": None}, {"size": "8"},
-        {"size": (8, "16")}, {"size": [8]},
+        {"size": (8, "16")}, {"size": [8]}, {"size": (8, 8, 8)}, {"depths": (1, ("2",))}, {"libraries": []},
     ],
 )  # fmt: skip
 def test_values_of_another_kind(bad):
     ((name, value),) = bad.items()
     with pytest.raises(UserError) as caught:
-        check_kinds(Kinds(**bad), "config.json")
+        check_kinds(Kinds, bad, "config.json")
     assert str(caught.value).startswith(f"config.json: {name} = {value!r}; give ")
 
 

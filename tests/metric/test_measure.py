@@ -244,8 +244,8 @@ def test_wrong_requests_and_metrics(latents, tmp_path):
     assert "seed=-1" in refused(DIGITS, *files, seed=-1)
     assert "preset 'gb' is unknown" in refused(DIGITS, *files, preset="gb")
     assert "nowhere: no metric folder" in refused(tmp_path / "nowhere", *files)
-    assert "config.json: No such file" in refused(tmp_path, *files)
-    for text, words in (("{", "not a metric's config"), ("[]", "not a metric's config"), ("{}", "latent_space")):
+    assert "config.json is missing; a metric folder holds one" in refused(tmp_path, *files)
+    for text, words in (("{", "cannot be read"), ("[]", "expected a JSON object"), ("{}", "latent_space")):
         (tmp_path / "config.json").write_text(text)
         assert words in refused(tmp_path, *files)
 
