@@ -309,7 +309,10 @@ for name, tokens in ("sd", "sd_tokens.npy"), ("xl", "xl_tokens.npy"):  # a batch
     draw = runpy.run_path(name + "_run.py")["load"](name + ".zip")
     np.save(name + "_three.npy", draw(np.load(tokens)[:3], np.load("noise.npy")[:3]))
 sys.argv = ["run.py", "sd.zip", "sd_tokens.npy", "noise.npy", "sd_four.npy"]  # all four, as a command
-runpy.run_path("sd_run.py", run_name="__main__")
+try:
+    runpy.run_path("sd_run.py", run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
 print([name for name in ("d2g_jax", "flax", "transformers", "torch", "orbax", "safetensors") if name in sys.modules])
 """
 
@@ -337,7 +340,7 @@ def test_program_draws_our_images_in_a_fresh_process(tiny_sd: Path, tiny_sdxl: P
     meta, sd = export_program(tiny_sd, "float32", "sd", tmp_path)
     meta_xl, xl = export_program(tiny_sdxl, "bfloat16", "xl", tmp_path)
     for description in (meta, meta_xl):
-        assert description["platforms"] == ["cpu", "cuda", "tpu"]
+        assert description["platforms"] == ["cuda", "tpu", "cpu"]
         assert description["output"]["shape"][1:] == [32, 32, 3]
         assert (description["batch"] == "any") == (description["batch_fixed_because"] is None)
     assert meta["inputs"]["tokens"]["shape"] == ["any", 16]
