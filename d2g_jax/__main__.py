@@ -23,7 +23,7 @@ from d2g_jax.runtime.errors import UserError, of_the_machine
 from d2g_jax.runtime.interrupt import Terminated, starting
 from d2g_jax.runtime.version import __version__
 
-_library_format = warnings.formatwarning
+_library_format, _library_unraisable = warnings.formatwarning, sys.unraisablehook
 _HERE = str(Path(__file__).parent)
 
 
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = _format_warning
     for library in ("absl", "asyncio"):  # through which Orbax speaks: what fails there is raised, and said once
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
             stream.reconfigure(errors="replace")  # of a terminal that is not UTF-8
@@ -88,6 +89,12 @@ def _format_warning(message: Warning | str, category: type[Warning], file: str, 
     distributed = _joined()
     process = distributed.process_id() if distributed else 0
     return f"d2g: {f'process {process}: ' if process else ''}warning: {message}\n"
+
+
+def _unraisable(raised: Any) -> None:
+    """Not what TensorStore says of each array of a checkpoint that could not be written: that is said once, by us."""
+    if str(raised.exc_value) != "Event loop is closed":
+        _library_unraisable(raised)
 
 
 def _run(arguments: list[str]) -> int:

@@ -109,9 +109,10 @@ def test_a_reader_changes_nothing(tmp_path):
     assert under_way.exists()  # it may be another process' save
 
 
-# Saves 8 whole, then no file may grow beyond 20 KB, as on a disk that is full.
+# Saves 8 whole, then no file may grow beyond 20 KB, as on a disk that is full. TensorStore's threads then fail in a loop
+# that is closed, one for each array, sooner or later: one is made here.
 FULL = """
-import resource, sys
+import asyncio, resource, sys
 sys.path.insert(0, sys.argv[2])
 from test_checkpoint import meshes, state, Checkpoints
 from d2g_jax.__main__ import main
@@ -124,6 +125,12 @@ try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         checkpoints.save(meshes.place(state(16), meshes.make_mesh()), {"images": 16})
 except UserError as error:
+    class Late:
+        def __del__(self):
+            loop = asyncio.new_event_loop()
+            loop.close()
+            loop.call_soon_threadsafe(print)
+    Late()
     sys.exit(str(error))
 """
 
