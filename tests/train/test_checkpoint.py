@@ -109,8 +109,8 @@ def test_a_reader_changes_nothing(tmp_path):
     assert under_way.exists()  # it may be another process' save
 
 
-# Saves 8 whole, then no file may grow beyond 20 KB, as on a disk that is full. TensorStore's threads then fail in a loop
-# that is closed, one for each array, sooner or later: one is made here.
+# Saves 8 whole, then no file may grow beyond 20 KB, as on a disk that is full. TensorStore's threads may then fail in a
+# loop that is closed, one for each array: one is made here.
 FULL = """
 import asyncio, resource, sys
 sys.path.insert(0, sys.argv[2])
