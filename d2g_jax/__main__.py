@@ -1,7 +1,8 @@
 """The `d2g` command: one subcommand per job, nothing else.
 
-Exit codes: 0 done, 2 bad input (one line on stderr), 75 another process of the job died, 130 interrupted, 143
-terminated. The jobs of `RESUMED` go on where they stopped when the same command is given again.
+Exit codes: 0 done, 2 bad input (one line on stderr), 75 another process of the job died, 130 interrupted, 141 nobody
+reads its output any more, 143 terminated. The jobs of `RESUMED` go on where they stopped when the same command is given
+again.
 """
 
 from __future__ import annotations
@@ -10,37 +11,50 @@ import difflib
 import importlib
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from d2g_jax.commands.common import JOBS, RESUMED
-from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.errors import UserError, of_the_machine
 from d2g_jax.runtime.interrupt import Terminated, starting
 from d2g_jax.runtime.version import __version__
 
-_library_format = warnings.formatwarning
+_library_format, _library_unraisable = warnings.formatwarning, sys.unraisablehook
+_HERE = str(Path(__file__).parent)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one job and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     warnings.formatwarning = _format_warning
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax' own: what fails there is raised, and said once
+    for library in ("absl", "asyncio"):  # through which Orbax speaks: what fails there is raised, and said once
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
             stream.reconfigure(errors="replace")  # of a terminal that is not UTF-8
     try:
         with starting():
-            return _finish(_run(arguments))
+            code = _finish(_run(arguments))
+            sys.stdout.flush()
+            return code
     except UserError as error:
         return _finish(2, str(error))
     except KeyboardInterrupt:
         return _finish(130, f"interrupted; {_what_is_kept(arguments)}")
     except Terminated:
         return _finish(143, f"terminated; {_what_is_kept(arguments)}")
-    except Exception:
+    except BrokenPipeError:  # `| head` has seen enough
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes once more
+        return _finish(141)
+    except Exception as error:
+        if message := of_the_machine(error):
+            return _finish(2, message)
         if distributed := _joined():
             distributed.crash()
         raise
@@ -66,14 +80,21 @@ def _finish(code: int, message: str = "") -> int:
     return code
 
 
-def _format_warning(message: Warning | str, category: type[Warning], *place: Any) -> str:
-    """Ours in one line without the place in the source; those of libraries as ever."""
-    if category is not UserWarning:
-        return _library_format(message, category, *place)
+def _format_warning(message: Warning | str, category: type[Warning], file: str, *place: Any) -> str:
+    """Ours in one line without the place in the source; those of libraries advise programmers, who give `python -W`."""
+    ours = file.startswith(_HERE)
+    if not ours or category is not UserWarning:
+        return _library_format(message, category, file, *place) if ours or sys.warnoptions else ""
     # Which process, where there are several: it may be about that one's share of the data.
     distributed = _joined()
     process = distributed.process_id() if distributed else 0
     return f"d2g: {f'process {process}: ' if process else ''}warning: {message}\n"
+
+
+def _unraisable(raised: Any) -> None:
+    """Not what TensorStore says of each array of a checkpoint that could not be written: that is said once, by us."""
+    if str(raised.exc_value) != "Event loop is closed":
+        _library_unraisable(raised)
 
 
 def _run(arguments: list[str]) -> int:

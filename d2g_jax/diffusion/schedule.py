@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d2g_jax.inputs.numbers import AMOUNT, COUNT, SHARE, Range
 from d2g_jax.runtime.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -88,7 +89,7 @@ class Schedule:
             alphas_cumprod.astype(np.float32),
             prediction_type,
             spacing,
-            int(config.get("steps_offset", 0)),
+            _number(config, source, "steps_offset", 0, AMOUNT),
             bool(config.get("set_alpha_to_one", True)),
         )
 
@@ -135,17 +136,34 @@ def student_timestep(config: Mapping[str, Any]) -> int | None:
     """
     if isinstance(config.get(STUDENT), int):
         return config[STUDENT]
-    cut = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "steps_offset": 1, "set_alpha_to_one": True}
     betas = config.get("trained_betas")
-    return len(betas) - 1 if betas and all(config.get(key) == value for key, value in cut.items()) else None
+    return len(betas) - 1 if isinstance(betas, list) and betas and _is_one_step(config) else None
+
+
+def may_be_student(config: Mapping[str, Any]) -> bool:
+    """Whether diffusers saved it, of a teacher or of such an export at the last timestep: nothing tells which."""
+    return student_timestep(config) is None and "_diffusers_version" in config and _is_one_step(config)
+
+
+def _is_one_step(config: Mapping[str, Any]) -> bool:
+    """Whether its one DDIM step goes from the last timestep to x_0, as of all exports."""
+    wanted = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "steps_offset": 1}
+    return all(config.get(key) == value for key, value in {**wanted, "set_alpha_to_one": True}.items())
+
+
+def _number(config: Mapping[str, Any], source: str, key: str, default: float, allowed: Range) -> Any:
+    allowed.check(f"{source}: {key}", value := config.get(key, default))
+    return value
 
 
 def _betas(config: Mapping[str, Any], source: str) -> np.ndarray:
     """float64 (T,) betas as in diffusers' `beta_schedule`."""
-    if config.get("trained_betas") is not None:
-        return np.asarray(config["trained_betas"], np.float64)
-    total = int(config.get("num_train_timesteps", 1000))
-    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    if (trained := config.get("trained_betas")) is not None:
+        if not isinstance(trained, list) or not trained or not all(beta in SHARE for beta in trained):
+            raise UserError(f"{source}: trained_betas={str(trained)[:40]}; give a list, each {SHARE}")
+        return np.asarray(trained, np.float64)
+    total = _number(config, source, "num_train_timesteps", 1000, COUNT)
+    start, end = _number(config, source, "beta_start", 0.0001, SHARE), _number(config, source, "beta_end", 0.02, SHARE)
     name = config.get("beta_schedule", "linear")
     if name == "linear":
         return np.linspace(start, end, total)

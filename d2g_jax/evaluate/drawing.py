@@ -96,11 +96,11 @@ class Painter:
             for first in range(0, len(prompts), batch_size):
                 part = list(prompts[first : first + batch_size])
                 files = [folder / f"{first + i:05d}.png" for i in range(len(part))]
-                if not all(file.exists() for file in files):
+                if missing := not all(file.exists() for file in files):
                     drawn = self._draw(part, first_noise + first, batch_size)
                     for file, image in zip(files, drawn.images, strict=True):
                         save_png(file, image)
-                progress.advance(len(part))
+                progress.advance(len(part), made=missing)
 
     def claim(self, prompts: Sequence[str], folder: Path, *, first_noise: int = 0) -> dict[str, Any]:
         """Makes `folder` that of this drawing; returns its description. Raises `UserError` for another's folder."""

@@ -135,6 +135,8 @@ def _survey(plan: Plan, folder: Path) -> Survey:
     found = survey(folder, plan.protocol, max_corrupt=plan.request.max_corrupt)
     total, asked = len(found) + len(found.corrupt), plan.request.samples
     if total < plan.samples or (asked is None and total > plan.samples):
+        if asked is not None:
+            raise UserError(f"--samples={asked} of the {total} images in {folder}; give at most as many")
         raise UserError(
             f"{folder}: {total} images; {plan.protocol.name} takes {plan.protocol.samples}; draw as many, or give "
             f"--samples=N for the first N and a result that says so"

@@ -11,6 +11,8 @@ from PIL import Image
 from d2g_jax.runtime.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+_OTHERS = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic")
+"""Images too, but none that are read."""
 CONTACT_SHEET = "grid.png"
 """What `d2g sample` lays beside its images; no sample of a folder."""
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -19,9 +21,16 @@ _MODES = ("RGB", "L", "P", "1", "CMYK")
 
 
 def image_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """The images among `paths`, by their names; none of the hidden files that a Mac lays beside each (`._a.png`)."""
+    """The images among `paths`, by their names; none of the hidden files that a Mac lays beside each (`._a.png`).
+
+    Raises `UserError` for images of other formats: whoever counts a folder's images counts those.
+    """
     for path in paths:
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.name != CONTACT_SHEET:
+        if path.name.startswith(".") or path.name == CONTACT_SHEET:
+            continue
+        if path.suffix.lower() in _OTHERS:
+            raise UserError(f"{path}: neither PNG nor JPEG; convert it to PNG or take it out of the folder")
+        if path.suffix.lower() in SUFFIXES:
             yield path
 
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d2g_jax.inputs.text import read_json
 from d2g_jax.losses import perceptual
 from d2g_jax.models import vae, vgg
 from d2g_jax.models.network import Network, Params
@@ -186,13 +187,8 @@ def save_lpips(folder: str | Path, params: Params, heads: Sequence[Any], config:
 
 
 def _read_config(file: Path) -> vgg.VGGConfig:
-    try:
-        config = json.loads(file.read_text())
-        kind, space = config.pop("metric", None), config.get("latent_space")
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}; a metric folder holds one") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a metric's config ({error}); write it again") from error
+    config = read_json(file, "a metric folder holds one")
+    kind, space = config.pop("metric", None), config.get("latent_space")
     if kind != KIND:
         found = "that of a latent metric" if space is not None else f"metric is {kind!r}"
         raise UserError(f"{file}: not the config of a pixel metric, {found}; give a folder whose metric is {KIND!r}")

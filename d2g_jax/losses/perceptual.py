@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d2g_jax.inputs.text import read_json
 from d2g_jax.losses import augment
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Network, Params
@@ -335,11 +336,9 @@ def save_metric(
 
 def read_metric_config(file: Path) -> tuple[vgg.VGGConfig, LatentSpace]:
     """The trunk and the space of a metric folder's `config.json`; raises `UserError` when it holds something else."""
+    config = read_json(file, "a metric folder holds one")
     try:
-        config = json.loads(file.read_text())
         space = LatentSpace(**config.pop("latent_space"))
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}; a metric folder holds one") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a metric's config with a latent_space ({error}); write it again") from error
     return vgg.VGGConfig.from_json(config, source=str(file)), space

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from d2g_jax.inputs.text import read_json
 from d2g_jax.runtime import atomic
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.progress import Progress
@@ -88,11 +89,7 @@ def open_shards(folder: Path) -> Shards:
 
 def read_made_from(folder: Path) -> dict[str, Any]:
     """What a folder was made from; raises `UserError` when it is not one of ours."""
-    file = folder / MADE_FROM
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); give a folder that `d2g lpips` has filled") from error
+    return read_json(folder / MADE_FROM, "give a folder that `d2g lpips` has filled")
 
 
 def check(folder: Path, expected: dict[str, Any]) -> None:

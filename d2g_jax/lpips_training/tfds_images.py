@@ -16,6 +16,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from d2g_jax.inputs.images import read_rgb
+from d2g_jax.inputs.text import read_json
 from d2g_jax.lpips_training.images import Images
 from d2g_jax.records.framing import FrameError, scan, unframe
 from d2g_jax.runtime.errors import UserError
@@ -30,7 +31,8 @@ def open_tfds(folder: Path, split: str) -> Images:
 
     Raises `UserError` for other features, an unknown split or file format and a missing shard.
     """
-    info, features = (_read_json(folder / name) for name in ("dataset_info.json", "features.json"))
+    remedy = "give a folder that TFDS prepared"
+    info, features = (read_json(folder / name, remedy) for name in ("dataset_info.json", "features.json"))
     classes = _classes(folder, features)
     file_format = info.get("fileFormat", "tfrecord")
     if file_format not in ("tfrecord", "array_record"):
@@ -54,13 +56,6 @@ def open_tfds(folder: Path, split: str) -> Images:
     name = lambda row: f"{folder}, split {split}, record {row}"  # noqa: E731
     read = lambda row: _decode(record(row), len(classes), name(row))  # noqa: E731
     return Images(folder, sum(counts), classes, read, name, digest)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); give a folder that TFDS prepared") from error
 
 
 def _classes(folder: Path, features: dict[str, Any]) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 
 from d2g_jax.inputs import images, numbers
 from d2g_jax.inputs.arrays import check_floats, read_array
+from d2g_jax.inputs.text import read_json
 from d2g_jax.losses import augment
 from d2g_jax.losses.lpips import KIND, LPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, check_latents, e_latent_lpips
@@ -30,8 +30,8 @@ _KINDS = {"latents": f"a {LATENTS} file of latents", "image": "an image", "folde
 _LOCATIONS = 2**16  # pixels or latent pixels that one call measures: below a gigabyte of features at full width
 _BATCH = 64
 
-Distance = Callable[[np.ndarray, np.ndarray, np.ndarray], jax.Array]
-"""(indices (B,) int32, a (B, h, w, C), b) -> (B,)."""
+Distance = Callable[[int, np.ndarray, jax.Array, jax.Array], jax.Array]
+"""(draw, indices (B,) int32, a (B, h, w, C), b) -> (B,)."""
 
 
 class Pair(NamedTuple):
@@ -104,16 +104,9 @@ def measure(
 def load_metric(folder: str | Path) -> LatentLPIPS | LPIPS:
     """The metric of a folder, of the kind that its config.json says. Raises `UserError` as their `load` do."""
     folder = Path(folder)
-    file = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"{folder}: no metric folder; give one with config.json and metric.safetensors")
-    try:
-        config = json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}; a metric folder holds one") from error
-    except ValueError as error:
-        raise UserError(f"{file}: not a metric's config ({error})") from error
-    pixels = isinstance(config, dict) and config.get("metric") == KIND
+    pixels = read_json(folder / "config.json", "a metric folder holds one").get("metric") == KIND
     return LPIPS.load(folder) if pixels else LatentLPIPS.load(folder)
 
 
@@ -150,9 +143,9 @@ def _check_request(weights: Path, a: Path, kind: str, *, pixels: bool, draws: in
     if not pixels and kind != "latents":
         raise UserError(f"{a}: not latents, which {weights} measures; give two {LATENTS} files, or a pixel metric")
     if pixels and draws:
-        raise UserError(f"--draws={draws}: only latents are augmented, and {weights} measures images; leave it out")
+        raise UserError(f"draws={draws}: only latents are augmented, and {weights} measures images; leave it out")
     if pixels and not scaled:
-        raise UserError(f"--raw: only latents have a scaling, and {weights} measures images; leave it out")
+        raise UserError(f"scaled=False, raw latents: {weights} measures images, which have no scaling; leave it out")
 
 
 def _measure_latents(
@@ -162,13 +155,14 @@ def _measure_latents(
     shapes = [(len(x), x.shape[3], *x.shape[1:3]) for x in both]
     if shapes[0] != shapes[1]:
         raise UserError(f"{a} has shape {shapes[0]} and {b} has {shapes[1]}; give latents of one shape")
-    key = jax.random.key(seed)
-    distance = functools.partial(_latent_distances, metric, key, preset=preset, draws=draws, scaled=scaled)
-    return _measure_all(distance, map(Pair, range(shapes[0][0]), *both), shapes[0][0])
+    keys = jax.random.split(jax.random.key(seed), draws) if draws else None
+    distance = functools.partial(_latent_distances, metric, keys, preset=preset, scaled=scaled)
+    return _measure_all(distance, map(Pair, range(shapes[0][0]), *both), shapes[0][0], max(1, draws))
 
 
 def _measure_images(metric: LPIPS, a: Path, b: Path, names: list[str]) -> list[float]:
-    return _measure_all(lambda _, a, b: _image_distances(metric, a, b), _image_pairs(metric, a, b, names), len(names))
+    distance = lambda draw, index, a, b: _image_distances(metric, a, b)  # noqa: E731
+    return _measure_all(distance, _image_pairs(metric, a, b, names), len(names))
 
 
 def _read_latents(metric: LatentLPIPS, file: Path, scaled: bool) -> np.ndarray:
@@ -227,16 +221,21 @@ def _read_image(file: Path) -> np.ndarray:
     return pixels / np.float32(127.5) - np.float32(1)
 
 
-def _measure_all(distance: Distance, pairs: Iterator[Pair], count: int) -> list[float]:
+def _measure_all(distance: Distance, pairs: Iterator[Pair], count: int, draws: int = 1) -> list[float]:
+    """Means over draws, each of which is a call of its own: many of them show how far they are."""
     values: list[float] = []
-    with Progress("distances", count, "sample", beginning="compiling") as progress:
+    unit = "sample" if draws == 1 else "draw"
+    with Progress("distances", count * draws, unit, beginning="compiling") as progress:
         for group in _groups(pairs, count):
             # Filled up with its last pair: one compiled program for all groups of a shape.
             filled = group + [group[-1]] * (_batch_size(group[0], count) - len(group))
             index = np.array([pair.index for pair in filled], np.int32)
-            result = distance(index, np.stack([pair.a for pair in filled]), np.stack([pair.b for pair in filled]))
-            values.extend(np.asarray(result, np.float64)[: len(group)].tolist())
-            progress.advance(len(group))
+            a, b = (jax.device_put(np.stack(side)) for side in zip(*((pair.a, pair.b) for pair in filled), strict=True))
+            total = np.zeros(len(filled))
+            for draw in range(draws):
+                total += np.asarray(distance(draw, index, a, b), np.float64)
+                progress.advance(len(group))
+            values.extend((total / draws)[: len(group)].tolist())
     return values
 
 
@@ -257,27 +256,26 @@ def _batch_size(pair: Pair, count: int) -> int:
     return max(1, min(count, _BATCH, _LOCATIONS // (height * width)))
 
 
-@functools.partial(jax.jit, static_argnames=("preset", "draws", "scaled"))
+@functools.partial(jax.jit, static_argnames=("preset", "scaled"))
 def _latent_distances(
     metric: LatentLPIPS,
-    key: jax.Array,
+    keys: jax.Array | None,
+    draw: jax.Array,
     index: jax.Array,
     a: jax.Array,
     b: jax.Array,
     *,
     preset: str,
-    draws: int,
     scaled: bool,
 ) -> jax.Array:
-    """(B,) for latents (B, h, w, C): those of `perceptual.expected_distance` of all samples at once."""
-    if not draws:
+    """(B,) for latents (B, h, w, C): one draw of `perceptual.expected_distance` of all samples at once.
+
+    `keys` of all draws; None for latents that are not augmented.
+    """
+    if keys is None:
         return metric.distance(a, b, scaled=scaled)
-
-    def one(key: jax.Array) -> jax.Array:
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(index)  # as `augment.draw` does for one key
-        return e_latent_lpips(metric, keys, a, b, preset, scaled=scaled)
-
-    return jax.lax.map(one, jax.random.split(key, draws)).mean(0)
+    own = jax.vmap(functools.partial(jax.random.fold_in, keys[draw]))(index)  # as `augment.draw` does for one key
+    return e_latent_lpips(metric, own, a, b, preset, scaled=scaled)
 
 
 @jax.jit

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from d2g_jax.inputs.fields import check_kinds
 from d2g_jax.models.layers import LayerNorm, Linear
 from d2g_jax.models.network import Network
 from d2g_jax.runtime.errors import UserError
@@ -72,11 +73,10 @@ class ClipTextConfig:
             raise UserError(f"{source}: architecture {architecture} is unknown; expected one of {_ARCHITECTURES}")
         names = {field.name for field in dataclasses.fields(cls)} - {"architecture"}
         known = {name: config[name] for name in names if name in config}
+        check_kinds(cls, known, source)
         result = cls(architecture=architecture, **known)
         if result.hidden_act not in _ACTIVATIONS:
             raise UserError(f"{source}: hidden_act {result.hidden_act} is unknown; expected {tuple(_ACTIVATIONS)}")
-        if not isinstance(result.eos_token_id, int):
-            raise UserError(f"{source}: eos_token_id {result.eos_token_id} must be one integer")
         if result.hidden_size % result.num_attention_heads:
             raise UserError(
                 f"{source}: hidden_size {result.hidden_size} is not a multiple of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from d2g_jax.inputs.fields import check_kinds
 from d2g_jax.runtime.errors import UserError
 
 PerLevel = int | tuple[int, ...]
@@ -139,6 +140,7 @@ class UNetConfig:
         chosen["upcast_attention"] = bool(chosen.get("upcast_attention"))  # older files say null
         config = cls(**chosen)
         config._check(source)
+        check_kinds(cls, chosen, source)
         return config
 
     def to_json(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from d2g_jax.inputs.fields import check_kinds
 from d2g_jax.models.attention import dot_product_attention
 from d2g_jax.models.layers import (
     Conv,
@@ -49,7 +50,7 @@ class VaeConfig:
     layers_per_block: int = 1
     latent_channels: int = 4
     norm_num_groups: int = 32
-    sample_size: int = 32
+    sample_size: int | tuple[int, int] = 32
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
     force_upcast: bool = True
@@ -72,6 +73,7 @@ class VaeConfig:
                 known[key] = tuple(value) if isinstance(value, list) else value
             elif not key.startswith("_") and value != _NEUTRAL.get(key):
                 raise UserError(f"{source}: {key} = {value!r} is not implemented for AutoencoderKL")
+        check_kinds(cls, known, source)
         result = cls(**known)
         levels = len(result.block_out_channels)
         for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):

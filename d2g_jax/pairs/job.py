@@ -154,6 +154,7 @@ def _make_missing(teacher: Teacher, folder: Path, missing: list[int], claims: Cl
             missing = [shard for shard in left if not records.is_whole(folder, m, shard)]
             progress.leave_out(size(left) - size(missing))
             if missing and not made:
+                progress.advance(0, "waiting for those who make the rest")
                 claims.wait()
 
 

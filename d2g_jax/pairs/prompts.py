@@ -135,7 +135,11 @@ def _csv_values(file: Path, column: _Column, delimiter: str = ",") -> Iterator[A
     try:
         rows = csv.DictReader(io.StringIO(text.read_text(file, _GIVE), newline=""), delimiter=delimiter, strict=True)
         column.check(file, rows.fieldnames or ())
-        yield from (row[column.name] for row in rows)
+        for row in rows:
+            if None in row:  # what is behind the last column: an unquoted text would end at its first comma
+                wrong = f"line {rows.line_num} has more fields than the header's {len(rows.fieldnames)}"
+                raise UserError(f"{file}: {wrong}; quote text that holds {delimiter!r}")
+            yield row[column.name]
     except csv.Error as error:
         raise UserError(f"{file}: cannot be read as CSV ({error}); write it again") from error
 

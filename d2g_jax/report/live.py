@@ -33,6 +33,7 @@ class LivePage:
 
     def __exit__(self, _: type[BaseException] | None, failure: BaseException | None, __: object) -> None:
         if failure is not None:
+            self._failed = True  # what stopped the job is said in any case
             self._write(Status(STOPPED, _reason(failure), self._done, self._total, self._unit))
 
     def update(self, stage: str, done: int, *, at_once: bool = False) -> None:

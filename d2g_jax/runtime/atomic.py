@@ -18,6 +18,16 @@ TEMPORARY = ".tmp"  # ends the name of every file that is not whole yet
 
 
 @contextmanager
+def writing(path: str | Path | buckets.BucketPath) -> Iterator[None]:
+    """A full disk or a read-only folder as a `UserError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose a writable folder") from error
+
+
+@contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path in the folder of `path`; on leaving, flushes that file to disk and renames it once.
 
@@ -31,7 +41,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield temporary
         return
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.touch(exist_ok=False)
@@ -44,22 +54,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
             raise
         _sync(path.parent)  # a rename is durable only when its folder is flushed too
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); free space or choose a writable folder") from error
 
 
 @contextmanager
 def _uploading(path: buckets.BucketPath) -> Iterator[Path]:
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            temporary = Path(scratch, path.name)
-            temporary.touch()
-            yield temporary
-            path.put(temporary)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); free space or choose a writable folder") from error
+    with writing(path), tempfile.TemporaryDirectory() as scratch:
+        temporary = Path(scratch, path.name)
+        temporary.touch()
+        yield temporary
+        path.put(temporary)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

@@ -62,8 +62,9 @@ def started() -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    text = "interrupted" if number == signal.SIGINT else "terminated"
-    print(f"d2g: {text}; the same command goes on from here", file=sys.stderr, flush=True)
+    began = number != signal.SIGINT  # which ends it here while jax is imported, whatever the job
+    text = "terminated; the same command goes on from here" if began else "interrupted before anything was begun"
+    print(f"d2g: {text}", file=sys.stderr, flush=True)
     os._exit(128 + number)
 
 

@@ -37,7 +37,11 @@ def use_cpu_devices(count: int) -> None:
     operations on a single thread.
     """
     if jax.config.jax_num_cpu_devices != count:  # jax refuses any update once a backend runs, even of the same value
-        jax.config.update("jax_num_cpu_devices", count)
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError as error:
+            remedy = "let the config file compute nothing with it"
+            raise UserError(f"mesh.cpu_devices={count}: jax is at work already; {remedy}") from error
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -17,13 +17,15 @@ from d2g_jax.runtime import distributed
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10.0
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}{postfix}]"
+"""Without tqdm's own rate, which counts what comes before the first batch."""
 
 
 class Progress:
     """A context manager; `advance` counts units done, all of a batch at once.
 
     The rate is that between the first batch and the last: what comes before, which `beginning` names ("compiling"), and
-    what comes after have no part in it.
+    what comes after have no part in it, nor has what an earlier run did.
     """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0, beginning: str = ""):
@@ -33,11 +35,11 @@ class Progress:
         self._start = self._first = self._latest = (self._last_line, done)  # when, and how much was done then
         self._shown = distributed.process_id() == 0
         terminal = self._shown and sys.stderr.isatty()
-        self._bar = tqdm(desc=label, total=total, initial=done, unit=unit) if terminal else None
+        self._bar = tqdm(desc=label, total=total, initial=done, unit=unit, bar_format=_BAR) if terminal else None
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
-            self._bar.set_postfix_str(self._note)
+            self._bar.set_postfix_str(self._pace())
         elif self._note:
             self._line()
         return self
@@ -48,18 +50,19 @@ class Progress:
         elif failure is None:
             self._line()
 
-    def advance(self, units: int = 1, note: str = "") -> None:
-        """Counts `units` more; `note`, until there is another, is shown behind the rate."""
+    def advance(self, units: int = 1, note: str = "", *, made: bool = True) -> None:
+        """Counts `units` more; `note`, until there is another, is shown behind the rate. Not `made`: were there."""
         now, first = time.monotonic(), self._first is self._start
         self._done += units
-        self._note = note or ("" if first else self._note)
+        begun = first and (made or self._done == self._total)
+        self._note = note or ("" if begun else self._note)
         if units:
             self._latest = (now, self._done)
-            self._first = self._latest if first else self._first
+            self._first = self._latest if first or not made else self._first
+            self._start = self._start if made else self._latest
         if self._bar is not None:
+            self._bar.set_postfix_str(self._pace(), refresh=False)
             self._bar.update(units)
-            if note:
-                self._bar.set_postfix_str(note, refresh=False)
         elif self._done < self._total and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._line()  # the last line is that of the end
 
@@ -87,10 +90,14 @@ class Progress:
         self._last_line = time.monotonic()
         if not self._shown:
             return
-        text = f"{self._label}: {self._done}/{self._total} {self._unit}"
+        text, pace = f"{self._label}: {self._done}/{self._total} {self._unit}", self._pace()
+        print(f"{text}, {pace}" if pace else text, file=sys.stderr, flush=True)
+
+    def _pace(self) -> str:
+        """Rate, time left and note, as far as there are any."""
         since, before = self._start if self._first is self._latest else self._first
-        finished = self._done == self._total
+        finished, parts = self._done == self._total, [self._note] if self._note else []
         if self._done > before and (self._first is not self._latest or finished):  # of one batch only the whole time
             rate = (self._done - before) / max(self._latest[0] - since, 1e-9)
-            text += f", {rate:.1f} {self._unit}/s, {(self._total - self._done) / rate:.0f} s left"
-        print(f"{text}, {self._note}" if self._note else text, file=sys.stderr, flush=True)
+            parts = [f"{rate:.1f} {self._unit}/s", f"{(self._total - self._done) / rate:.0f} s left", *parts]
+        return ", ".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -122,7 +123,7 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: Path, run: str):
-        file = workdir / "metrics.jsonl"
+        self._file = file = workdir / "metrics.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         self.before: list[dict[str, Any]] = [json.loads(line) for line in lines]
         self.last = self.before[-1] if self.before else {}
@@ -135,17 +136,20 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         if self._stream is not None:
-            self._stream.close()
+            with contextlib.suppress(OSError):  # of a full disk: `write` has said it
+                self._stream.close()
 
     def write(self, images: int, values: dict[str, Any]) -> None:
         """Writes `values`, None for what is not finite, behind the run's name, its images and its own clock."""
         seconds = round(self._seconds + time.monotonic() - self._start, 3)
         self.last = {"run": self._run, "images": images, "seconds": seconds, **values}
         if self._stream is not None:
-            self._stream.write(json.dumps(self.last, allow_nan=False) + "\n")
-            self._stream.flush()
+            with atomic.writing(self._file):
+                self._stream.write(json.dumps(self.last, allow_nan=False) + "\n")
+                self._stream.flush()
 
     def sync(self) -> None:
         """Before a checkpoint: a bucket behind a mount keeps what was written only from here on."""
         if self._stream is not None:
-            os.fsync(self._stream.fileno())
+            with atomic.writing(self._file):
+                os.fsync(self._stream.fileno())

@@ -20,7 +20,6 @@ from d2g_jax.inputs.numbers import COUNT
 from d2g_jax.inputs.text import as_prompt
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.runtime import atomic
-from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.grid import grid, save_png
 from d2g_jax.runtime.progress import Progress
 from d2g_jax.sample.folder import check, claim, digest, prompts_digest
@@ -90,7 +89,8 @@ def sample(model: str | Path, request: Request, out: Path, revision: str | None 
         for first in range(0, count, request.batch_size):
             part = range(first, min(first + request.batch_size, count))
             files = [out / f"{i:05d}.png" for i in part]
-            if not (all(array.is_there for array in arrays.values()) and all(file.exists() for file in files)):
+            missing = not (all(a.is_there for a in arrays.values()) and all(file.exists() for file in files))
+            if missing:
                 drawing = prepare(part)
                 if compiled is None:
                     loaded.run(drawing)
@@ -102,7 +102,7 @@ def sample(model: str | Path, request: Request, out: Path, revision: str | None 
                 arrays["latents.npy"].write(first, drawn.latents)
                 for file, image in zip(files, drawn.images, strict=True):
                     save_png(file, image)
-            progress.advance(len(part))
+            progress.advance(len(part), made=missing)
     for array in arrays.values():
         array.finish()
     shown = [np.asarray(Image.open(out / f"{i:05d}.png")) for i in range(min(count, IN_GRID))]
@@ -158,7 +158,7 @@ class _Growing:
 
     def write(self, first: int, rows: np.ndarray) -> None:
         """`rows` from place `first` on; on disk when this returns. Raises `UserError` when the disk is full."""
-        try:
+        with atomic.writing(self._file):
             if self._file.exists():
                 self._file.rename(self._part)
             with self._part.open("r+b" if self._part.exists() else "w+b") as stream:
@@ -167,8 +167,6 @@ class _Growing:
                 stream.write(np.ascontiguousarray(rows, "<f4").tobytes())
                 stream.flush()
                 os.fsync(stream.fileno())
-        except OSError as error:
-            raise UserError(f"{self._file}: cannot be written ({error.strerror}); free space, then go on") from error
 
     def finish(self) -> None:
         if self._part.exists():

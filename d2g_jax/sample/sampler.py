@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 import zipfile
 from numbers import Integral
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax.diffusion import noise
-from d2g_jax.diffusion.schedule import student_timestep
+from d2g_jax.diffusion.schedule import may_be_student, student_timestep
 from d2g_jax.diffusion.systems import OneStep, find_system
 from d2g_jax.inputs import numbers, places
 from d2g_jax.inputs.arrays import check_floats, read_array
@@ -92,6 +93,9 @@ class Sampler:
         timestep = described["timestep"] if described else student_timestep(pipeline.scheduler)
         if timestep is not None:
             _check_own(model, system, unet)
+        elif foreign is None and not described and may_be_student(pipeline.scheduler):
+            student = "a one-step student that an earlier d2g_jax exported and diffusers saved again"
+            warnings.warn(f"{model}: taken for a teacher; if it is {student}, give system=dmd", stacklevel=2)
         return cls(pipeline, timestep, foreign)
 
     @classmethod

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -174,7 +176,9 @@ def writing(place: Path, whole: Callable[[], str] = str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:  # TensorStore's are ValueErrors; JAX's own say that a process is lost
         remedy = f"{whole()}Make room, then give the same command again"
-        raise UserError(f"{place}: a checkpoint cannot be written ({_first_line(error)}); {remedy}") from error
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's own text is a page about one array
+        reason = os.strerror(int(code[1])) if code else _first_line(error)
+        raise UserError(f"{place}: a checkpoint cannot be written ({reason}); {remedy}") from error
 
 
 def _first_line(error: Exception) -> str:

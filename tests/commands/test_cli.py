@@ -1,11 +1,13 @@
 """The `d2g` command as a stranger meets it: exit codes and one line for whatever is wrong."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -144,12 +146,14 @@ def test_warnings_are_one_line(latents):
 import sys, warnings
 from d2g_jax.__main__ import main
 code = main(["metric", "--weights={METRIC}", "--a={latents[0]}", "--b={latents[1]}"])
-warnings.warn("looks raw")
+warnings.warn("some donated buffers were not usable")  # of a library: not of this package's files
+warnings.warn_explicit("looks raw", UserWarning, main.__code__.co_filename, 1)
 sys.exit(code)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stderr.splitlines()[-1] == "d2g: warning: looks raw"
+    assert "donated" not in done.stderr
 
 
 def test_convert_of_a_missing_file(capsys, tmp_path):
@@ -180,6 +184,47 @@ def test_bench_flags_are_checked_before_anything_is_compiled(capsys, tmp_path):
     assert "--losses=mse,mse" in one_line(capsys, "bench", "train", "--losses=mse,mse")
     assert "did you mean train.images" in one_line(capsys, "bench", "train", "--config.train.imags=8")
     assert "train.groups=2" in one_line(capsys, "bench", "train", "--batches=3")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a.json"), "a.json: cannot be written (No space left on"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "cannot be written (Disk quota exceeded); make room"),
+        (OSError(errno.EROFS, "Read-only file system", "a"), "a: cannot be written (Read-only file system)"),
+        (MemoryError(), "out of memory (of the host); take smaller batches"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n..."),
+            "allocating 9 bytes.);",
+        ),
+        (RuntimeError("Unable to initialize backend 'cuda': no plugin"), "'cuda': no plugin; JAX_PLATFORMS names"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line_in_every_job(error, said, monkeypatch, capsys):
+    def lacking(_):
+        raise error
+
+    monkeypatch.setattr("d2g_jax.__main__._run", lacking)
+    assert said in one_line(capsys, "sample")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), RuntimeError("INTERNAL"), KeyError("a")])
+def test_a_fault_of_ours_is_a_traceback(error, monkeypatch):
+    def failing(_):
+        raise error
+
+    monkeypatch.setattr("d2g_jax.__main__._run", failing)
+    with pytest.raises(type(error)):
+        main(["sample"])
+
+
+def test_nobody_reads_any_more():
+    """As behind `| head`, where the shell's own tools end with 141 and without a word."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "d2g_jax", "--help"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize(("job", "hint"), [("samle", "sample"), ("evalute", "evaluate"), ("trian", "train")])
@@ -222,4 +267,4 @@ def test_ctrl_c_before_the_work_ends_the_process():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == "d2g: interrupted; the same command goes on from here\n"
+    assert done.stderr == "d2g: interrupted before anything was begun\n"  # true of jobs that keep nothing too

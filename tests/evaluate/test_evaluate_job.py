@@ -167,7 +167,7 @@ def test_corrupt_files_are_left_out_by_flag_and_named(real, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--samples=2001"], "1 to 2000"),
-        ([f"--samples={N + 1}"], "80 images; digits takes 2000"),
+        ([f"--samples={N + 1}"], "--samples=81 of the 80 images in "),
         (["--metrics=fed"], "'fed' is unknown; known are fid"),
         (["--metrics=lpips_diversity"], "--weights-lpips=PATH; get it once with a network: d2g metric convert"),
         (["--metrics=dreamsim_fidelity"], "--weights-dreamsim=PATH"),

@@ -54,6 +54,13 @@ def test_damaged_files_are_named(content, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a.webp", "b.BMP", "c.tiff"])
+def test_images_of_other_formats_are_not_left_out_in_silence(name, tmp_path):
+    with pytest.raises(UserError, match=f"{name}: neither PNG nor JPEG; convert it to PNG or take it out"):
+        list(image_files([tmp_path / "a.png", tmp_path / name]))
+    assert list(image_files([tmp_path / f"._{name}"])) == []
+
+
 def test_what_a_mac_leaves_beside_images_is_none(tmp_path):
     names = ["a.png", "b.JPG", "c.jpeg", "._a.png", ".DS_Store", "grid.png", "prompts.txt"]
     assert [file.name for file in image_files(tmp_path / name for name in names)] == ["a.png", "b.JPG", "c.jpeg"]

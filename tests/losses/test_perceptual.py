@@ -383,7 +383,7 @@ def test_broken_weights(folder, change, words):
 def test_broken_folders(folder, trunk, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for text, words in (
-        ("{", "not a metric's config"),
+        ("{", "cannot be read"),
         (json.dumps({k: v for k, v in config.items() if k != "latent_space"}), "not a metric's config"),
         (json.dumps({**config, "in_channels": 16}), "slice1.0.weight has shape"),
     ):
@@ -391,7 +391,7 @@ def test_broken_folders(folder, trunk, tmp_path):
         with pytest.raises(UserError, match=words):
             LatentLPIPS.load(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"cannot read .*config\.json"):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
         LatentLPIPS.load(folder)
     params, heads = trunk
     with pytest.raises(UserError, match="has 7 weights"):

@@ -110,6 +110,13 @@ def test_draws(latents, monkeypatch):
     )
 
 
+def test_many_draws_show_how_far_they_are(latents, monkeypatch, capsys):
+    monkeypatch.setattr("d2g_jax.runtime.progress.SECONDS_BETWEEN_LINES", 0)
+    measure(DIGITS, *latents[0], draws=3)
+    shown = [line.split(", ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert shown == [f"distances: {done}/9 draw" for done in (0, 3, 6, 9)]
+
+
 def test_raw_latents(sd15_metric, latents, tmp_path):
     files, _ = latents
     raw = [tmp_path / "raw_a.npy", tmp_path / "raw_b.npy"]
@@ -224,8 +231,8 @@ def test_files_of_the_wrong_kind(pixel_metric, latents, tmp_path):
     assert "give two of a kind" in refused(DIGITS, a, image)
     assert f"{image}: not latents, which {DIGITS} measures" in refused(DIGITS, image, image)
     assert f"{a}: latents, but {pixel_metric} measures images" in refused(pixel_metric, a, b)
-    assert "--draws=2: only latents are augmented" in refused(pixel_metric, image, image, draws=2)
-    assert "--raw: only latents have a scaling" in refused(pixel_metric, image, image, scaled=False)
+    assert "draws=2: only latents are augmented" in refused(pixel_metric, image, image, draws=2)
+    assert "scaled=False, raw latents: " in refused(pixel_metric, image, image, scaled=False)
     assert "nowhere.npy: no such file or folder" in refused(DIGITS, a, tmp_path / "nowhere.npy")
     (tmp_path / "a.txt").write_text("")
     assert "a.txt: neither latents (.npy) nor an image" in refused(DIGITS, a, tmp_path / "a.txt")
@@ -237,8 +244,8 @@ def test_wrong_requests_and_metrics(latents, tmp_path):
     assert "seed=-1" in refused(DIGITS, *files, seed=-1)
     assert "preset 'gb' is unknown" in refused(DIGITS, *files, preset="gb")
     assert "nowhere: no metric folder" in refused(tmp_path / "nowhere", *files)
-    assert "config.json: No such file" in refused(tmp_path, *files)
-    for text, words in (("{", "not a metric's config"), ("[]", "not a metric's config"), ("{}", "latent_space")):
+    assert "config.json is missing; a metric folder holds one" in refused(tmp_path, *files)
+    for text, words in (("{", "cannot be read"), ("[]", "expected a JSON object"), ("{}", "latent_space")):
         (tmp_path / "config.json").write_text(text)
         assert words in refused(tmp_path, *files)
 

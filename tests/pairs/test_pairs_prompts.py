@@ -174,6 +174,16 @@ def test_files_of_another_kind(name, content, message, tmp_path):
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize(
+    ("name", "row"), [("a.csv", "a red 7, bold"), ("a.csv", "'a red 7, bold, on white'"), ("a.tsv", "a red\t7")]
+)
+def test_a_text_that_is_not_quoted_is_not_cut_off(name, row, tmp_path):
+    file = tmp_path / name
+    file.write_text(f"caption\na blue 4\n{row}\n")
+    with pytest.raises(UserError, match=r"a\..sv: line 3 has more fields than the header's 1; quote text that holds '"):
+        read_prompts(file, 1, "caption")
+
+
 @pytest.mark.parametrize("write", [write_csv, write_jsonl, write_parquet])
 def test_empty_prompts_are_counted_at_once_or_left_out(write, tmp_path):
     source = write(tmp_path, ("one", "", " ", "two", ""))

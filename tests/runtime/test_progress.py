@@ -48,3 +48,34 @@ def test_a_job_that_fails_or_is_divided(clock, capsys):
         clock[0] += 20.0
         shown.advance()
     assert capsys.readouterr().err.splitlines() == ["taken by another", "pairs: 1/1 shards, 0.1 shards/s, 0 s left"]
+
+
+def test_what_an_earlier_run_did_is_no_part_of_the_rate(clock, capsys):
+    with progress.Progress("draw", 16, "image", beginning="compiling") as shown:
+        shown.advance(4, made=False)
+        for seconds in (100.0, 16.0, 16.0):
+            clock[0] += seconds
+            shown.advance(4)
+    with progress.Progress("draw", 4, "image", beginning="compiling") as shown:
+        shown.advance(4, made=False)
+    assert capsys.readouterr().err.splitlines() == [
+        "draw: 0/16 image, compiling",
+        "draw: 8/16 image",
+        "draw: 12/16 image, 0.2 image/s, 16 s left",
+        "draw: 16/16 image, 0.2 image/s, 0 s left",
+        "draw: 0/4 image, compiling",
+        "draw: 4/4 image",
+    ]
+
+
+def test_a_bar_does_not_count_compilation(clock, capsys, monkeypatch):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    with progress.Progress("pairs", 12, "img", beginning="compiling") as shown:
+        for seconds in (36_618.0, 16.0, 16.0):
+            clock[0] += seconds
+            shown.advance(4)
+            shown._bar.refresh()
+    bars = capsys.readouterr().err.split("\r")
+    assert any("0/12 img" in bar and "compiling" in bar for bar in bars)
+    assert all("left" not in bar and "compiling" not in bar for bar in bars if " 4/12 img" in bar)
+    assert "0.2 img/s, 16 s left]" in next(bar for bar in bars if " 8/12 img" in bar)

@@ -1,6 +1,7 @@
 """A run's folder: whose it is, what is kept of its metrics."""
 
 import json
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -71,6 +72,17 @@ def test_log_keeps_the_clock_running_and_knows_the_lines_before(tmp_path):
     first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (first["run"], first["images"], first["loss"], first["rare"]) == ("a", 16, 3.0, None)
     assert second["seconds"] >= first["seconds"]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full on this system")
+    with runs.MetricsLog(tmp_path, "a") as log:
+        log._stream.close()
+        log._stream = full.open("a")
+        with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
+            log.write(16, {"loss": 3.0})
 
 
 def test_unwritable_folder(tmp_path):
