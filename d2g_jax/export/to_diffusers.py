@@ -24,12 +24,12 @@ _BETA_DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0
 
 def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str) -> None:
     """Writes a student, or with timestep None a teacher as it is. Only the UNet and the scheduler are written anew."""
-    source, names = pipeline.folder, folders.file_names(pipeline.folder)
-    index, left_out = _index(pipeline.index, names)
-    with folders.new_folder(out) as folder:
+    with folders.source_of(pipeline) as source, folders.new_folder(out) as folder:
+        names = folders.file_names(source)
+        index, left_out = _index(pipeline.index, names)
         for component in [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]:
             if component in NETWORKS:
-                _write_network(pipeline, component, folder, names, dtype)
+                _write_network(pipeline, component, source, folder, names, dtype)
             elif component != "scheduler" or timestep is None:
                 folders.copy(source, folder, folders.component_files(names, component))
         folders.copy(source, folder, folders.license_files(names))
@@ -88,16 +88,16 @@ def _index(index: Mapping[str, Any], names: list[str]) -> tuple[dict[str, Any], 
     return kept, left_out
 
 
-def _write_network(pipeline: Pipeline, name: str, folder: Path, names: list[str], dtype: str) -> None:
+def _write_network(pipeline: Pipeline, name: str, source: Path, folder: Path, names: list[str], dtype: str) -> None:
     files, settings = folders.component_files(names, name), folders.settings_files(names, name)
     if name != "unet" and files != settings:
-        folders.copy(pipeline.folder, folder, files)
+        folders.copy(source, folder, files)
         return
-    folders.copy(pipeline.folder, folder, settings)
+    folders.copy(source, folder, settings)
     stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
     params: Params = pipeline.params[name]
     # what came from a Flax folder has no safetensors to copy, and keeps what it is stored in
-    kept = np.dtype(dtype) if name == "unet" else None
+    kept = np.dtype(dtype) if name == "unet" or pipeline.folder.is_file() else None
     weights.save_state_dict(weights.to_state_dict(params), folder / name / f"{stem}.safetensors", kept)
 
 
