@@ -32,11 +32,13 @@ def export_student(
 
     Args:
       sampler: a one-step student; a teacher (timestep None) goes to diffusers, flax and a single file as it is.
-      to: "diffusers": a folder for diffusers' own pipeline classes. "flax": a folder of Orbax parameters and JSON.
-        "single": a folder of one safetensors file in the original layout and a ComfyUI workflow. "stablehlo": one zip file with a program, its weights and a runner.
+      to: "diffusers": a folder for diffusers' own pipeline classes. "single": a folder of one safetensors file in the
+        original layout and a ComfyUI workflow. "flax": a folder of Orbax parameters and JSON. "stablehlo": one zip file
+        with a program, its weights and a runner.
       out: a folder, or for stablehlo a file, that does not exist or is empty.
       dtype: "float32", "float16" or "bfloat16". diffusers: of the UNet's tensors, the other components stay as they
-        are. single: of all tensors. flax: of kernels and embeddings; the rest is float32. stablehlo: the same, and what is computed in.
+        are. single: of all tensors. flax: of kernels and embeddings; the rest is float32. stablehlo: the same, and
+        what is computed in.
       size: (height, width) in pixels of a stablehlo program's images; None is the native side.
       only: "unet": a single file of the UNet alone; None is the whole model.
 

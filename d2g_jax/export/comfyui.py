@@ -1,6 +1,6 @@
 """A ComfyUI workflow that draws with a student as `d2g sample` does: one network call at its timestep, no guidance.
 
-In ComfyUI's API format, which its page loads by drag and drop and its server takes as a prompt. Only nodes of ComfyUI's core.
+In ComfyUI's API format, which its page loads by drag and drop and its server takes as a prompt, of nodes of its core.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0
 def workflow(pipeline: Pipeline, timestep: int, file: str, *, whole: bool) -> dict[str, Any] | None:
     """The workflow as a JSON object; None for a schedule or a prediction that ComfyUI's core does not have.
 
-    ComfyUI counts noise by sigma = sqrt((1 - a) / a), a = alphas_cumprod[t]. Its first input is noise of standard
-    deviation sqrt(1 + sigma^2), divided by that, at its last timestep; at any other it would be sigma for the numerator.
-    There the noise is added beforehand, so that the network sees what it was trained on: standard normal noise.
+    ComfyUI counts noise by sigma = sqrt((1 - a) / a), a = alphas_cumprod[t], and divides the latents by
+    sqrt(1 + sigma^2) before the network sees them. At its last timestep it starts with noise of just that deviation, at
+    any other with sigma: there the noise is added beforehand, for a student was trained on standard normal noise.
 
     Args:
       pipeline: the student's.

@@ -45,7 +45,9 @@ class Encoder:
 
     @classmethod
     def load(cls, pipeline: str | Path, batch_size: int, dtype: jnp.dtype, seed: int) -> Encoder:
-        """Of a folder in diffusers' layout, a single file or a hub id; only its VAE is read. `seed` is of posterior samples.
+        """Of a folder in diffusers' layout, a single file or a hub id; only its VAE is read.
+
+        `seed` is of posterior samples.
 
         Raises `UserError` for a folder without a VAE and for weights that do not fit its config.
         """

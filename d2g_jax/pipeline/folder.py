@@ -1,4 +1,4 @@
-"""One diffusers folder, or one file in the original layout, as one object: tokenizers, text towers, UNet, VAE, schedule; and back.
+"""One diffusers folder or single file as one object, tokenizers, text towers, UNet, VAE, schedule; and back.
 
 `StableDiffusionPipeline` (one text tower) and `StableDiffusionXLPipeline` (two, of which the second is pooled).
 """

@@ -1,4 +1,4 @@
-"""A model by name: a local folder or file as it is, or of a repository on the Hugging Face hub the files that we read."""
+"""A model by name: a local folder or file as it is, or of a repository on the Hugging Face hub what we read of it."""
 
 from __future__ import annotations
 

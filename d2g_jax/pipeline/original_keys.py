@@ -1,8 +1,8 @@
 """The names of tensors in the original layout of Stable Diffusion against diffusers' and transformers': one table.
 
-A table holds modules, diffusers' name -> the original one, and what stands behind a module's name is the same in both.
-`original_places` applies it to the parameters of a network; both directions, reading and writing, take its result. OpenCLIP
-keeps the queries', keys' and values' projections as one tensor, of which ours are thirds.
+A table holds modules, diffusers' name -> the original one; what stands behind a module's name is the same in both.
+`original_places` applies it to the parameters of a network, and both directions, reading and writing, take its result.
+OpenCLIP keeps the projections of queries, keys and values as one tensor, of which ours are thirds.
 
 The names are facts of CompVis' latent-diffusion, of Stability's generative-models and of OpenCLIP.
 """
@@ -83,7 +83,7 @@ class Place(NamedTuple):
 def prefixes(text_encoder: ClipTextConfig, text_encoder_2: ClipTextConfig | None) -> dict[str, str]:
     """What stands before the keys of each network of a whole checkpoint.
 
-    SD 1.x keeps its tower in transformers' names, SD 2.x in OpenCLIP's: these use the exact GELU, which tells them apart.
+    SD 1.x keeps its tower in transformers' names, SD 2.x in OpenCLIP's: the exact GELU of these tells them apart.
     """
     found = {"unet": UNET_PREFIX, "vae": "first_stage_model."}
     if text_encoder_2 is not None:

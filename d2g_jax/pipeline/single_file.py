@@ -75,7 +75,7 @@ NOTHING = Said()
 
 @dataclasses.dataclass(frozen=True)
 class SingleFile:
-    """An open question of a pipeline: where its parts come from; see `pipeline.folder`.
+    """A file whose header has been read: the parts of a pipeline for `Pipeline.load`, as `_Folder` has them.
 
     Attributes:
       file: as it was named.
@@ -214,12 +214,12 @@ def _prediction(file: Path, kind: str, shapes: Mapping[str, tuple[int, ...]], as
     said = {value for value in (asked, beside, marked) if value is not None}
     if len(said) > 1:
         raise UserError(
-            f"{file}: prediction {asked}, its .yaml {beside}, its keys {marked}; they contradict each other, correct one"
+            f"{file}: prediction {asked}, its .yaml {beside}, its keys {marked}; they contradict each other, mend one"
         )
     if not said and kind == "sd2":
         raise UserError(
-            f"{file}: SD 2.x, and its tensors do not tell what it predicts; say prediction=v_prediction (2.0 and 2.1 of "
-            "768 pixels) or prediction=epsilon (base, 512), or put its .yaml beside it"
+            f"{file}: SD 2.x, whose tensors do not tell what it predicts; say prediction=v_prediction (2.0 and 2.1, 768 "
+            "pixels) or prediction=epsilon (base, 512), or put its .yaml beside it"
         )
     return said.pop() if said else "epsilon"
 
@@ -251,8 +251,8 @@ def _check_whole(file: Path, shapes: Mapping[str, Any], places: Mapping[str, ori
 def _refuse_unknown(file: Path, keys: list[str]) -> None:
     if keys:
         raise UserError(
-            f"{file}: {len(keys)} unknown tensors, {', '.join(keys[:3])}{' ...' if keys[3:] else ''}; a model with other "
-            "parts than SD 1.x, 2.x or SDXL has"
+            f"{file}: {len(keys)} unknown tensors, {', '.join(keys[:3])}{' ...' if keys[3:] else ''}; give a model with no "
+            "other parts than those of SD 1.x, 2.x or SDXL"
         )
 
 

@@ -91,7 +91,8 @@ def save_state_dict(
 ) -> None:
     """Writes one safetensors file, atomically; floating-point tensors are cast to `dtype` (None keeps theirs).
 
-    `metadata` goes into its header. Raises `UserError` when a finite value overflows in `dtype` or the file cannot be written.
+    `metadata` goes into its header. Raises `UserError` when a finite value overflows in `dtype` or the file cannot be
+    written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from pathlib import Path
 
 import jax
@@ -12,16 +10,14 @@ import numpy as np
 import pytest
 
 from d2g_jax.export import export_student
-from d2g_jax.models import clip
+from d2g_jax.models import clip, unet, vae
 from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.folder import Pipeline, load_vae
 from d2g_jax.pipeline.original_keys import original_places, prefixes
-from d2g_jax.pipeline.single_file import HEADER, Said, kind_settings, unet_reader
-from d2g_jax.pipeline.tokenizers import Words, tokenize
+from d2g_jax.pipeline.single_file import kind_settings
+from d2g_jax.pipeline.tokenizers import tokenize
 from d2g_jax.plan.architectures import SD15, SD21, SD21_BASE, SDXL_BASE
-from d2g_jax.models import unet, vae
 from d2g_jax.runtime import mesh as meshes
-from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample.sampler import Sampler
 
 PROMPTS = ["the cat", "the dog the cat"]
@@ -144,7 +140,9 @@ def test_full_size_names_are_those_of_their_conversion(kind):
 def test_shipped_configs_are_the_published_architectures(kind):
     settings, architecture = kind_settings(kind), KINDS[kind]
     assert unet.UNetConfig.from_json(settings["unet"], source=kind) == architecture.unet
-    assert vae.VaeConfig.from_json(settings["vae"], source=kind).block_out_channels == architecture.vae.block_out_channels
+    assert (
+        vae.VaeConfig.from_json(settings["vae"], source=kind).block_out_channels == architecture.vae.block_out_channels
+    )
     names = ("text_encoder", "text_encoder_2")[: len(architecture.towers)]
     for name, tower in zip(names, architecture.towers, strict=True):
         read = clip.ClipTextConfig.from_json(settings[name], source=kind)
