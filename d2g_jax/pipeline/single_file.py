@@ -52,7 +52,7 @@ _LEFT_OVER = re.compile(
     r"|(cond_stage_model|conditioner\.embedders\.\d)\.(model\.|transformer\.)?(logit_scale|attn_mask|text_projection.*)"
     r"|.*\.position_ids|cond_stage_model\.model\.transformer\.resblocks\.23\..*"
 )
-_WIDTH = "input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
+_WIDTH = re.compile(r"input_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight$")
 _KINDS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """By the width of the text that the UNet attends to."""
 
@@ -193,12 +193,10 @@ def _kind(file: Path, shapes: Mapping[str, tuple[int, ...]], asked: str | None) 
     if first[1] != 4:
         what = _CHANNELS.get(first[1], "a model")
         raise UserError(f"{file}: {what} of {first[1]} input channels, which is not read; give a text-to-image model")
-    widths = [shapes[key][1] for level in (1, 4) if (key := prefix + _WIDTH.format(level)) in shapes]
-    if not widths or widths[0] not in _KINDS:
-        raise UserError(
-            f"{file}: a UNet for texts of width {widths[:1]}, not of SD 1.x (768), 2.x (1024) or SDXL (2048)"
-        )
-    kind = _KINDS[widths[0]]
+    width = next((shape[1] for key, shape in shapes.items() if _WIDTH.search(key)), None)
+    if width not in _KINDS:
+        raise UserError(f"{file}: a UNet for texts of width {width}, not of SD 1.x (768), 2.x (1024) or SDXL (2048)")
+    kind = _KINDS[width]
     prediction = _prediction(file, kind, shapes, asked)
     settings = kind_settings("sd2_v" if (kind, prediction) == ("sd2", "v_prediction") else kind)
     zero_snr = {"rescale_betas_zero_snr": True} if "ztsnr" in shapes else {}
@@ -218,7 +216,7 @@ def _prediction(file: Path, kind: str, shapes: Mapping[str, tuple[int, ...]], as
         )
     if not said and kind == "sd2":
         raise UserError(
-            f"{file}: SD 2.x, whose tensors do not tell what it predicts; say prediction=v_prediction (2.0 and 2.1, 768 "
+            f"{file}: SD 2.x, whose tensors do not tell what it predicts; say prediction=v_prediction (2.0, 2.1 at 768 "
             "pixels) or prediction=epsilon (base, 512), or put its .yaml beside it"
         )
     return said.pop() if said else "epsilon"
@@ -251,7 +249,7 @@ def _check_whole(file: Path, shapes: Mapping[str, Any], places: Mapping[str, ori
 def _refuse_unknown(file: Path, keys: list[str]) -> None:
     if keys:
         raise UserError(
-            f"{file}: {len(keys)} unknown tensors, {', '.join(keys[:3])}{' ...' if keys[3:] else ''}; give a model with no "
+            f"{file}: {len(keys)} unknown tensors, {', '.join(keys[:3])}{' ...' if keys[3:] else ''}; give a model of no "
             "other parts than those of SD 1.x, 2.x or SDXL"
         )
 
