@@ -28,6 +28,9 @@ HEADER = "d2g_jax"
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
+_SETTINGS = ("model_index", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
+"""What `kinds/` and our own headers hold of every pipeline."""
+
 _NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text tower", "text_encoder_2": "second text tower"}
 
 # What a file is that is not read, by a key of it that no other has.
@@ -97,7 +100,7 @@ class SingleFile:
             settings = described(file, header.metadata).get("settings")
             if settings is None:
                 raise UserError(f"{file}: a UNet alone; give it as unet, beside a model that has the other parts")
-            if said.prediction not in (None, settings["scheduler"]["prediction_type"]):
+            if said.prediction is not None:
                 raise UserError(f"{file}: its header says what it predicts; leave out prediction")
         else:
             settings = _kind(file, header.shapes, said.prediction)
@@ -168,8 +171,9 @@ def described(file: Path, metadata: Mapping[str, str] | None = None) -> dict[str
         value = json.loads(metadata.get(HEADER, "{}"))
     except ValueError as error:
         raise UserError(f"{file}: its header's {HEADER} is damaged ({error}); export the student again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: its header's {HEADER} is no JSON object; export the student again")
+    parts = value.get("settings", dict.fromkeys(_SETTINGS)) if isinstance(value, dict) else {}
+    if not set(_SETTINGS) <= set(parts) or (value and "prediction_type" not in value):
+        raise UserError(f"{file}: its header's {HEADER} is not whole; export the student again")
     return value
 
 
@@ -248,9 +252,9 @@ def _check_whole(file: Path, shapes: Mapping[str, Any], places: Mapping[str, ori
 
 def _refuse_unknown(file: Path, keys: list[str]) -> None:
     if keys:
+        listed = ", ".join(keys[:3]) + (" ..." if keys[3:] else "")
         raise UserError(
-            f"{file}: {len(keys)} unknown tensors, {', '.join(keys[:3])}{' ...' if keys[3:] else ''}; give a model of no "
-            "other parts than those of SD 1.x, 2.x or SDXL"
+            f"{file}: {len(keys)} unknown tensors, {listed}; give a model with the parts of SD 1.x, 2.x or SDXL"
         )
 
 
