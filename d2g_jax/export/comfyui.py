@@ -34,7 +34,8 @@ def workflow(pipeline: Pipeline, timestep: int, file: str, *, whole: bool) -> di
     """
     schedule = Schedule.from_config(pipeline.scheduler)
     zero_snr = bool(pipeline.scheduler.get("rescale_betas_zero_snr"))
-    known = Schedule.from_config({**_BETAS, "rescale_betas_zero_snr": zero_snr}).alphas_cumprod
+    asked = {"prediction_type": schedule.prediction_type, "rescale_betas_zero_snr": zero_snr}
+    known = Schedule.from_config({**_BETAS, **asked}).alphas_cumprod
     same = len(known) == schedule.num_train_timesteps and np.allclose(known, schedule.alphas_cumprod, atol=1e-6)
     if not same or schedule.prediction_type not in _SAMPLING:
         return None

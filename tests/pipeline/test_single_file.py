@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -316,8 +317,11 @@ def test_a_student_says_how_it_is_called(tiny, tmp_path):
     same(beside.pipeline.params, student.pipeline.params)
     with pytest.raises(UserError, match=r"a UNet alone; give it as unet, beside a model"):
         Sampler.load(alone, meshes.make_mesh())
+    shutil.copytree(tiny["sd1"], velocity := tmp_path / "velocity")
+    file = velocity / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
     with pytest.raises(UserError, match=r"predicts epsilon, and .* v_prediction"):
-        Sampler.load(tiny["sd2_v"], meshes.make_mesh(), unet=alone)
+        Sampler.load(velocity, meshes.make_mesh(), unet=alone)
 
 
 @pytest.mark.parametrize(
