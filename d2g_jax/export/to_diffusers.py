@@ -103,7 +103,7 @@ def _write_network(pipeline: Pipeline, name: str, source: Path, folder: Path, na
 
 def model_card(description: Mapping[str, Any], class_name: str, name: str, left_out: list[str]) -> str:
     """README.md of a student: how to call it and where it comes from."""
-    dtype, teacher = description["dtype"], description["teacher"]
+    dtype = description["dtype"]
     lost = f"\nNot carried over from the teacher's folder: {', '.join(left_out)}.\n" if left_out else ""
     return f"""---
 library_name: diffusers
@@ -113,9 +113,7 @@ tags: [text-to-image, one-step, diffusion2gan]
 
 # {name}
 
-A one-step text-to-image generator, distilled with Diffusion2GAN (arXiv 2405.05967, d2g_jax
-{description["versions"]["d2g_jax"]}) from the teacher `{teacher}`. Its one network call happens at timestep
-{description["timestep"]} of the teacher's schedule; it predicts {description["prediction_type"]}.
+{introduction(description)}
 
 ```python
 import torch
@@ -129,6 +127,21 @@ image = pipe("a photograph of a cat", num_inference_steps=1, guidance_scale=0.0)
 One step and no guidance: guidance was distilled into the network, and its scheduler has a single step. The UNet is
 stored in {dtype}; the other components are the teacher's, byte for byte.
 {lost}
+{licence(description["teacher"])}"""
+
+
+def introduction(description: Mapping[str, Any]) -> str:
+    """What every card says of a student first."""
+    teacher, version = description["teacher"], description["versions"]["d2g_jax"]
+    return f"""\
+A one-step text-to-image generator, distilled with Diffusion2GAN (arXiv 2405.05967, d2g_jax
+{version}) from the teacher `{teacher}`. Its one network call happens at timestep
+{description["timestep"]} of the teacher's schedule; it predicts {description["prediction_type"]}."""
+
+
+def licence(teacher: str) -> str:
+    """The last section of every card."""
+    return f"""\
 ## Licence
 
 The teacher's licence applies to this student as it does to every model made from the teacher: see `{teacher}`, and the

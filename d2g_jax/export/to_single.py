@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax.export import comfyui, folders
+from d2g_jax.export import comfyui, folders, to_diffusers
 from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.original_keys import original_places, prefixes, to_original
@@ -35,7 +35,8 @@ def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str, *, wh
         description["settings"] = settings(pipeline)
     state = original_state(pipeline, ("unet",) if not whole else tuple(pipeline.params))
     file = f"{out.name}.safetensors"
-    with folders.new_folder(out) as folder:
+    with folders.source_of(pipeline) as source, folders.new_folder(out) as folder:
+        folders.copy(source, folder, folders.license_files(folders.file_names(source)))
         weights.save_state_dict(state, folder / file, np.dtype(dtype), {HEADER: json.dumps(description)})
         if timestep is not None:
             drawn = comfyui.workflow(pipeline, timestep, file, whole=whole)
@@ -71,7 +72,7 @@ def original_state(pipeline: Pipeline, names: tuple[str, ...]) -> dict[str, np.n
 def model_card(description: Mapping[str, Any], name: str, *, whole: bool, drawn: bool) -> str:
     """README.md of a student: where it goes, how it is drawn with and where it comes from."""
     place, loader = _LOADERS[whole]
-    teacher, timestep = description["teacher"], description["timestep"]
+    timestep = description["timestep"]
     beside = "" if whole else "\nText towers and VAE are the teacher's: choose its files in the other two loaders.\n"
     workflow = (
         f"Put `{name}.safetensors` into ComfyUI's `models/{place}` and drop `{name}.workflow.json` onto its page: "
@@ -87,9 +88,7 @@ tags: [text-to-image, one-step, diffusion2gan, comfyui]
 
 # {name}
 
-A one-step text-to-image generator, distilled with Diffusion2GAN (arXiv 2405.05967, d2g_jax
-{description["versions"]["d2g_jax"]}) from the teacher `{teacher}`. Its one network call happens at timestep
-{timestep} of the teacher's schedule; it predicts {description["prediction_type"]}.
+{to_diffusers.introduction(description)}
 {"The whole model" if whole else "The UNet alone"}, in the original layout, stored in {description["dtype"]}.
 
 {workflow}
@@ -97,7 +96,4 @@ One step and no guidance: guidance was distilled into the network, so a negative
 
     d2g sample {call} --prompt="a photograph of a cat" --out=cat
 
-## Licence
-
-The teacher's licence applies to this student as it does to every model made from the teacher: see `{teacher}`.
-"""
+{to_diffusers.licence(description["teacher"])}"""

@@ -152,11 +152,11 @@ class Pipeline:
             for name in _components(index)
             if name.startswith("tokenizer")
         }
-        readers = parts.readers(networks)
+        readers, scheduler = parts.readers(networks), parts.scheduler
         if unet is not None:
             readers["unet"] = unet_reader(Path(unet), networks["unet"]) or _reader(Path(unet), networks["unet"])
         params = {name: read(_placer(mesh, storage)) for name, read in readers.items() if name not in without}
-        return cls(folder=folder, index=index, params=params, scheduler=parts.scheduler, **networks, **tokenizers)
+        return cls(folder=folder, index=index, params=params, scheduler=scheduler, **networks, **tokenizers)
 
 
 @dataclasses.dataclass(frozen=True)
