@@ -7,9 +7,11 @@ from d2g_jax.commands import common
 
 def run(arguments: list[str]) -> int:
     parser = common.parser("export")
-    parser.add_argument("--model", required=True, help="training workdir; or a pipeline folder, for a round trip")
-    parser.add_argument("--pipeline", type=common.path, help="where a workdir's teacher lies, if it was moved")
-    parser.add_argument("--to", choices=["diffusers", "flax", "stablehlo"], required=True)
+    models = "training workdir; or a pipeline folder or .safetensors file, to convert it"
+    parser.add_argument("--model", required=True, help=models)
+    common.add_source_flags(parser)
+    parser.add_argument("--to", choices=["diffusers", "single", "flax", "stablehlo"], required=True)
+    parser.add_argument("--only", choices=["unet"], help="of --to=single: the UNet alone, for ComfyUI's UNETLoader")
     parser.add_argument("--out", type=common.path, required=True, help="a new folder; for stablehlo a new file")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--height", type=int, help="of a StableHLO file's images; default is the model's own")
@@ -20,6 +22,6 @@ def run(arguments: list[str]) -> int:
     from d2g_jax.runtime import mesh
     from d2g_jax.sample.sampler import Sampler
 
-    sampler = Sampler.load(own.model, mesh.make_mesh(), pipeline=own.pipeline)
-    print(export_student(sampler, own.to, own.out, dtype=own.dtype, size=(own.height, own.width)))
+    sampler = Sampler.load(own.model, mesh.make_mesh(), pipeline=own.pipeline, said=common.said(own))
+    print(export_student(sampler, own.to, own.out, dtype=own.dtype, size=(own.height, own.width), only=own.only))
     return 0

@@ -14,7 +14,7 @@ def base_config() -> ConfigDict:
     c = ConfigDict()
     c.name = ""
     c.seed = 0
-    c.pipeline = ""  # a folder in diffusers' layout, or a hub id: the teacher
+    c.pipeline = ""  # a folder in diffusers' layout, a .safetensors file or a hub id: the teacher
     c.mesh = mesh()
     c.optimization_level = "UNKNOWN"  # XLA's, O0 to O3, or UNKNOWN for its default
     c.pairs = pairs()

@@ -13,6 +13,7 @@ import numpy as np
 from d2g_jax.diffusion import noise
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Drawn, Programs, Solution, draw
+from d2g_jax.pipeline.single_file import NOTHING, Said
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.grid import save_png
@@ -35,6 +36,7 @@ class Model:
       dtype: what the networks compute in and what their kernels are kept in.
       batch_size: images per call, rounded up to the devices.
       tiled: decode large images in overlapping tiles.
+      said: of a single file.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Model:
     dtype: str = "float32"
     batch_size: int = 64
     tiled: bool = False
+    said: Said = NOTHING
 
 
 class Painter:
@@ -57,7 +60,7 @@ class Painter:
         """Raises `UserError` as `Sampler.load` does, and for a solution given to a one-step generator."""
         dtype = jnp.dtype(model.dtype)
         self._model, self._mesh = model, meshes.make_mesh()
-        load = model.revision, model.system, model.unet, model.pipeline
+        load = model.revision, model.system, model.unet, model.pipeline, model.said
         self._sampler = Sampler.load(model.model, self._mesh, dtype, dtype, *load)
         one_step = self._sampler.one_step
         if one_step is not None and model.solution is not None:

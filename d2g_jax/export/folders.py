@@ -6,12 +6,15 @@ import json
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import needed_files
+from d2g_jax.pipeline.tokenizers import Words
 from d2g_jax.runtime.atomic import TEMPORARY, replacing, write_bytes
 from d2g_jax.runtime.errors import UserError
 
@@ -38,6 +41,24 @@ def new_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{out}: cannot be written ({reason}); free space or choose a writable place") from error
+
+
+@contextmanager
+def source_of(pipeline: Pipeline) -> Iterator[Path]:
+    """The folder whose files an export copies: a pipeline's own; of a single file one of its settings, for a while."""
+    if pipeline.folder.is_dir():
+        yield pipeline.folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, network in {**pipeline.towers, "unet": pipeline.unet, "vae": pipeline.vae}.items():
+            write_json(folder / name / "config.json", network.config.to_json())
+        for name, tokenizer in zip(("tokenizer", "tokenizer_2"), pipeline.tokenizers, strict=False):
+            for file, content in Words.of(tokenizer).files().items():
+                write_bytes(folder / name / file, content)
+        write_json(folder / "scheduler" / "scheduler_config.json", pipeline.scheduler)
+        write_json(folder / "model_index.json", pipeline.index)
+        yield folder
 
 
 def file_names(folder: Path) -> list[str]:

@@ -24,12 +24,12 @@ _BETA_DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0
 
 def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str) -> None:
     """Writes a student, or with timestep None a teacher as it is. Only the UNet and the scheduler are written anew."""
-    source, names = pipeline.folder, folders.file_names(pipeline.folder)
-    index, left_out = _index(pipeline.index, names)
-    with folders.new_folder(out) as folder:
+    with folders.source_of(pipeline) as source, folders.new_folder(out) as folder:
+        names = folders.file_names(source)
+        index, left_out = _index(pipeline.index, names)
         for component in [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]:
             if component in NETWORKS:
-                _write_network(pipeline, component, folder, names, dtype)
+                _write_network(pipeline, component, source, folder, names, dtype)
             elif component != "scheduler" or timestep is None:
                 folders.copy(source, folder, folders.component_files(names, component))
         folders.copy(source, folder, folders.license_files(names))
@@ -88,22 +88,22 @@ def _index(index: Mapping[str, Any], names: list[str]) -> tuple[dict[str, Any], 
     return kept, left_out
 
 
-def _write_network(pipeline: Pipeline, name: str, folder: Path, names: list[str], dtype: str) -> None:
+def _write_network(pipeline: Pipeline, name: str, source: Path, folder: Path, names: list[str], dtype: str) -> None:
     files, settings = folders.component_files(names, name), folders.settings_files(names, name)
     if name != "unet" and files != settings:
-        folders.copy(pipeline.folder, folder, files)
+        folders.copy(source, folder, files)
         return
-    folders.copy(pipeline.folder, folder, settings)
+    folders.copy(source, folder, settings)
     stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
     params: Params = pipeline.params[name]
     # what came from a Flax folder has no safetensors to copy, and keeps what it is stored in
-    kept = np.dtype(dtype) if name == "unet" else None
+    kept = np.dtype(dtype) if name == "unet" or pipeline.folder.is_file() else None
     weights.save_state_dict(weights.to_state_dict(params), folder / name / f"{stem}.safetensors", kept)
 
 
 def model_card(description: Mapping[str, Any], class_name: str, name: str, left_out: list[str]) -> str:
     """README.md of a student: how to call it and where it comes from."""
-    dtype, teacher = description["dtype"], description["teacher"]
+    dtype = description["dtype"]
     lost = f"\nNot carried over from the teacher's folder: {', '.join(left_out)}.\n" if left_out else ""
     return f"""---
 library_name: diffusers
@@ -113,9 +113,7 @@ tags: [text-to-image, one-step, diffusion2gan]
 
 # {name}
 
-A one-step text-to-image generator, distilled with Diffusion2GAN (arXiv 2405.05967, d2g_jax
-{description["versions"]["d2g_jax"]}) from the teacher `{teacher}`. Its one network call happens at timestep
-{description["timestep"]} of the teacher's schedule; it predicts {description["prediction_type"]}.
+{introduction(description)}
 
 ```python
 import torch
@@ -129,6 +127,21 @@ image = pipe("a photograph of a cat", num_inference_steps=1, guidance_scale=0.0)
 One step and no guidance: guidance was distilled into the network, and its scheduler has a single step. The UNet is
 stored in {dtype}; the other components are the teacher's, byte for byte.
 {lost}
+{licence(description["teacher"])}"""
+
+
+def introduction(description: Mapping[str, Any]) -> str:
+    """What every card says of a student first."""
+    teacher, version = description["teacher"], description["versions"]["d2g_jax"]
+    return f"""\
+A one-step text-to-image generator, distilled with Diffusion2GAN (arXiv 2405.05967, d2g_jax
+{version}) from the teacher `{teacher}`. Its one network call happens at timestep
+{description["timestep"]} of the teacher's schedule; it predicts {description["prediction_type"]}."""
+
+
+def licence(teacher: str) -> str:
+    """The last section of every card."""
+    return f"""\
 ## Licence
 
 The teacher's licence applies to this student as it does to every model made from the teacher: see `{teacher}`, and the

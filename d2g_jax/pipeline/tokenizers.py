@@ -1,7 +1,10 @@
-"""The CLIP tokenizers of a pipeline folder: read, used and written."""
+"""The CLIP tokenizers of pipelines: read, made of what is shipped, used and written."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import gzip
 import json
 import os
 import threading
@@ -17,6 +20,9 @@ from d2g_jax.models import clip
 from d2g_jax.pipeline.words import unknown_words
 from d2g_jax.runtime.errors import UserError
 
+KINDS = Path(__file__).with_name("kinds")
+"""What is shipped of the kinds of Stable Diffusion: their configs, and CLIP's merges."""
+
 
 def read_component(file: Path) -> dict[str, Any]:
     """A JSON object of a pipeline folder; see `text.read_json`."""
@@ -28,23 +34,84 @@ def load_tokenizer(folder: Path, text_config: clip.ClipTextConfig | None = None)
     for file in folder.glob("[!.]*.json"):
         read_component(file)
     _check_merges(folder)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises torch, which nothing here uses
-    from transformers import CLIPTokenizer  # 1.5 s to import, and no torch
-
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = _clip_tokenizer().from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the parser is Rust's, and raises plain Exception
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{folder}: transformers cannot read this tokenizer ({reason}); fetch it again") from error
     if text_config is not None:
-        length, positions = tokenizer.model_max_length, text_config.max_position_embeddings
-        if length > positions:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length must be at most {positions}")
-        if len(tokenizer) > text_config.vocab_size:
-            raise UserError(
-                f"{folder}: {len(tokenizer)} tokens, but the text tower's vocab_size is {text_config.vocab_size}"
-            )
+        check_fits(tokenizer, text_config, folder)
     return tokenizer
+
+
+def check_fits(tokenizer: Any, text_config: clip.ClipTextConfig, source: Path) -> None:
+    """Raises `UserError` that names `source` where a tokenizer gives more than its text tower takes."""
+    length, positions = tokenizer.model_max_length, text_config.max_position_embeddings
+    if length > positions:
+        raise UserError(f"{source / 'tokenizer_config.json'}: model_max_length must be at most {positions}")
+    if len(tokenizer) > text_config.vocab_size:
+        raise UserError(
+            f"{source}: {len(tokenizer)} tokens, but the text tower's vocab_size is {text_config.vocab_size}"
+        )
+
+
+def _clip_tokenizer() -> Any:
+    """transformers' class."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises torch, which nothing here uses
+    from transformers import CLIPTokenizer  # 1.5 s to import, and no torch
+
+    return CLIPTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """All that a CLIP tokenizer is made of; the defaults are CLIP's own.
+
+    Attributes:
+      pad_token: of the vocabulary, behind the end of a prompt.
+      model_max_length: tokens of a prompt with both ends.
+      vocab: token -> id; merges: pairs such as "i n</w>". None, both, are CLIP's.
+    """
+
+    pad_token: str = "<|endoftext|>"
+    model_max_length: int = 77
+    vocab: Mapping[str, int] | None = None
+    merges: Sequence[str] | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Words:
+        """What an existing tokenizer is made of."""
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        vocab = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+        own = (None, None) if (vocab, merges) == _clip_words() else (vocab, merges)
+        return cls(tokenizer.pad_token, tokenizer.model_max_length, *own)
+
+    def files(self) -> dict[str, bytes]:
+        """Those of a tokenizer folder."""
+        vocab, merges = _clip_words() if self.vocab is None else (self.vocab, self.merges)
+        return tokenizer_files(vocab, merges, self.model_max_length, self.pad_token)
+
+    def tokenizer(self) -> Any:
+        """transformers' `CLIPTokenizer`."""
+        vocab, merges = _clip_words() if self.vocab is None else (self.vocab, self.merges)
+        pairs = [tuple(pair.split(" ")) for pair in merges]
+        return _clip_tokenizer()(
+            vocab=vocab, merges=pairs, model_max_length=self.model_max_length, pad_token=self.pad_token
+        )
+
+
+@functools.cache
+def _clip_words() -> tuple[dict[str, int], list[str]]:
+    """CLIP's vocabulary and merges: its tokens are bytes, bytes that end a word, what is merged, and both ends."""
+    with gzip.open(KINDS / "clip_merges.txt.gz", "rt", encoding="utf-8") as stream:
+        merges = stream.read().splitlines()
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    # the other bytes, blanks and controls, are written as the characters from 256 on
+    letters = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
+    ends = [f"{letter}</w>" for letter in letters]
+    tokens = [*letters, *ends, *(pair.replace(" ", "") for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    return {token: number for number, token in enumerate(tokens)}, merges
 
 
 _TOKENIZING = threading.Lock()
@@ -72,11 +139,12 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
     return np.asarray(fitted, np.int32)
 
 
-def tokenizer_files(vocab: Mapping[str, int], merges: Sequence[str], model_max_length: int) -> dict[str, bytes]:
+def tokenizer_files(
+    vocab: Mapping[str, int], merges: Sequence[str], model_max_length: int, pad_token: str = "<|endoftext|>"
+) -> dict[str, bytes]:
     """The files of a CLIP tokenizer folder, for `save_pipeline`; `merges` are lines such as `"i n</w>"`."""
-    special = {"bos_token": "<|startoftext|>"} | {
-        key: "<|endoftext|>" for key in ("eos_token", "pad_token", "unk_token")
-    }
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad_token}
+    special["unk_token"] = "<|endoftext|>"
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": model_max_length,

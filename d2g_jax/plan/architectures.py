@@ -15,11 +15,9 @@ from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.models import clip, unet, vae, vgg
 from d2g_jax.pipeline.folder import SD, SDXL, Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
+from d2g_jax.pipeline.single_file import kind_settings
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.train.setup import PERCEPTUAL
-
-_CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
-_CROSS_UP, _UP = "CrossAttnUpBlock2D", "UpBlock2D"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,63 +29,31 @@ class Architecture:
     vae: vae.VaeConfig
     prediction_type: str = "epsilon"
 
+    @classmethod
+    def of(cls, kind: str) -> Architecture:
+        """Of one that is shipped for single files."""
+        settings = kind_settings(kind)
+        towers = [settings[name] for name in ("text_encoder", "text_encoder_2") if name in settings]
+        return cls(
+            tuple(clip.ClipTextConfig.from_json(tower, source=kind) for tower in towers),
+            unet.UNetConfig.from_json(settings["unet"], source=kind),
+            vae.VaeConfig.from_json(settings["vae"], source=kind),
+            settings["scheduler"]["prediction_type"],
+        )
 
-_CLIP_L = clip.ClipTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
-_CLIP_H = clip.ClipTextConfig(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"
-)
-_CLIP_G = clip.ClipTextConfig(
-    architecture="CLIPTextModelWithProjection",
-    hidden_size=1280,
-    intermediate_size=5120,
-    num_hidden_layers=32,
-    num_attention_heads=20,
-    hidden_act="gelu",
-    projection_dim=1280,
-)
-_VAE = vae.VaeConfig(
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    sample_size=512,
-)
-_SD15 = unet.UNetConfig(sample_size=64, cross_attention_dim=768)
-_SD21 = dataclasses.replace(
-    _SD15,
-    cross_attention_dim=1024,
-    attention_head_dim=(5, 10, 20, 20),
-    use_linear_projection=True,
-    upcast_attention=True,
-)
-_SDXL = unet.UNetConfig(
-    sample_size=128,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=(_DOWN, _CROSS_DOWN, _CROSS_DOWN),
-    up_block_types=(_CROSS_UP, _CROSS_UP, _UP),
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    cross_attention_dim=2048,
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
+
+SD15, SD21_BASE, SD21, SDXL_BASE = map(Architecture.of, ("sd1", "sd2", "sd2_v", "sdxl"))
+
 # BK-SDM (arXiv 2305.15798): one resnet and transformer for two in every block; "small" lacks the middle block, "tiny"
 # the lowest level too.
-_BK_BASE = dataclasses.replace(_SD15, layers_per_block=1)
+_BK_BASE = dataclasses.replace(SD15.unet, layers_per_block=1)
 _BK_SMALL = dataclasses.replace(_BK_BASE, mid_block_type=None)
 _BK_TINY = dataclasses.replace(
     _BK_SMALL,
     block_out_channels=(320, 640, 1280),
-    down_block_types=(_CROSS_DOWN,) * 3,
-    up_block_types=(_CROSS_UP,) * 3,
+    down_block_types=("CrossAttnDownBlock2D",) * 3,
+    up_block_types=("CrossAttnUpBlock2D",) * 3,
 )
-
-SD15 = Architecture((_CLIP_L,), _SD15, _VAE)
-SD21_BASE = Architecture((_CLIP_H,), _SD21, _VAE)
-SD21 = Architecture((_CLIP_H,), dataclasses.replace(_SD21, sample_size=96), _VAE, "v_prediction")
-SDXL_BASE = Architecture((_CLIP_L, _CLIP_G), _SDXL, dataclasses.replace(_VAE, sample_size=1024, scaling_factor=0.13025))
 
 KNOWN = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,

@@ -16,6 +16,7 @@ from d2g_jax.pairs import read_prompts
 from d2g_jax.pairs.job import solution as pairs_solution
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.pipeline.single_file import NOTHING, Said
 from d2g_jax.play.studio import Studio, System
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
@@ -33,7 +34,7 @@ class Choice:
     """What `d2g play` is asked to open.
 
     Attributes:
-      model: whatever `Sampler.load` takes; revision, system, unet, pipeline as there.
+      model: whatever `Sampler.load` takes; revision, system, unet, pipeline, said as there.
       teacher: a pipeline folder or hub id; None is the model's own if it names one, `NONE` is none at all.
       solution: settings of `Solution` that differ from those of the student's pairs (else of `Solution()`), by name.
       size: (height, width) in pixels, None for the native side.
@@ -49,12 +50,13 @@ class Choice:
     solution: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     size: tuple[int | None, int | None] = (None, None)
     dtype: str = "float32"
+    said: Said = NOTHING
 
 
 def open_studio(choice: Choice) -> Studio:
     """Loads the model, and its teacher, on the first device. Raises `UserError` as `Sampler.load` does."""
     mesh, dtype = meshes.make_mesh(devices=jax.devices()[:1]), jnp.dtype(choice.dtype)
-    parts = choice.revision, choice.system, choice.unet, choice.pipeline
+    parts = choice.revision, choice.system, choice.unet, choice.pipeline, choice.said
     sampler = Sampler.load(choice.model, mesh, dtype, dtype, *parts)
     shape = latent_shape(sampler.pipeline, choice.size)
     factor = sampler.pipeline.vae.config.downscale
@@ -97,7 +99,9 @@ def _find_teacher(choice: Choice, sampler: Sampler, mesh: jax.sharding.Mesh) -> 
         return sampler
     if not Path(choice.model, "checkpoints").is_dir():
         return None  # an export knows its teacher's name at most
-    own = Pipeline.load(sampler.pipeline.folder, dtype, mesh, dtype, without=(*sampler.pipeline.towers, "vae"))
+    own = Pipeline.load(
+        sampler.pipeline.folder, dtype, mesh, dtype, (*sampler.pipeline.towers, "vae"), said=choice.said
+    )
     params = {**sampler.pipeline.params, "unet": own.params["unet"]}
     return Sampler(dataclasses.replace(sampler.pipeline, params=params), None)
 

@@ -45,6 +45,7 @@ class Request:
       system: of `systems.SYSTEMS`, for a one-step generator of another method.
       unet: weights in place of the folder's own UNet.
       pipeline: where a workdir's teacher lies now.
+      prediction, tokenizer: of a single file, as in `Said`.
     """
 
     prompts: tuple[str, ...]
@@ -59,6 +60,8 @@ class Request:
     system: str | None = None
     unet: Path | None = None
     pipeline: Path | None = None
+    prediction: str | None = None
+    tokenizer: Path | None = None
 
 
 def sample(model: str | Path, request: Request, out: Path, revision: str | None = None) -> dict[str, float]:
@@ -72,7 +75,9 @@ def sample(model: str | Path, request: Request, out: Path, revision: str | None 
     """
     start = time.monotonic()
     given = None if request.latents is None else read_array(request.latents, "float32 noise (N, C, h, w)")
-    parts = {name: getattr(request, name) for name in ("system", "unet", "pipeline", "dtype")}
+    parts = {
+        name: getattr(request, name) for name in ("system", "unet", "pipeline", "prediction", "tokenizer", "dtype")
+    }
     loaded = load(model, revision=revision, **parts)
     options = (request.size, request.batch_size, request.tiled, request.solution)
     prepare = lambda part: loaded.prepare(  # noqa: E731

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax.diffusion import noise
-from d2g_jax.diffusion.schedule import student_timestep
+from d2g_jax.diffusion.schedule import Schedule, student_timestep
 from d2g_jax.diffusion.systems import OneStep, find_system
 from d2g_jax.inputs import numbers, places
 from d2g_jax.inputs.arrays import check_floats, read_array
 from d2g_jax.pipeline.draw import Programs, Solution, one_step_programs, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import folder_hash, resolve
+from d2g_jax.pipeline.single_file import NOTHING, Said
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import exported
@@ -62,10 +63,12 @@ class Sampler:
         system: str | None = None,
         unet: str | Path | None = None,
         pipeline: str | Path | None = None,
+        said: Said = NOTHING,
     ) -> Sampler:
-        """From a folder in diffusers' layout (a teacher, or an exported student), a hub id, or a training workdir.
+        """From a folder in diffusers' layout or a single file (a teacher, or an exported student), a hub id, a workdir.
 
-        Of a workdir the newest average is taken. `dtype`, `storage` and `unet`: see `Pipeline.load`. `system`, a name
+        Of a workdir the newest average is taken. `dtype`, `storage`, `unet` and `said`: see `Pipeline.load`. A `unet`
+        that is a student of `d2g export --only=unet` is called as one. `system`, a name
         of `systems.SYSTEMS`, says that the folder holds a one-step generator of another method. `pipeline` is where a
         workdir's teacher lies now, if it was moved since.
         Raises `UserError` for a student of ours with a `system` or a `unet`, as `Pipeline.load` does, and for a folder
@@ -76,31 +79,40 @@ class Sampler:
         foreign = None if system is None else find_system(system)
         folder = resolve(model, revision)
         if (folder / "checkpoints").is_dir():
-            _check_own(model, system, unet)
-            return cls._from_workdir(folder, mesh, dtype, storage, pipeline)
+            _check_own(model, system=system, unet=unet)
+            return cls._from_workdir(folder, mesh, dtype, storage, pipeline, said)
         if pipeline is not None:
             raise UserError(f"{model}: no training workdir, and only that looks for its teacher; leave out pipeline")
-        if folder.is_file():
+        if folder.is_file() and folder.suffix != ".safetensors":
             raise UserError(f"{model}: a file; {_of_file(folder)}")
-        if not (folder / "model_index.json").exists():
+        if folder.is_dir() and not (folder / "model_index.json").exists():
             raise UserError(f"{model}: neither a pipeline folder (model_index.json) nor a workdir (checkpoints/)")
         described = exported.read_description(folder)
         if described.get("format") == "flax":
-            _check_own(model, system, unet)
+            _check_own(model, system=system, unet=unet, **dataclasses.asdict(said))
             return cls(exported.load_pipeline(folder, dtype, mesh, storage), described["timestep"])
-        pipeline = Pipeline.load(folder, dtype, mesh, storage, unet=unet)
+        pipeline = Pipeline.load(folder, dtype, mesh, storage, unet=unet, said=said)
         timestep = described["timestep"] if described else student_timestep(pipeline.scheduler)
         if timestep is not None:
-            _check_own(model, system, unet)
+            _check_own(model, system=system, unet=unet)
+        elif unet is not None and (timestep := _unet_timestep(Path(unet), pipeline)) is not None:
+            _check_own(unet, system=system)
         return cls(pipeline, timestep, foreign)
 
     @classmethod
     def _from_workdir(
-        cls, workdir: Path, mesh: jax.sharding.Mesh, dtype: jnp.dtype, storage: jnp.dtype, moved: str | Path | None
+        cls,
+        workdir: Path,
+        mesh: jax.sharding.Mesh,
+        dtype: jnp.dtype,
+        storage: jnp.dtype,
+        moved: str | Path | None,
+        said: Said,
     ) -> Sampler:
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             metadata = checkpoints.metadata()
-            pipeline = Pipeline.load(_teacher(workdir, metadata, moved), dtype, mesh, storage, without=("unet",))
+            teacher = _teacher(workdir, metadata, moved)
+            pipeline = Pipeline.load(teacher, dtype, mesh, storage, without=("unet",), said=said)
             unet = checkpoints.restore_ema(meshes.place(pipeline.unet.abstract(), mesh))
         pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": exported.store(unet, storage)})
         return cls(pipeline, metadata["timestep"])
@@ -137,13 +149,26 @@ def _of_file(file: Path) -> str:
     """What to do with a file where a model's folder is wanted."""
     if zipfile.is_zipfile(file):
         return "an export to StableHLO draws by itself: `python run.py` of docs/export.md"
-    if file.suffix.lower() in (".safetensors", ".ckpt"):
-        return "diffusers makes a folder of it: from_single_file(FILE).save_pretrained(FOLDER); give that"
+    if file.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        return "pickles are refused because they can run code; convert it to .safetensors"
     return "give the folder of a pipeline, an export or a workdir"
 
 
-def _check_own(model: str | Path, system: str | None, unet: str | Path | None) -> None:
-    for flag, value in (("system", system), ("unet", unet)):
+def _unet_timestep(file: Path, pipeline: Pipeline) -> int | None:
+    """That of a student's UNet by itself; None for the UNet of a teacher.
+
+    Raises `UserError` where it predicts another thing than the pipeline's own does.
+    """
+    described = exported.read_description(file) if file.suffix == ".safetensors" and file.is_file() else {}
+    theirs = Schedule.from_config(pipeline.scheduler).prediction_type
+    if described and described["prediction_type"] != theirs:
+        mine = described["prediction_type"]
+        raise UserError(f"{file}: predicts {mine}, and {pipeline.folder} {theirs}; give the teacher's kind of model")
+    return described.get("timestep")
+
+
+def _check_own(model: str | Path, **given: Any) -> None:
+    for flag, value in given.items():
         if value is not None:
             raise UserError(f"{model}: a student of d2g_jax, which says itself how it is called; leave out {flag}")
 

@@ -10,7 +10,7 @@ from d2g_jax.__main__ import JOBS, main
 from d2g_jax.config.configuration import read_config
 from d2g_jax.play import server
 
-PAGES = ("docs/hardware.md", "docs/play.md")
+PAGES = ("docs/export.md", "docs/hardware.md", "docs/play.md")
 LAUNCHERS = r"(?:sbatch \S+ launch/slurm\.sh|launch/tpu_pod\.sh run)"
 
 
