@@ -18,7 +18,7 @@ JOBS = {
     "sample": "draw images from a pipeline folder or a trained student",
     "evaluate": "FID, KID, CLIP score, diversity, fidelity by a protocol; `evaluate table` lays results side by side",
     "report": "write report.html of a workdir again, as after `d2g evaluate --out=WORKDIR/evaluation/NAME.json`",
-    "export": "a trained student as a diffusers folder, a Flax checkpoint or one StableHLO file",
+    "export": "a trained student as a diffusers folder, a Flax checkpoint, a LoRA or one StableHLO file",
     "plan": "what a config takes on a TPU slice or on GPUs: memory, FLOPs, time, what fits; `plan sample`: one image",
     "metric": "distances between files of latents or images; `metric convert FILE` reads published PyTorch weights",
     "lpips": "train a LatentLPIPS for the latents of any VAE",
@@ -142,9 +142,16 @@ def add_model_flags(parser: Any, models: str, *, required: bool = True) -> None:
     parser.add_argument("--system", help="one-step generator of another method: instaflow, dmd, sdxl-turbo, lcm, ...")
     parser.add_argument("--unet", type=path, help="safetensors in place of the model's own UNet")
     parser.add_argument("--pipeline", type=path, help="where a workdir's teacher lies, if it was moved")
+    add_lora_flag(parser)
     parser.add_argument("--height", type=int, help="pixels; default is the model's own")
     parser.add_argument("--width", type=int, help="pixels; default is the model's own")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+
+
+def add_lora_flag(parser: Any) -> None:
+    """LoRAs that a model wears."""
+    worn = "a LoRA in diffusers' or kohya's format, put on the model; may be given several times"
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help=worn)
 
 
 def add_prompts_column(parser: Any) -> None:

@@ -128,7 +128,7 @@ def _run(own: argparse.Namespace) -> str:
     from d2g_jax.results.metric_weights import MetricWeights
 
     given = common.given_solution(own)
-    if own.images is not None and (given or own.system or own.unet or own.pipeline or own.drawn):
+    if own.images is not None and (given or own.system or own.unet or own.pipeline or own.lora or own.drawn):
         raise UserError("--images are drawn already; leave out --system, --unet, --drawn and a teacher's flags")
     if own.model is not None and own.diversity_images is not None:
         raise UserError("--model draws its own images for diversity; leave out --diversity-images")
@@ -146,6 +146,7 @@ def _run(own: argparse.Namespace) -> str:
             own.dtype,
             own.draw_batch,
             own.tiled,
+            (own.lora,) if isinstance(own.lora, str) else tuple(own.lora),  # text in a --config
         )
     request = Request(
         protocol=own.protocol,

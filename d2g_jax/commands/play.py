@@ -61,7 +61,8 @@ def play(own: argparse.Namespace) -> None:
 
     given = common.given_solution(own)
     size = (own.height, own.width)
-    choice = Choice(own.model, own.revision, own.system, own.unet, own.pipeline, own.teacher, given, size, own.dtype)
+    parts = own.model, own.revision, own.system, own.unet, own.pipeline, own.teacher
+    choice = Choice(*parts, given, size, own.dtype, tuple(own.lora))
     with server.listen(own.host, own.port) as listener, terminating():
         start = time.monotonic()
         studio = open_studio(choice)

@@ -43,6 +43,7 @@ def run(arguments: list[str]) -> int:
         system=own.system,
         unet=own.unet,
         pipeline=own.pipeline,
+        lora=tuple(own.lora),
     )
     seconds = sample(own.model, request, own.out, own.revision)
     print(json.dumps({"out": str(own.out), "seconds": {name: round(value, 3) for name, value in seconds.items()}}))

@@ -17,7 +17,7 @@ from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.grid import save_png
 from d2g_jax.runtime.progress import Progress
-from d2g_jax.sample.folder import claim, digest, prompts_digest
+from d2g_jax.sample.folder import claim, digest, prompts_digest, worn_by
 from d2g_jax.sample.sampler import ONE_STEP, Sampler, latent_shape
 
 
@@ -35,6 +35,7 @@ class Model:
       dtype: what the networks compute in and what their kernels are kept in.
       batch_size: images per call, rounded up to the devices.
       tiled: decode large images in overlapping tiles.
+      lora: files that the model wears.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Model:
     dtype: str = "float32"
     batch_size: int = 64
     tiled: bool = False
+    lora: tuple[str, ...] = ()
 
 
 class Painter:
@@ -57,7 +59,7 @@ class Painter:
         """Raises `UserError` as `Sampler.load` does, and for a solution given to a one-step generator."""
         dtype = jnp.dtype(model.dtype)
         self._model, self._mesh = model, meshes.make_mesh()
-        load = model.revision, model.system, model.unet, model.pipeline
+        load = model.revision, model.system, model.unet, model.pipeline, model.lora
         self._sampler = Sampler.load(model.model, self._mesh, dtype, dtype, *load)
         one_step = self._sampler.one_step
         if one_step is not None and model.solution is not None:
@@ -81,6 +83,7 @@ class Painter:
             "seed": model.seed,
             "noise": noise.IMPLEMENTATION,
             "dtype": model.dtype,
+            **worn_by(self._sampler.pipeline, model.lora),
         }
 
     def paint(self, prompts: Sequence[str], folder: Path, *, first_noise: int = 0) -> None:

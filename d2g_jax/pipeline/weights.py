@@ -121,6 +121,12 @@ def load_params(folder: str | Path, abstract: Params, place: Place | None = None
         return _tree(_matched(stored, abstract, folder), place)
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself beside its tensors; raises `UserError` as `load_state_dict` does."""
+    with _open(file) as handle:
+        return handle.metadata() or {}
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix in _PICKLES:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from d2g_jax.pairs import read_prompts
 from d2g_jax.pairs.job import solution as pairs_solution
+from d2g_jax.pipeline import lora_files
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.play.studio import Studio, System
@@ -38,6 +39,7 @@ class Choice:
       solution: settings of `Solution` that differ from those of the student's pairs (else of `Solution()`), by name.
       size: (height, width) in pixels, None for the native side.
       dtype: what the networks compute in and what their kernels are kept in.
+      lora: LoRAs that the model wears, and its teacher too.
     """
 
     model: str
@@ -49,12 +51,13 @@ class Choice:
     solution: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     size: tuple[int | None, int | None] = (None, None)
     dtype: str = "float32"
+    lora: tuple[str, ...] = ()
 
 
 def open_studio(choice: Choice) -> Studio:
     """Loads the model, and its teacher, on the first device. Raises `UserError` as `Sampler.load` does."""
     mesh, dtype = meshes.make_mesh(devices=jax.devices()[:1]), jnp.dtype(choice.dtype)
-    parts = choice.revision, choice.system, choice.unet, choice.pipeline
+    parts = choice.revision, choice.system, choice.unet, choice.pipeline, choice.lora
     sampler = Sampler.load(choice.model, mesh, dtype, dtype, *parts)
     shape = latent_shape(sampler.pipeline, choice.size)
     factor = sampler.pipeline.vae.config.downscale
@@ -86,7 +89,7 @@ def _find_teacher(choice: Choice, sampler: Sampler, mesh: jax.sharding.Mesh) -> 
     if choice.teacher == NONE:
         return None
     if choice.teacher is not None:
-        teacher = Sampler.load(choice.teacher, mesh, dtype, dtype)
+        teacher = Sampler.load(choice.teacher, mesh, dtype, dtype, lora=choice.lora)
         if teacher.one_step is not None:
             raise UserError(f"--teacher={choice.teacher}: a one-step student; give the pipeline it was distilled from")
         mine, theirs = sampler.pipeline.latent_shape, teacher.pipeline.latent_shape
@@ -97,8 +100,10 @@ def _find_teacher(choice: Choice, sampler: Sampler, mesh: jax.sharding.Mesh) -> 
         return sampler
     if not Path(choice.model, "checkpoints").is_dir():
         return None  # an export knows its teacher's name at most
+    worn = [lora_files.Worn.parse(text) for text in choice.lora]
     own = Pipeline.load(sampler.pipeline.folder, dtype, mesh, dtype, without=(*sampler.pipeline.towers, "vae"))
-    params = {**sampler.pipeline.params, "unet": own.params["unet"]}
+    unet = lora_files.put_on(own, worn, networks=("unet",)).params["unet"]
+    params = {**sampler.pipeline.params, "unet": unet}
     return Sampler(dataclasses.replace(sampler.pipeline, params=params), None)
 
 

@@ -23,7 +23,7 @@ from d2g_jax.runtime import atomic
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.grid import grid, save_png
 from d2g_jax.runtime.progress import Progress
-from d2g_jax.sample.folder import check, claim, digest, prompts_digest
+from d2g_jax.sample.folder import check, claim, digest, prompts_digest, worn_by
 from d2g_jax.sample.model import Model, load
 
 IN_GRID = 100
@@ -45,6 +45,7 @@ class Request:
       system: of `systems.SYSTEMS`, for a one-step generator of another method.
       unet: weights in place of the folder's own UNet.
       pipeline: where a workdir's teacher lies now.
+      lora: files that the model wears, "FILE" or "FILE:SCALE".
     """
 
     prompts: tuple[str, ...]
@@ -59,6 +60,7 @@ class Request:
     system: str | None = None
     unet: Path | None = None
     pipeline: Path | None = None
+    lora: tuple[str, ...] = ()
 
 
 def sample(model: str | Path, request: Request, out: Path, revision: str | None = None) -> dict[str, float]:
@@ -72,7 +74,7 @@ def sample(model: str | Path, request: Request, out: Path, revision: str | None 
     """
     start = time.monotonic()
     given = None if request.latents is None else read_array(request.latents, "float32 noise (N, C, h, w)")
-    parts = {name: getattr(request, name) for name in ("system", "unet", "pipeline", "dtype")}
+    parts = {name: getattr(request, name) for name in ("system", "unet", "pipeline", "dtype", "lora")}
     loaded = load(model, revision=revision, **parts)
     options = (request.size, request.batch_size, request.tiled, request.solution)
     prepare = lambda part: loaded.prepare(  # noqa: E731
@@ -126,6 +128,7 @@ def _describe(model: str, request: Request, loaded: Model, one: np.ndarray, give
         "dtype": request.dtype,
         "tiled": request.tiled,
         "prompts_sha256": prompts_digest(_prompts(request)),
+        **worn_by(loaded.sampler.pipeline, request.lora),
     }
 
 

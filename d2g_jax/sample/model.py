@@ -178,6 +178,7 @@ def load(
     dtype: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
     pipeline: str | Path | None = None,
+    lora: str | Sequence[str] = (),
 ) -> Model:
     """A model that draws: a callable from prompts to images.
 
@@ -188,6 +189,7 @@ def load(
       unet: safetensors in place of the model's own UNet.
       dtype: "float32", "bfloat16" or "float16": what the networks compute in and what their kernels are kept in.
       pipeline: where a workdir's teacher lies now, if it was moved since the training.
+      lora: LoRA files in diffusers' or kohya's format, put on in their order: "FILE" or "FILE:SCALE".
       mesh: the devices; None is all of them (`runtime.mesh.make_mesh`).
 
     Raises:
@@ -198,4 +200,5 @@ def load(
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
     mesh, kind = meshes.make_mesh() if mesh is None else mesh, jnp.dtype(dtype)
-    return Model(Sampler.load(model, mesh, kind, kind, revision, system, unet, pipeline), mesh, str(model))
+    worn = (lora,) if isinstance(lora, str) else tuple(lora)
+    return Model(Sampler.load(model, mesh, kind, kind, revision, system, unet, pipeline, worn), mesh, str(model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from d2g_jax.diffusion.schedule import student_timestep
 from d2g_jax.diffusion.systems import OneStep, find_system
 from d2g_jax.inputs import numbers, places
 from d2g_jax.inputs.arrays import check_floats, read_array
+from d2g_jax.models import lora
+from d2g_jax.models.network import Params
+from d2g_jax.pipeline import lora_files
 from d2g_jax.pipeline.draw import Programs, Solution, one_step_programs, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import folder_hash, resolve
@@ -40,11 +44,16 @@ class Sampler:
       pipeline: text towers, UNet, VAE, schedule.
       timestep: of a one-step generator of ours; None for a teacher, which is solved in steps.
       system: how a one-step generator of another method is called; None for ours and for teachers.
+      lora: the low-rank updates of its teacher that a student was trained as, times their scale; they are in the
+        pipeline's parameters.
+      anew: networks whose parameters are not those of the pipeline's folder.
     """
 
     pipeline: Pipeline
     timestep: int | None
     system: OneStep | None = None
+    lora: Params | None = None
+    anew: tuple[str, ...] = ("unet",)
 
     @property
     def one_step(self) -> OneStep | None:
@@ -53,6 +62,29 @@ class Sampler:
 
     @classmethod
     def load(
+        cls,
+        model: str | Path,
+        mesh: jax.sharding.Mesh,
+        dtype: jnp.dtype = jnp.float32,
+        storage: jnp.dtype = jnp.float32,
+        revision: str | None = None,
+        system: str | None = None,
+        unet: str | Path | None = None,
+        pipeline: str | Path | None = None,
+        lora: Sequence[str] = (),
+    ) -> Sampler:
+        """`open` with LoRAs on top, each a file, or file and scale as "FILE:0.8"; they are read after the model.
+
+        Raises `UserError` as `open`, `lora_files.Worn.parse` and `lora_files.read` do.
+        """
+        worn = [lora_files.Worn.parse(text) for text in lora]
+        sampler = cls.open(model, mesh, dtype, storage, revision, system, unet, pipeline)
+        dressed, before = lora_files.put_on(sampler.pipeline, worn), sampler.pipeline.params
+        anew = tuple(name for name in before if name == "unet" or dressed.params[name] is not before[name])
+        return dataclasses.replace(sampler, pipeline=dressed, anew=anew)
+
+    @classmethod
+    def open(
         cls,
         model: str | Path,
         mesh: jax.sharding.Mesh,
@@ -100,10 +132,21 @@ class Sampler:
     ) -> Sampler:
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             metadata = checkpoints.metadata()
-            pipeline = Pipeline.load(_teacher(workdir, metadata, moved), dtype, mesh, storage, without=("unet",))
-            unet = checkpoints.restore_ema(meshes.place(pipeline.unet.abstract(), mesh))
-        pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": exported.store(unet, storage)})
-        return cls(pipeline, metadata["timestep"])
+            settings = metadata.get("config", {}).get("lora", {"rank": 0})
+            without, scale = ("unet",), lora.scale(settings)
+            if scale is not None:
+                without = ()
+            pipeline = Pipeline.load(_teacher(workdir, metadata, moved), dtype, mesh, storage, without=without)
+            like = pipeline.unet.abstract()
+            if scale is not None:
+                like = lora.abstract(like, settings["rank"], settings["targets"])
+            average = checkpoints.restore_ema(meshes.place(like, mesh))
+        if scale is None:
+            unet, update = exported.store(average, storage), None
+        else:
+            unet, update = lora.merge(pipeline.params["unet"], average, scale), lora.scaled(average, scale)
+        pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
+        return cls(pipeline, metadata["timestep"], lora=update)
 
     def programs(
         self,
