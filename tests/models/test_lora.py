@@ -1,4 +1,4 @@
-"""Low-rank updates as functions on trees: nothing changes at first, what is truncated is the nearest, targets by name."""
+"""Low-rank updates as functions on trees: nothing changes at first, the nearest of a rank, targets by name."""
 
 import jax
 import jax.numpy as jnp

@@ -107,7 +107,7 @@ def test_alpha_in_what_diffusers_says_beside_the_tensors(tiny_sd, tmp_path):
 
 
 def test_names_of_the_original_layout():
-    """As ComfyUI and kohya have SDXL's; the last has no attention in its block."""
+    """As ComfyUI and kohya have SDXL's."""
     layers = SDXL_BASE.unet.layers_per_block + 1
     attentive = {"up_blocks.0", "up_blocks.1"}
     for module, name in (
@@ -124,7 +124,6 @@ def test_names_of_the_original_layout():
         ("up_blocks.0.attentions.2.proj_out", "output_blocks.2.1.proj_out"),
         ("up_blocks.0.upsamplers.0.conv", "output_blocks.2.2.conv"),
         ("up_blocks.2.resnets.0.conv_shortcut", "output_blocks.6.0.skip_connection"),
-        ("up_blocks.2.upsamplers.0.conv", "output_blocks.8.1.conv"),
     ):
         assert lora_files._original(module, layers, attentive) == name
 
