@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     # Ten times those of whole networks, as is common for LoRAs: B starts at zero. Not tuned.
     c.optimizer.generator.learning_rate = c.optimizer.discriminator.learning_rate = 1e-4
     c.mesh.fsdp = 1
+    c.pairs.batch_size = 16
     c.adversarial.update(start_images=1_280_000, warmup_images=256_000)  # a quarter of the long run's, as its images
     c.train.update(images=5_120_000, remat="none", micro_batch=8, r1_micro_batch=2)
     return c.lock()

@@ -74,7 +74,7 @@ def test_diffusers_puts_it_on_as_we_do(form, targets, tiny_sd, tmp_path):
 
 def test_alpha_scale_and_order(tiny_sd, tmp_path):
     pipeline = Pipeline.load(tiny_sd)
-    (path, parts), *_ = updates(pipeline, ("attention",))["unet"].items()
+    (path, parts), *_ = updates(pipeline, ("attention",), networks=("unet",))["unet"].items()
     file, name = tmp_path / "lora.safetensors", "lora_unet_" + path.removesuffix("/kernel").replace("/", "_")
     lora_files.write({"unet": {path: parts}}, file, "kohya", pipeline)
     state = weights.load_state_dict(file)
