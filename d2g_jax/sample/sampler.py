@@ -73,36 +73,28 @@ class Sampler:
         pipeline: str | Path | None = None,
         lora: Sequence[str] = (),
     ) -> Sampler:
-        """`open` with LoRAs on top, each a file, or file and scale as "FILE:0.8"; they are read after the model.
+        """From a folder in diffusers' layout (a teacher, or an exported student), a hub id, or a training workdir.
 
-        Raises `UserError` as `open`, `lora_files.Worn.parse` and `lora_files.read` do.
+        Of a workdir the newest average is taken. `dtype`, `storage` and `unet`: see `Pipeline.load`. `system`, a name
+        of `systems.SYSTEMS`, says that the folder holds a one-step generator of another method. `pipeline` is where a
+        workdir's teacher lies now, if it was moved since. `lora` are LoRA files on top, "FILE" or "FILE:SCALE"
+        (`lora_files.Worn`), in their order.
+        Raises `UserError` for a student of ours with a `system` or a `unet`, as `Pipeline.load` does, and for a folder
+        that is neither pipeline nor workdir; for LoRAs as `Worn.parse` does, first of all, and `lora_files.read`.
         """
         worn = [lora_files.Worn.parse(text) for text in lora]
-        sampler = cls.open(model, mesh, dtype, storage, revision, system, unet, pipeline)
+        sampler = cls._load(model, mesh, dtype, storage, revision, system, unet, pipeline)
+        if not worn:
+            return sampler
         dressed, before = lora_files.put_on(sampler.pipeline, worn), sampler.pipeline.params
         anew = tuple(name for name in before if name == "unet" or dressed.params[name] is not before[name])
         return dataclasses.replace(sampler, pipeline=dressed, anew=anew)
 
     @classmethod
-    def open(
-        cls,
-        model: str | Path,
-        mesh: jax.sharding.Mesh,
-        dtype: jnp.dtype = jnp.float32,
-        storage: jnp.dtype = jnp.float32,
-        revision: str | None = None,
-        system: str | None = None,
-        unet: str | Path | None = None,
-        pipeline: str | Path | None = None,
-    ) -> Sampler:
-        """From a folder in diffusers' layout (a teacher, or an exported student), a hub id, or a training workdir.
-
-        Of a workdir the newest average is taken. `dtype`, `storage` and `unet`: see `Pipeline.load`. `system`, a name
-        of `systems.SYSTEMS`, says that the folder holds a one-step generator of another method. `pipeline` is where a
-        workdir's teacher lies now, if it was moved since.
-        Raises `UserError` for a student of ours with a `system` or a `unet`, as `Pipeline.load` does, and for a folder
-        that is neither pipeline nor workdir.
-        """
+    def _load(
+        cls, model: str | Path, mesh: jax.sharding.Mesh, dtype: jnp.dtype, storage: jnp.dtype, revision: str | None,
+        system: str | None, unet: str | Path | None, pipeline: str | Path | None,
+    ) -> Sampler:  # fmt: skip
         if jnp.dtype(dtype) == jnp.float16 and mesh.devices.flat[0].platform == "cpu":
             raise UserError("dtype=float16: XLA multiplies no float16 matrices on CPUs; give bfloat16 or float32")
         foreign = None if system is None else find_system(system)

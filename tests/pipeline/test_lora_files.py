@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from d2g_jax.__main__ import main
 from d2g_jax.models import lora
 from d2g_jax.pipeline import lora_files, weights
 from d2g_jax.pipeline.folder import Pipeline
@@ -180,3 +181,16 @@ def test_words_of_the_flag(tmp_path):
     ckpt.touch()
     with pytest.raises(UserError, match="pickle files are refused"):
         weights.load_state_dict(ckpt)
+
+
+@pytest.mark.parametrize("job", [("sample", "--prompt=a cat"), ("export", "--to=diffusers")])
+def test_a_file_that_is_not_there_ends_a_command_before_any_work(job, tmp_path, capsys):
+    """The model is not there either: the LoRA is looked for first."""
+    flags = [
+        f"--model={tmp_path / 'model'}",
+        f"--out={tmp_path / 'out'}",
+        f"--lora={tmp_path / 'style.safetensors'}:0.5",
+    ]
+    assert main([*job, *flags]) == 2
+    assert capsys.readouterr().err.count("style.safetensors is no file") == 1
+    assert not list(tmp_path.iterdir())
