@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +16,6 @@ from d2g_jax.pipeline import lora_files
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
 from d2g_jax.runtime import mesh as meshes
-from d2g_jax.runtime.atomic import write_text
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import exported
 from d2g_jax.sample.model import Model
@@ -49,7 +47,6 @@ def write(sampler: Sampler, out: Path, dtype: str, rank: int | None) -> None:
         scheduler = one_step_scheduler(sampler.pipeline.scheduler, sampler.timestep)
         folders.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         folders.write_json(folder / REPORT, report)
-        write_text(folder / "README.md", _card(report, sampler.pipeline.index["_class_name"], out.name))
 
 
 def _update(sampler: Sampler, rank: int | None) -> tuple[lora_files.Update, dict[str, float]]:
@@ -100,28 +97,3 @@ def _error_of_latents(sampler: Sampler, update: lora_files.Update) -> float:
     mesh = meshes.make_mesh()
     whole, low = (Model(one, mesh, "lora").latents("", images=DRAWN) for one in (sampler, copy))
     return float(f"{np.linalg.norm(low - whole) / np.linalg.norm(whole):.4g}")
-
-
-def _card(report: dict[str, Any], class_name: str, name: str) -> str:
-    """README.md: how to draw with the LoRA."""
-    return f"""# {name}
-
-A one-step LoRA of `{report["teacher"]}`, distilled with Diffusion2GAN (arXiv 2405.05967, d2g_jax
-{report["versions"]["d2g_jax"]}). Its one network call happens at timestep {report["timestep"]} of the
-teacher's schedule, as the scheduler beside this file says. `{REPORT}` has what the LoRA lacks of its student.
-
-```python
-from diffusers import DDIMScheduler, {class_name}
-
-pipe = {class_name}.from_pretrained(TEACHER)
-pipe.scheduler = DDIMScheduler.from_pretrained("{name}", subfolder="scheduler")
-pipe.load_lora_weights("{name}", weight_name="{lora_files.FOLDERS_FILE}")
-image = pipe("a photograph of a cat", num_inference_steps=1, guidance_scale=0.0).images[0]
-```
-
-ComfyUI loads `{KOHYA_FILE}` with LoraLoaderModelOnly, strength 1: one step, CFG 1.
-
-## Licence
-
-The teacher's licence applies to this LoRA as it does to every model made from the teacher.
-"""

@@ -166,14 +166,11 @@ def write(updates: Mapping[str, Update], file: Path, form: str, pipeline: Pipeli
     for network, update in updates.items():
         for path, parts in update.items():
             down, up = (np.asarray(parts[name], np.float32) for name in ("down", "up"))
-            name, pointwise = names[network, path], (1, 1) if down.ndim == 4 else ()
-            if down.ndim == 4:
-                state[name + FORMS[form].down[0]] = np.ascontiguousarray(down.transpose(3, 2, 0, 1))
-            else:
-                state[name + FORMS[form].down[0]] = np.ascontiguousarray(down.T)
-            state[name + FORMS[form].up[0]] = np.ascontiguousarray(up.T).reshape(*up.T.shape, *pointwise)
+            name, convolves = names[network, path], down.ndim == 4
+            down, up = (down.transpose(3, 2, 0, 1), up.T[..., None, None]) if convolves else (down.T, up.T)
+            state[name + FORMS[form].down[0]], state[name + FORMS[form].up[0]] = map(np.ascontiguousarray, (down, up))
             if FORMS[form].has_alpha:
-                state[f"{name}.alpha"] = np.asarray(len(up), np.float32)
+                state[f"{name}.alpha"] = np.asarray(len(down), np.float32)
     weights.save_state_dict(state, file, dtype)
 
 
