@@ -125,9 +125,8 @@ class Sampler:
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             metadata = checkpoints.metadata()
             settings = metadata.get("config", {}).get("lora", {"rank": 0})
-            without, scale = ("unet",), lora.scale(settings)
-            if scale is not None:
-                without = ()
+            scale = lora.scale(settings)
+            without = ("unet",) if scale is None else ()  # the teacher's, which the average is an update of
             pipeline = Pipeline.load(_teacher(workdir, metadata, moved), dtype, mesh, storage, without=without)
             like = pipeline.unet.abstract()
             if scale is not None:

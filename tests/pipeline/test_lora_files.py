@@ -79,7 +79,7 @@ def test_alpha_scale_and_order(tiny_sd, tmp_path):
     file, name = tmp_path / "lora.safetensors", "lora_unet_" + path.removesuffix("/kernel").replace("/", "_")
     lora_files.write({"unet": {path: parts}}, file, "kohya", pipeline)
     state = weights.load_state_dict(file)
-    state[f"{name}.alpha"] = np.float32(1.0).reshape(())  # of rank 2
+    state[f"{name}.alpha"] = np.full((), 1.0, np.float32)  # of rank 2
     weights.save_state_dict(state, file)
     worn = [lora_files.Worn.parse(text) for text in (f"{file}:0.5", str(file))]
     merged = lora.flat(lora_files.put_on(pipeline, worn).params["unet"])[path]
