@@ -1,4 +1,4 @@
-"""The rows of the paper's two ablations as plain changes of a config, each with what the paper published for it."""
+"""The rows of the paper's two ablations, and of one of ours, as plain changes of a config, with what was published."""
 
 from __future__ import annotations
 
@@ -111,4 +111,25 @@ DISCRIMINATOR = Ablation(
     published="SD 1.5 with guidance 3, E-LatentLPIPS, COCO 2014 (30k); longer training than in the paper's loss table",
 )
 
-ABLATIONS = {ablation.name: ablation for ablation in (LOSSES, PERCEPTUAL, DISCRIMINATOR)}
+
+def _low_rank(name: str, title: str, rank: int, d_rank: int = 0, backbone: str = "trained") -> Row:
+    changes = (("lora.rank", rank), ("discriminator.lora_rank", d_rank), ("discriminator.backbone", backbone))
+    return Row(name, title, changes, Published())
+
+
+LORA = Ablation(
+    name="lora",
+    title="what is trained",
+    rows=(
+        _low_rank("whole", "all of G and D", 0),
+        *(_low_rank(f"rank_{rank}", f"G by rank {rank}, all of D", rank) for rank in (8, 16, 32)),
+        _low_rank("frozen_d", "all of G, D's heads alone", 0, backbone="frozen"),
+        _low_rank("both_16", "G and D by rank 16", 16, 16),
+        _low_rank("rank_16_frozen_d", "G by rank 16, D's heads alone", 16, backbone="frozen"),
+    ),
+    switches=(),
+    published="none of these rows is the paper's",
+)
+"""What training less costs: docs/lora.md."""
+
+ABLATIONS = {ablation.name: ablation for ablation in (LOSSES, PERCEPTUAL, DISCRIMINATOR, LORA)}

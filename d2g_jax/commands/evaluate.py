@@ -108,6 +108,7 @@ _TAKES = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     bool: ((bool,), "True or False"),
+    list: ((list, tuple), "a list"),
 }
 """The Python types of a field by the type of its flag, and the same in words."""
 
@@ -116,7 +117,7 @@ def _misfit(flag: argparse.Action, value: object) -> str | None:
     """What the flag takes, where the field's value is not that; None where it is."""
     if flag.choices:
         return None if value in flag.choices else f"one of {', '.join(flag.choices)}"
-    kinds, words = _TAKES[bool if flag.nargs == 0 else flag.type]
+    kinds, words = _TAKES[list if isinstance(flag.default, list) else bool if flag.nargs == 0 else flag.type]
     return None if isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,)) else words
 
 
@@ -126,9 +127,10 @@ def _run(own: argparse.Namespace) -> str:
     from d2g_jax.evaluate.plan import Request
     from d2g_jax.pipeline.draw import Solution
     from d2g_jax.results.metric_weights import MetricWeights
+    from d2g_jax.sample.sampler import Parts
 
     given = common.given_solution(own)
-    if own.images is not None and (given or own.system or own.unet or own.pipeline or own.drawn):
+    if own.images is not None and (given or own.drawn or common.parts(own) != Parts()):
         raise UserError("--images are drawn already; leave out --system, --unet, --drawn and a teacher's flags")
     if own.model is not None and own.diversity_images is not None:
         raise UserError("--model draws its own images for diversity; leave out --diversity-images")
@@ -136,17 +138,13 @@ def _run(own: argparse.Namespace) -> str:
     if own.model is not None:
         model = Model(
             own.model,
-            own.revision,
-            own.system,
-            own.unet,
-            own.pipeline,
+            common.parts(own),
             Solution(**given) if given else None,
             (own.height, own.width),
             own.seed,
             own.dtype,
             own.draw_batch,
             own.tiled,
-            common.said(own),
         )
     request = Request(
         protocol=own.protocol,

@@ -61,8 +61,7 @@ def play(own: argparse.Namespace) -> None:
 
     given = common.given_solution(own)
     size = (own.height, own.width)
-    parts = own.model, own.revision, own.system, own.unet, own.pipeline
-    choice = Choice(*parts, own.teacher, given, size, own.dtype, common.said(own))
+    choice = Choice(own.model, common.parts(own), own.teacher, given, size, own.dtype)
     with server.listen(own.host, own.port) as listener, terminating():
         start = time.monotonic()
         studio = open_studio(choice)

@@ -40,12 +40,8 @@ def run(arguments: list[str]) -> int:
         batch_size=own.batch,
         dtype=own.dtype,
         tiled=own.tiled,
-        system=own.system,
-        unet=own.unet,
-        pipeline=own.pipeline,
-        prediction=own.prediction,
-        tokenizer=own.tokenizer,
+        parts=common.parts(own),
     )
-    seconds = sample(own.model, request, own.out, own.revision)
+    seconds = sample(own.model, request, own.out)
     print(json.dumps({"out": str(own.out), "seconds": {name: round(value, 3) for name, value in seconds.items()}}))
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ _BETA_DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0
 """diffusers' own, written out because they are part of the model."""
 
 
-def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str) -> None:
-    """Writes a student, or with timestep None a teacher as it is. Only the UNet and the scheduler are written anew."""
+def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str, anew: Sequence[str] = ("unet",)) -> None:
+    """Writes a student, or with timestep None a teacher as it is. Only networks in `anew` and the scheduler are new."""
     with folders.source_of(pipeline) as source, folders.new_folder(out) as folder:
         names = folders.file_names(source)
         index, left_out = _index(pipeline.index, names)
         for component in [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]:
             if component in NETWORKS:
-                _write_network(pipeline, component, source, folder, names, dtype)
+                _write_network(pipeline, component, source, folder, names, dtype, component in anew)
             elif component != "scheduler" or timestep is None:
                 folders.copy(source, folder, folders.component_files(names, component))
         folders.copy(source, folder, folders.license_files(names))
@@ -88,9 +88,11 @@ def _index(index: Mapping[str, Any], names: list[str]) -> tuple[dict[str, Any], 
     return kept, left_out
 
 
-def _write_network(pipeline: Pipeline, name: str, source: Path, folder: Path, names: list[str], dtype: str) -> None:
+def _write_network(
+    pipeline: Pipeline, name: str, source: Path, folder: Path, names: list[str], dtype: str, anew: bool
+) -> None:
     files, settings = folders.component_files(names, name), folders.settings_files(names, name)
-    if name != "unet" and files != settings:
+    if not anew and files != settings:
         folders.copy(source, folder, files)
         return
     folders.copy(source, folder, settings)

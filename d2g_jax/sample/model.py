@@ -17,10 +17,9 @@ from d2g_jax.inputs import numbers
 from d2g_jax.inputs.text import as_prompt
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Drawn, Programs, Solution, draw
-from d2g_jax.pipeline.single_file import Said
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.sample.sampler import ONE_STEP, Sampler, noise_of
+from d2g_jax.sample.sampler import ONE_STEP, Parts, Sampler, noise_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -181,6 +180,7 @@ def load(
     pipeline: str | Path | None = None,
     prediction: str | None = None,
     tokenizer: str | Path | None = None,
+    lora: str | Sequence[str] = (),
 ) -> Model:
     """A model that draws: a callable from prompts to images.
 
@@ -194,6 +194,7 @@ def load(
       pipeline: where a workdir's teacher lies now, if it was moved since the training.
       prediction: of a single file that does not say it: "epsilon" or "v_prediction".
       tokenizer: a tokenizer folder in place of CLIP's own, of a single file.
+      lora: LoRA files in diffusers' or kohya's format, put on in their order: "FILE" or "FILE:SCALE".
       mesh: the devices; None is all of them (`runtime.mesh.make_mesh`).
 
     Raises:
@@ -204,5 +205,5 @@ def load(
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
     mesh, kind = meshes.make_mesh() if mesh is None else mesh, jnp.dtype(dtype)
-    said = Said(prediction, None if tokenizer is None else Path(tokenizer))
-    return Model(Sampler.load(model, mesh, kind, kind, revision, system, unet, pipeline, said), mesh, str(model))
+    parts = Parts(revision, system, unet, pipeline, prediction, tokenizer, (lora,) if isinstance(lora, str) else lora)
+    return Model(Sampler.load(model, mesh, kind, kind, parts), mesh, str(model))

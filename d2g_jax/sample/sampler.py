@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from d2g_jax.diffusion.schedule import Schedule, student_timestep
 from d2g_jax.diffusion.systems import OneStep, find_system
 from d2g_jax.inputs import numbers, places
 from d2g_jax.inputs.arrays import check_floats, read_array
+from d2g_jax.models import lora
+from d2g_jax.models.network import Params
+from d2g_jax.pipeline import lora_files
 from d2g_jax.pipeline.draw import Programs, Solution, one_step_programs, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import folder_hash, resolve
-from d2g_jax.pipeline.single_file import NOTHING, Said
+from d2g_jax.pipeline.single_file import Said
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import exported
@@ -34,6 +38,36 @@ MAX_SIDE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
+class Parts:
+    """What is said of a model beside its name.
+
+    Attributes:
+      revision: of a hub id.
+      system: a name of `systems.SYSTEMS`: the model is a one-step generator of another method.
+      unet: weights in place of the model's own UNet.
+      pipeline: where a workdir's teacher lies now, if it was moved since the training.
+      prediction, tokenizer: of a single file, as in `Said`.
+      lora: LoRA files on top in their order, "FILE" or "FILE:SCALE".
+    """
+
+    revision: str | None = None
+    system: str | None = None
+    unet: str | Path | None = None
+    pipeline: str | Path | None = None
+    prediction: str | None = None
+    tokenizer: str | Path | None = None
+    lora: Sequence[str] = ()
+
+    @property
+    def said(self) -> Said:
+        return Said(self.prediction, None if self.tokenizer is None else Path(self.tokenizer))
+
+    def worn(self) -> list[lora_files.Worn]:
+        """Raises `UserError` as `Worn.parse` does."""
+        return [lora_files.Worn.parse(text) for text in self.lora]
+
+
+@dataclasses.dataclass(frozen=True)
 class Sampler:
     """A pipeline whose `params["unet"]` are to be drawn with, and how they are to be called.
 
@@ -41,11 +75,16 @@ class Sampler:
       pipeline: text towers, UNet, VAE, schedule.
       timestep: of a one-step generator of ours; None for a teacher, which is solved in steps.
       system: how a one-step generator of another method is called; None for ours and for teachers.
+      lora: the low-rank updates of its teacher that a student was trained as, times their scale; they are in the
+        pipeline's parameters.
+      anew: networks whose parameters are not those of the pipeline's folder.
     """
 
     pipeline: Pipeline
     timestep: int | None
     system: OneStep | None = None
+    lora: Params | None = None
+    anew: tuple[str, ...] = ("unet",)
 
     @property
     def one_step(self) -> OneStep | None:
@@ -59,29 +98,34 @@ class Sampler:
         mesh: jax.sharding.Mesh,
         dtype: jnp.dtype = jnp.float32,
         storage: jnp.dtype = jnp.float32,
-        revision: str | None = None,
-        system: str | None = None,
-        unet: str | Path | None = None,
-        pipeline: str | Path | None = None,
-        said: Said = NOTHING,
+        parts: Parts = Parts(),
     ) -> Sampler:
         """From a folder in diffusers' layout or a single file (a teacher, or an exported student), a hub id, a workdir.
 
-        Of a workdir the newest average is taken. `dtype`, `storage`, `unet` and `said`: see `Pipeline.load`. A `unet`
-        that is a student of `d2g export --only=unet` is called as one. `system`, a name
-        of `systems.SYSTEMS`, says that the folder holds a one-step generator of another method. `pipeline` is where a
-        workdir's teacher lies now, if it was moved since.
-        Raises `UserError` for a student of ours with a `system` or a `unet`, as `Pipeline.load` does, and for a folder
-        that is neither pipeline nor workdir.
+        Of a workdir the newest average is taken. `dtype` and `storage`: see `Pipeline.load`. A UNet that is a student
+        of `d2g export --only=unet` is called as one.
+
+        Raises `UserError` for a student of ours with a system or a UNet, as `Pipeline.load` does, and for a folder
+        that is neither pipeline nor workdir; for LoRAs as `Worn.parse` does, first of all, and `lora_files.read`.
         """
+        worn = parts.worn()
+        sampler = cls._load(model, mesh, dtype, storage, parts)
+        dressed, before = lora_files.put_on(sampler.pipeline, worn), sampler.pipeline.params
+        anew = tuple(name for name in before if name == "unet" or dressed.params[name] is not before[name])
+        return dataclasses.replace(sampler, pipeline=dressed, anew=anew)
+
+    @classmethod
+    def _load(
+        cls, model: str | Path, mesh: jax.sharding.Mesh, dtype: jnp.dtype, storage: jnp.dtype, parts: Parts
+    ) -> Sampler:
         if jnp.dtype(dtype) == jnp.float16 and mesh.devices.flat[0].platform == "cpu":
             raise UserError("dtype=float16: XLA multiplies no float16 matrices on CPUs; give bfloat16 or float32")
-        foreign = None if system is None else find_system(system)
-        folder = resolve(model, revision)
+        foreign = None if parts.system is None else find_system(parts.system)
+        folder = resolve(model, parts.revision)
         if (folder / "checkpoints").is_dir():
-            _check_own(model, system=system, unet=unet)
-            return cls._from_workdir(folder, mesh, dtype, storage, pipeline, said)
-        if pipeline is not None:
+            _check_own(model, system=parts.system, unet=parts.unet)
+            return cls._from_workdir(folder, mesh, dtype, storage, parts)
+        if parts.pipeline is not None:
             raise UserError(f"{model}: no training workdir, and only that looks for its teacher; leave out pipeline")
         if folder.is_file() and folder.suffix != ".safetensors":
             raise UserError(f"{model}: a file; {_of_file(folder)}")
@@ -89,33 +133,36 @@ class Sampler:
             raise UserError(f"{model}: neither a pipeline folder (model_index.json) nor a workdir (checkpoints/)")
         described = exported.read_description(folder)
         if described.get("format") == "flax":
-            _check_own(model, system=system, unet=unet, **dataclasses.asdict(said))
+            _check_own(model, system=parts.system, unet=parts.unet, **dataclasses.asdict(parts.said))
             return cls(exported.load_pipeline(folder, dtype, mesh, storage), described["timestep"])
-        pipeline = Pipeline.load(folder, dtype, mesh, storage, unet=unet, said=said)
+        pipeline = Pipeline.load(folder, dtype, mesh, storage, unet=parts.unet, said=parts.said)
         timestep = described["timestep"] if described else student_timestep(pipeline.scheduler)
         if timestep is not None:
-            _check_own(model, system=system, unet=unet)
-        elif unet is not None and (timestep := _unet_timestep(Path(unet), pipeline)) is not None:
-            _check_own(unet, system=system)
+            _check_own(model, system=parts.system, unet=parts.unet)
+        elif parts.unet is not None and (timestep := _unet_timestep(Path(parts.unet), pipeline)) is not None:
+            _check_own(parts.unet, system=parts.system)
         return cls(pipeline, timestep, foreign)
 
     @classmethod
     def _from_workdir(
-        cls,
-        workdir: Path,
-        mesh: jax.sharding.Mesh,
-        dtype: jnp.dtype,
-        storage: jnp.dtype,
-        moved: str | Path | None,
-        said: Said,
+        cls, workdir: Path, mesh: jax.sharding.Mesh, dtype: jnp.dtype, storage: jnp.dtype, parts: Parts
     ) -> Sampler:
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             metadata = checkpoints.metadata()
-            teacher = _teacher(workdir, metadata, moved)
-            pipeline = Pipeline.load(teacher, dtype, mesh, storage, without=("unet",), said=said)
-            unet = checkpoints.restore_ema(meshes.place(pipeline.unet.abstract(), mesh))
-        pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": exported.store(unet, storage)})
-        return cls(pipeline, metadata["timestep"])
+            settings = metadata.get("config", {}).get("lora", {"rank": 0})
+            scale, teacher = lora.scale(settings), _teacher(workdir, metadata, parts.pipeline)
+            without = ("unet",) if scale is None else ()  # the teacher's, which the average is an update of
+            pipeline = Pipeline.load(teacher, dtype, mesh, storage, without, said=parts.said)
+            like = pipeline.unet.abstract()
+            if scale is not None:
+                like = lora.abstract(like, settings["rank"], settings["targets"])
+            average = checkpoints.restore_ema(meshes.place(like, mesh))
+        if scale is None:
+            unet, update = exported.store(average, storage), None
+        else:
+            unet, update = lora.merge(pipeline.params["unet"], average, scale), lora.scaled(average, scale)
+        pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
+        return cls(pipeline, metadata["timestep"], lora=update)
 
     def programs(
         self,

@@ -25,7 +25,7 @@ from d2g_jax.plan.architectures import SD15, SD21, SD21_BASE, SDXL_BASE
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample.model import Model
-from d2g_jax.sample.sampler import Sampler
+from d2g_jax.sample.sampler import Parts, Sampler
 
 PROMPTS = ["the cat", "the dog the cat"]
 KINDS = {"sd1": SD15, "sd2": SD21_BASE, "sd2_v": SD21, "sdxl": SDXL_BASE}
@@ -306,13 +306,13 @@ def test_a_student_says_how_it_is_called(tiny, tmp_path):
     student = Sampler.load(file, meshes.make_mesh())
     assert student.timestep == 399
     with pytest.raises(UserError, match=r"leave out system"):
-        Sampler.load(file, meshes.make_mesh(), system="dmd")
+        Sampler.load(file, meshes.make_mesh(), parts=Parts(system="dmd"))
     export_student(student, "diffusers", tmp_path / "folder")
     assert Sampler.load(tmp_path / "folder", meshes.make_mesh()).timestep == 399
     alone = export(tiny["sd1"], tmp_path / "alone", timestep=399, only="unet")
     assert all(key.startswith(UNET_PREFIX) for key in weights.read_header(alone).shapes)
     assert "--model=TEACHER --unet=alone.safetensors" in (alone.parent / "README.md").read_text()
-    beside = Sampler.load(tiny["sd1"], meshes.make_mesh(), unet=alone)
+    beside = Sampler.load(tiny["sd1"], meshes.make_mesh(), parts=Parts(unet=alone))
     assert beside.timestep == 399
     same(beside.pipeline.params, student.pipeline.params)
     with pytest.raises(UserError, match=r"a UNet alone; give it as unet, beside a model"):
@@ -321,7 +321,7 @@ def test_a_student_says_how_it_is_called(tiny, tmp_path):
     file = velocity / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
     with pytest.raises(UserError, match=r"predicts epsilon, and .* v_prediction"):
-        Sampler.load(velocity, meshes.make_mesh(), unet=alone)
+        Sampler.load(velocity, meshes.make_mesh(), parts=Parts(unet=alone))
 
 
 @pytest.mark.parametrize(
