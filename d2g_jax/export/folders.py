@@ -6,7 +6,7 @@ import json
 import re
 import secrets
 import shutil
-import tempfile
+import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import needed_files
+from d2g_jax.pipeline.single_file import as_folder
 from d2g_jax.pipeline.tokenizers import Words
 from d2g_jax.runtime.atomic import TEMPORARY, replacing, write_bytes
 from d2g_jax.runtime.errors import UserError
@@ -48,17 +49,23 @@ def source_of(pipeline: Pipeline) -> Iterator[Path]:
     """The folder whose files an export copies: a pipeline's own; of a single file one of its settings, for a while."""
     if pipeline.folder.is_dir():
         yield pipeline.folder
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for name, network in {**pipeline.towers, "unet": pipeline.unet, "vae": pipeline.vae}.items():
-            write_json(folder / name / "config.json", network.config.to_json())
-        for name, tokenizer in zip(("tokenizer", "tokenizer_2"), pipeline.tokenizers, strict=False):
-            for file, content in Words.of(tokenizer).files().items():
-                write_bytes(folder / name / file, content)
-        write_json(folder / "scheduler" / "scheduler_config.json", pipeline.scheduler)
-        write_json(folder / "model_index.json", pipeline.index)
-        yield folder
+    else:
+        with as_folder(settings(pipeline)) as folder:
+            yield folder
+
+
+def settings(pipeline: Pipeline) -> dict[str, Any]:
+    """What `kinds/` holds of a kind, of this pipeline."""
+    words = dict(zip(("tokenizer", "tokenizer_2"), map(Words.of, pipeline.tokenizers), strict=False))
+    networks = {**pipeline.towers, "unet": pipeline.unet, "vae": pipeline.vae}
+    index = {key: value if key in (*networks, *words, "scheduler") or not isinstance(value, list) else [None, None]
+             for key, value in pipeline.index.items()}  # fmt: skip
+    return {
+        "model_index": index,
+        "scheduler": pipeline.scheduler,
+        **{name: network.config.to_json() for name, network in networks.items()},
+        **{name: vars(word) for name, word in words.items()},
+    }
 
 
 def file_names(folder: Path) -> list[str]:
@@ -97,3 +104,9 @@ def copy(source: Path, target: Path, names: Iterable[str]) -> None:
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object, indented."""
     write_bytes(file, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def filled_in(card: str, description: Mapping[str, Any], fields: Mapping[str, str]) -> str:
+    """A model card of this folder for a student of this description."""
+    template = string.Template(Path(__file__).with_name(card).read_text(encoding="utf-8"))
+    return template.substitute({**description, "version": description["versions"]["d2g_jax"], **fields})

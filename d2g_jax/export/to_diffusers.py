@@ -105,47 +105,6 @@ def _write_network(
 
 def model_card(description: Mapping[str, Any], class_name: str, name: str, left_out: list[str]) -> str:
     """README.md of a student: how to call it and where it comes from."""
-    dtype = description["dtype"]
     lost = f"\nNot carried over from the teacher's folder: {', '.join(left_out)}.\n" if left_out else ""
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [text-to-image, one-step, diffusion2gan]
----
-
-# {name}
-
-{introduction(description)}
-
-```python
-import torch
-from diffusers import {class_name}
-
-pipe = {class_name}.from_pretrained({json.dumps(name)}, torch_dtype=torch.{dtype})  # dtype= from 0.42 on
-pipe.to("cuda")
-image = pipe("a photograph of a cat", num_inference_steps=1, guidance_scale=0.0).images[0]
-```
-
-One step and no guidance: guidance was distilled into the network, and its scheduler has a single step. The UNet is
-stored in {dtype}; the other components are the teacher's, byte for byte.
-{lost}
-{licence(description["teacher"])}"""
-
-
-def introduction(description: Mapping[str, Any]) -> str:
-    """What every card says of a student first."""
-    teacher, version = description["teacher"], description["versions"]["d2g_jax"]
-    return f"""\
-A one-step text-to-image generator, distilled with Diffusion2GAN (arXiv 2405.05967, d2g_jax
-{version}) from the teacher `{teacher}`. Its one network call happens at timestep
-{description["timestep"]} of the teacher's schedule; it predicts {description["prediction_type"]}."""
-
-
-def licence(teacher: str) -> str:
-    """The last section of every card."""
-    return f"""\
-## Licence
-
-The teacher's licence applies to this student as it does to every model made from the teacher: see `{teacher}`, and the
-licence files beside this one if the teacher's folder had any.
-"""
+    fields = {"class_name": class_name, "name": name, "quoted": json.dumps(name), "lost": lost}
+    return folders.filled_in("card_diffusers.md", description, fields)

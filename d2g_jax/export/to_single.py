@@ -5,7 +5,6 @@ What reading it again takes, configs and the timestep, stands in the file's head
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,16 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax.export import comfyui, folders, to_diffusers
+from d2g_jax.export import comfyui, folders
 from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.original_keys import original_places, prefixes, to_original
 from d2g_jax.pipeline.single_file import HEADER
-from d2g_jax.pipeline.tokenizers import Words
 from d2g_jax.runtime.atomic import write_text
 from d2g_jax.sample import exported
-
-_LOADERS = {True: ("checkpoints", "CheckpointLoaderSimple"), False: ("diffusion_models", "UNETLoader")}
 
 
 def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str, *, whole: bool) -> None:
@@ -32,7 +28,7 @@ def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str, *, wh
     """
     description = exported.describe(pipeline, timestep, "single", dtype)
     if whole:
-        description["settings"] = settings(pipeline)
+        description["settings"] = folders.settings(pipeline)
     state = original_state(pipeline, ("unet",) if not whole else tuple(pipeline.params))
     file = f"{out.name}.safetensors"
     with folders.source_of(pipeline) as source, folders.new_folder(out) as folder:
@@ -43,20 +39,6 @@ def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str, *, wh
             if drawn is not None:
                 folders.write_json(folder / f"{out.name}.workflow.json", drawn)
             write_text(folder / "README.md", model_card(description, out.name, whole=whole, drawn=drawn is not None))
-
-
-def settings(pipeline: Pipeline) -> dict[str, Any]:
-    """What `kinds/` holds of a kind, of this pipeline."""
-    networks = {**pipeline.towers, "unet": pipeline.unet, "vae": pipeline.vae}
-    words = dict(zip(("tokenizer", "tokenizer_2"), map(Words.of, pipeline.tokenizers), strict=False))
-    index = {key: value if key in (*networks, *words, "scheduler") or not isinstance(value, list) else [None, None]
-             for key, value in pipeline.index.items()}  # fmt: skip
-    return {
-        "model_index": index,
-        "scheduler": pipeline.scheduler,
-        **{name: network.config.to_json() for name, network in networks.items()},
-        **{name: dataclasses.asdict(word) for name, word in words.items()},
-    }
 
 
 def original_state(pipeline: Pipeline, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -71,29 +53,16 @@ def original_state(pipeline: Pipeline, names: tuple[str, ...]) -> dict[str, np.n
 
 def model_card(description: Mapping[str, Any], name: str, *, whole: bool, drawn: bool) -> str:
     """README.md of a student: where it goes, how it is drawn with and where it comes from."""
-    place, loader = _LOADERS[whole]
-    timestep = description["timestep"]
-    beside = "" if whole else "\nText towers and VAE are the teacher's: choose its files in the other two loaders.\n"
-    workflow = (
-        f"Put `{name}.safetensors` into ComfyUI's `models/{place}` and drop `{name}.workflow.json` onto its page: "
-        f"{loader}, one Euler step that starts at timestep {timestep}, cfg 1.0, nothing to tune.\n{beside}"
-        if drawn
-        else "There is no ComfyUI workflow beside it: ComfyUI's core does not have this teacher's noise schedule.\n"
-    )
+    if not drawn:
+        workflow = "There is no ComfyUI workflow beside it: ComfyUI's core does not have this teacher's noise schedule."
+    else:
+        place, loader = ("checkpoints", "CheckpointLoaderSimple") if whole else ("diffusion_models", "UNETLoader")
+        workflow = (
+            f"Put `{name}.safetensors` into ComfyUI's `models/{place}` and drop `{name}.workflow.json` onto its page: "
+            f"{loader}, one Euler step that starts at timestep {description['timestep']}, cfg 1.0, nothing to tune."
+        )
+        workflow += "" if whole else "\n\nText towers and VAE are the teacher's: choose its files in the other loaders."
     call = f"--model={name}.safetensors" if whole else f"--model=TEACHER --unet={name}.safetensors"
-    return f"""---
-pipeline_tag: text-to-image
-tags: [text-to-image, one-step, diffusion2gan, comfyui]
----
-
-# {name}
-
-{to_diffusers.introduction(description)}
-{"The whole model" if whole else "The UNet alone"}, in the original layout, stored in {description["dtype"]}.
-
-{workflow}
-One step and no guidance: guidance was distilled into the network, so a negative prompt does nothing. With d2g_jax:
-
-    d2g sample {call} --prompt="a photograph of a cat" --out=cat
-
-{to_diffusers.licence(description["teacher"])}"""
+    part = "The whole model" if whole else "The UNet alone"
+    fields = {"name": name, "part": part, "workflow": workflow, "call": call}
+    return folders.filled_in("card_single.md", description, fields)

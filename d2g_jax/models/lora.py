@@ -7,6 +7,7 @@ them. Networks know nothing of it: they are given `merge(base, update)`.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from d2g_jax.models.initializers import torch_uniform, zeros
 from d2g_jax.models.network import Params
@@ -27,6 +29,10 @@ TARGETS = {
     "all": r"/kernel$",
 }
 """Which kernels of a UNet are meant by a name of `lora.targets`."""
+
+flat = functools.partial(traverse_util.flatten_dict, sep="/")
+nested = functools.partial(traverse_util.unflatten_dict, sep="/")
+"""A tree as its leaves by their paths, joined by slashes, and back."""
 
 
 def target_paths(base: Params, targets: Sequence[str]) -> list[str]:
@@ -72,8 +78,7 @@ def scale(settings: Mapping[str, Any]) -> float | None:
 
 def scaled(update: Params, scale: float) -> Params:
     """The same update times `scale`, which stands in B."""
-    factors = {"down": 1.0, "up": scale}
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * factors[path[-1].key], update)
+    return nested({path: leaf * scale if path.endswith("/up") else leaf for path, leaf in flat(update).items()})
 
 
 def merge(base: Params, update: Params, scale: float = 1.0) -> Params:
@@ -105,23 +110,3 @@ def truncate(difference: np.ndarray, rank: int) -> tuple[dict[str, np.ndarray], 
     down = (left * root)[:, :rank].reshape(*inputs, rank).astype(np.float32)
     up = (root[:, None] * right)[:rank].astype(np.float32)
     return {"down": down, "up": up}, float(lost / whole) if whole else 0.0
-
-
-def flat(tree: Params, prefix: str = "") -> dict[str, Any]:
-    """Leaves by their paths, joined by slashes."""
-    found: dict[str, Any] = {}
-    for name, part in tree.items():
-        found |= flat(part, f"{prefix}{name}/") if isinstance(part, Mapping) else {prefix + name: part}
-    return found
-
-
-def nested(leaves: Mapping[str, Any]) -> Params:
-    """The inverse of `flat`; a leaf may be a tree itself."""
-    tree: Params = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        place = tree
-        for part in parents:
-            place = place.setdefault(part, {})
-        place[name] = leaf
-    return tree

@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding
 from d2g_jax.inputs import text
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Network, Params
-from d2g_jax.pipeline import weights
+from d2g_jax.pipeline import single_file, weights
 from d2g_jax.pipeline.hub import NETWORKS, resolve
-from d2g_jax.pipeline.single_file import NOTHING, Said, SingleFile, unet_reader
+from d2g_jax.pipeline.single_file import NOTHING, Said
 from d2g_jax.pipeline.tokenizers import json_bytes, load_tokenizer, read_component
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.atomic import write_bytes
@@ -136,58 +136,37 @@ class Pipeline:
           UserError: one line that names the file and key, for anything missing, unknown or inconsistent.
         """
         folder = resolve(folder)
-        parts: _Folder | SingleFile = SingleFile.open(folder, said) if folder.is_file() else _Folder.open(folder, said)
-        index, sources = parts.index, {}
-        configs = {name: parts.config(name) for name in _components(index) if name in NETWORKS}
-        if unet is not None and (own := Path(unet, "config.json")).is_file():
-            configs["unet"], sources["unet"] = read_component(own), own
-        sources = {name: folder if folder.is_file() else folder / name / "config.json" for name in configs} | sources
-        networks = {
-            name: _build(values, sources[name], name, index[name][1], dtype, upcast_vae=index["_class_name"] == SDXL)
-            for name, values in configs.items()
-        }
-        _check_widths(sources["unet"], networks)
-        tokenizers = {
-            name: parts.tokenizer(name, networks[name.replace("tokenizer", "text_encoder")].config)
-            for name in _components(index)
-            if name.startswith("tokenizer")
-        }
-        readers, scheduler = parts.readers(networks), parts.scheduler
+        with single_file.settings_folder(folder, said) as settings:
+            index = _read_index(settings)
+            configs = {name: settings / name / "config.json" for name in _components(index)}
+            if unet is not None and (own := Path(unet, "config.json")).is_file():
+                configs["unet"] = own
+            networks = {
+                name: _build(configs[name], name, index[name][1], dtype, upcast_vae=index["_class_name"] == SDXL)
+                for name in _components(index)
+                if name in NETWORKS
+            }
+            _check_widths(configs["unet"], networks)
+            tokenizers = {
+                name: load_tokenizer(
+                    said.tokenizer or settings / name, networks[name.replace("tokenizer", "text_encoder")].config
+                )
+                for name in _components(index)
+                if name.startswith("tokenizer")
+            }
+            scheduler = read_component(settings / "scheduler" / "scheduler_config.json")
+        if folder.is_file():
+            readers = single_file.readers(folder, networks)
+        else:
+            readers = {name: _reader(folder / name, network) for name, network in networks.items()}
         if unet is not None:
-            readers["unet"] = unet_reader(Path(unet), networks["unet"]) or _reader(Path(unet), networks["unet"])
+            network = networks["unet"]
+            readers["unet"] = single_file.unet_reader(Path(unet), network) or _reader(Path(unet), network)
         params = {name: read(_placer(mesh, storage)) for name, read in readers.items() if name not in without}
         return cls(folder=folder, index=index, params=params, scheduler=scheduler, **networks, **tokenizers)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Folder:
-    """The parts of a folder in diffusers' layout, as `SingleFile` has those of a file."""
-
-    folder: Path
-    index: dict[str, Any]
-
-    @classmethod
-    def open(cls, folder: Path, said: Said) -> _Folder:
-        for field in dataclasses.fields(said):
-            if getattr(said, field.name) is not None:
-                raise UserError(f"{folder}: no single file, and says its {field.name} itself; leave out {field.name}")
-        return cls(folder, _read_index(folder))
-
-    @property
-    def scheduler(self) -> dict[str, Any]:
-        return read_component(self.folder / "scheduler" / "scheduler_config.json")
-
-    def config(self, name: str) -> dict[str, Any]:
-        return read_component(self.folder / name / "config.json")
-
-    def tokenizer(self, name: str, tower: clip.ClipTextConfig) -> Any:
-        return load_tokenizer(self.folder / name, tower)
-
-    def readers(self, networks: Mapping[str, Network]) -> dict[str, Callable[[weights.Place], Params]]:
-        return {name: _reader(self.folder / name, network) for name, network in networks.items()}
-
-
-def _reader(place: Path, network: Network) -> Callable[[weights.Place], Params]:
+def _reader(place: Path, network: Network) -> single_file.Read:
     return functools.partial(weights.load_params, place, network.abstract())
 
 
@@ -319,9 +298,8 @@ def _components(index: Mapping[str, Any]) -> tuple[str, ...]:
     return _COMPONENTS[index["_class_name"]]
 
 
-def _build(
-    values: dict[str, Any], source: Path, name: str, class_name: str, dtype: jnp.dtype, *, upcast_vae: bool
-) -> Network:
+def _build(source: Path, name: str, class_name: str, dtype: jnp.dtype, *, upcast_vae: bool) -> Network:
+    values = read_component(source)
     if name == "unet":
         return unet.build(unet.UNetConfig.from_json(values, source=str(source)), dtype)
     if name == "vae":

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from d2g_jax.models import lora
 from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
+from d2g_jax.pipeline.original_keys import original_places
 from d2g_jax.runtime.errors import UserError
 
 FOLDERS_FILE = "pytorch_lora_weights.safetensors"
@@ -64,23 +65,6 @@ _ENDINGS = {
 _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.")
 """diffusers' names of 2023: the ending stands behind the module of an attention's processor."""
 
-# The original layout's names of a UNet's modules, which kohya's files of SDXL have: n is resnets of an upper block.
-_ORIGINAL: tuple[tuple[str, Callable[[int, int, int], str]], ...] = (
-    (r"down_blocks\.(\d+)\.resnets\.(\d+)", lambda i, j, n: f"input_blocks.{1 + n * i + j}.0"),
-    (r"down_blocks\.(\d+)\.attentions\.(\d+)", lambda i, j, n: f"input_blocks.{1 + n * i + j}.1"),
-    (r"down_blocks\.(\d+)\.downsamplers\.(\d+)\.conv", lambda i, j, n: f"input_blocks.{n * (i + 1)}.0.op"),
-    (r"(mid_block)\.resnets\.(\d+)", lambda i, j, n: f"middle_block.{2 * j}"),
-    (r"(mid_block)\.attentions\.(\d+)", lambda i, j, n: "middle_block.1"),
-    (r"up_blocks\.(\d+)\.resnets\.(\d+)", lambda i, j, n: f"output_blocks.{n * i + j}.0"),
-    (r"up_blocks\.(\d+)\.attentions\.(\d+)", lambda i, j, n: f"output_blocks.{n * i + j}.1"),
-)
-_ORIGINAL_RESNET = {
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Worn:
@@ -92,16 +76,15 @@ class Worn:
     @classmethod
     def parse(cls, text: str) -> Worn:
         """Raises `UserError` for a file that is not there, a pickle, and a scale that is no number."""
-        path, colon, scale = text, "", ""
-        if not places.is_there(places.expanded(text)):
-            path, colon, scale = text.rpartition(":")
-            path = path if colon else text
+        path, scale = text, "1"
+        if not places.is_there(places.expanded(text)) and ":" in text:
+            path, _, scale = text.rpartition(":")
         file = places.expanded(path)
         file = file / FOLDERS_FILE if file.is_dir() else file
         if not file.is_file():
             raise UserError(f"--lora={text}: {file} is no file; give FILE.safetensors or FILE.safetensors:SCALE")
         try:
-            worn = cls(file, float(scale) if colon else 1.0)
+            worn = cls(file, float(scale))
         except ValueError as error:
             raise UserError(f"--lora={text}: the scale {scale!r} is no number; give one such as 0.8") from error
         if not math.isfinite(worn.scale):
@@ -116,9 +99,8 @@ def put_on(pipeline: Pipeline, worn: Sequence[Worn], networks: Sequence[str] = N
     """
     params = dict(pipeline.params)
     for one, updates in [(one, read(one.file, pipeline)) for one in worn]:
-        for network, update in updates.items():
-            if network in networks:
-                params[network] = lora.merge(params[network], lora.nested(update), one.scale)
+        for network in updates.keys() & set(networks):
+            params[network] = lora.merge(params[network], lora.nested(updates[network]), one.scale)
     return dataclasses.replace(pipeline, params=params)
 
 
@@ -130,7 +112,7 @@ def read(file: Path, pipeline: Pipeline) -> dict[str, Update]:
     """
     names = {name: place for form in FORMS.values() for name, place in _modules(pipeline, form)}
     shapes = {network: lora.flat(part.abstract()) for network, part in _networks(pipeline).items()}
-    metadata = _adapter_metadata(file)
+    said = _adapter_metadata(file)
     found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for key, value in weights.load_state_dict(file).items():
         name = _PROCESSOR.sub(lambda m: f".to_{m[1]}{'.0' if m[1] == 'out' else ''}.lora.", key)
@@ -141,14 +123,14 @@ def read(file: Path, pipeline: Pipeline) -> dict[str, Update]:
                 f"{file}: {key} is unknown; read are LoRAs of this model's kernels under diffusers' or kohya's names "
                 "(no LoHa, LoKr, DoRA)"
             )
-        if not np.isfinite(value).all():
-            raise UserError(f"{file}: tensor {key} holds NaN or infinity; fetch it again")
+        if not value.size or not np.isfinite(value).all():
+            raise UserError(f"{file}: tensor {key} is empty or holds NaN or infinity; fetch it again")
         found.setdefault(place, {})[_ENDINGS[ending]] = value
     updates: dict[str, Update] = {}
     for (network, path), parts in found.items():
         update = _to_ours(file, f"{network}/{path}", parts, shapes[network][path].shape)
-        scale = float(parts["alpha"]) / len(update["up"]) if "alpha" in parts else metadata.get(network, 1.0)
-        updates.setdefault(network, {})[path] = {"down": update["down"], "up": update["up"] * np.float32(scale)}
+        scale = parts["alpha"].flat[0] / len(update["up"]) if "alpha" in parts else said.get(network, 1.0)
+        updates.setdefault(network, {})[path] = update | {"up": update["up"] * np.float32(scale)}
     if not updates:
         raise UserError(f"{file}: holds no tensors; give a LoRA")
     return updates
@@ -163,14 +145,14 @@ def write(updates: Mapping[str, Update], file: Path, form: str, pipeline: Pipeli
     for name, place in _modules(pipeline, FORMS[form]):
         names.setdefault(place, name)
     state = {}
-    for network, update in updates.items():
-        for path, parts in update.items():
-            down, up = (np.asarray(parts[name], np.float32) for name in ("down", "up"))
-            name, convolves = names[network, path], down.ndim == 4
-            down, up = (down.transpose(3, 2, 0, 1), up.T[..., None, None]) if convolves else (down.T, up.T)
-            state[name + FORMS[form].down[0]], state[name + FORMS[form].up[0]] = map(np.ascontiguousarray, (down, up))
-            if FORMS[form].has_alpha:
-                state[f"{name}.alpha"] = np.asarray(len(down), np.float32)
+    for place, parts in (
+        (names[network, path], parts) for network in updates for path, parts in updates[network].items()
+    ):
+        down, up = (np.asarray(parts[name], np.float32) for name in ("down", "up"))
+        down, up = (down.transpose(3, 2, 0, 1), up.T[..., None, None]) if down.ndim == 4 else (down.T, up.T)
+        state[place + FORMS[form].down[0]], state[place + FORMS[form].up[0]] = map(np.ascontiguousarray, (down, up))
+        if FORMS[form].has_alpha:
+            state[f"{place}.alpha"] = np.asarray(len(down), np.float32)
     weights.save_state_dict(state, file, dtype)
 
 
@@ -179,39 +161,26 @@ def _networks(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _modules(pipeline: Pipeline, form: Form) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(a name of a module in a format, (network, path of its kernel)); those that are written come first."""
+    """(a name of a module in a format, (network, path of its kernel)); those that are written come first.
+
+    kohya's files of SDXL name the blocks of a UNet as the original layout does.
+    """
     for network, part in _networks(pipeline).items():
-        paths = [path for path in lora.flat(part.abstract()) if path.endswith("/kernel")]
-        modules = [(path.removesuffix("/kernel").replace("/", "."), path) for path in paths]
-        original = []
-        if network == "unet" and form.separator == "_" and isinstance(part.config.layers_per_block, int):
-            attentive = {module.partition(".attentions.")[0] for module, _ in modules if ".attentions." in module}
-            layers = part.config.layers_per_block + 1
-            original = [(_original(module, layers, attentive), path) for module, path in modules]
+        modules = [path.removesuffix("/kernel") for path in lora.flat(part.abstract()) if path.endswith("/kernel")]
+        names = [(module.replace("/", "."), module) for module in modules]
+        if network == "unet" and form is FORMS["kohya"]:
+            blocks = {f"{name}.weight": module for name, module in names if "_block" in name}
+            places = original_places(part.config, blocks, "")
+            names += [(place.key.removesuffix(".weight"), blocks[key]) for key, place in places.items()]
         for prefix in form.prefixes[network]:
-            for module, path in (*modules, *original):
-                yield prefix + module.replace(".", form.separator), (network, path)
-
-
-def _original(module: str, layers: int, attentive: set[str]) -> str:
-    """The original layout's name of a UNet's module; outside of blocks the same."""
-    if upsampler := re.fullmatch(r"(up_blocks\.(\d+))\.upsamplers\.0\.conv", module):
-        return f"output_blocks.{layers * (int(upsampler[2]) + 1) - 1}.{2 if upsampler[1] in attentive else 1}.conv"
-    for pattern, name in _ORIGINAL:
-        if found := re.match(pattern, module):
-            block = int(found[1]) if found[1].isdigit() else 0
-            rest = module[found.end() :].removeprefix(".")
-            return ".".join(filter(None, (name(block, int(found[2]), layers), _ORIGINAL_RESNET.get(rest, rest))))
-    return module
+            for name, module in names:
+                yield prefix + name.replace(".", form.separator), (network, f"{module}/kernel")
 
 
 def _adapter_metadata(file: Path) -> dict[str, float]:
     """alpha / r by network, where diffusers wrote it. Raises `UserError` for what is no plain LoRA."""
-    text = weights.read_metadata(file).get("lora_adapter_metadata")
-    if text is None:
-        return {}
     try:
-        fields = json.loads(text)
+        fields = json.loads(weights.read_header(file).metadata.get("lora_adapter_metadata", "{}"))
         for key, value in fields.items():
             if key.rpartition(".")[2] in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") and value:
                 raise UserError(f"{file}: its metadata has {key}, which is not read; merge it with diffusers first")
@@ -226,15 +195,16 @@ def _to_ours(file: Path, name: str, parts: Mapping[str, np.ndarray], shape: tupl
     for part in ("down", "up"):
         if part not in parts:
             raise UserError(f"{file}: {name} has no {part} tensor; fetch the file again")
-    down, up = parts["down"], parts["up"].reshape(parts["up"].shape[:2])
+    down, up = parts["down"], parts["up"]
+    up = up[..., 0, 0] if up.shape[2:] == (1, 1) else up
     if len(shape) == 4:
-        down = (down[..., None, None] if down.ndim == 2 else down).transpose(2, 3, 1, 0)
+        down, wanted = down[..., None, None] if down.ndim == 2 else down, (shape[2], *shape[:2])
     else:
-        down = (down[..., 0, 0] if down.shape[2:] == (1, 1) else down).T
-    up = up.T
-    if (*down.shape[:-1], up.shape[-1]) != shape or down.shape[-1] != len(up):
+        down, wanted = down[..., 0, 0] if down.shape[2:] == (1, 1) else down, shape[:1]
+    if down.shape[1:] != wanted or up.shape != (shape[-1], *down.shape[:1]):
         raise UserError(
             f"{file}: {name} has {parts['down'].shape} and {parts['up'].shape}, this model's kernel is {shape}; give a "
             "LoRA of the same base model"
         )
-    return {"down": np.ascontiguousarray(down), "up": np.ascontiguousarray(up)}
+    down = down.T if down.ndim == 2 else down.transpose(2, 3, 1, 0)
+    return {"down": np.ascontiguousarray(down), "up": np.ascontiguousarray(up.T)}

@@ -1,7 +1,7 @@
 """One safetensors file in the original layout, as ComfyUI and others take it, in the place of a pipeline folder.
 
 What such a file lacks, configs and tokenizers, is shipped for the four kinds that are read; a file written by
-`d2g export --to=single` has it in its header.
+`d2g export --to=single` has it in its header. Either is laid out as a folder for as long as a pipeline is read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ import numpy as np
 from d2g_jax.inputs import text
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import original_keys, weights
-from d2g_jax.pipeline.original_keys import UNET_PREFIX, original_places
-from d2g_jax.pipeline.tokenizers import KINDS, Words, check_fits, load_tokenizer
+from d2g_jax.pipeline.original_keys import KINDS, UNET_PREFIX, original_places
+from d2g_jax.pipeline.tokenizers import Words, json_bytes
+from d2g_jax.runtime.atomic import write_bytes
 from d2g_jax.runtime.errors import UserError
 
 HEADER = "d2g_jax"
@@ -76,76 +79,58 @@ class Said:
 NOTHING = Said()
 
 
-@dataclasses.dataclass(frozen=True)
-class SingleFile:
-    """A file whose header has been read: the parts of a pipeline for `Pipeline.load`, as `_Folder` has them.
+Read = Callable[[weights.Place | None], Params]
+"""Reads a network's weights, once it is known where each leaf goes."""
 
-    Attributes:
-      file: as it was named.
-      shapes: of its tensors.
-      settings: `model_index`, `scheduler` and the configs of networks and tokenizers, as in `kinds/`.
-      tokenizer_folder: in place of the settings' tokenizers.
+
+@contextmanager
+def settings_folder(model: Path, said: Said) -> Iterator[Path]:
+    """The folder with a model's configs and tokenizers: of a folder itself, of a single file one for a while.
+
+    Raises `UserError` for a file that is none of the four kinds, and says what it is; for a folder of which is said
+    what it says itself.
     """
-
-    file: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    settings: Mapping[str, Any]
-    tokenizer_folder: Path | None
-
-    @classmethod
-    def open(cls, file: Path, said: Said = NOTHING) -> SingleFile:
-        """Reads the header. Raises `UserError` for a file that is none of the four kinds, and says what it is."""
-        header = weights.read_header(file)
-        if HEADER in header.metadata:
-            settings = described(file, header.metadata).get("settings")
-            if settings is None:
-                raise UserError(f"{file}: a UNet alone; give it as unet, beside a model that has the other parts")
-            if said.prediction is not None:
-                raise UserError(f"{file}: its header says what it predicts; leave out prediction")
-        else:
-            settings = _kind(file, header.shapes, said.prediction)
-        return cls(file, header.shapes, settings, said.tokenizer)
-
-    @property
-    def index(self) -> dict[str, Any]:
-        return dict(self.settings["model_index"])
-
-    @property
-    def scheduler(self) -> dict[str, Any]:
-        return dict(self.settings["scheduler"])
-
-    def config(self, name: str) -> dict[str, Any]:
-        """The `config.json` of a network."""
-        return dict(self.settings[name])
-
-    def tokenizer(self, name: str, tower: Any) -> Any:
-        """transformers' tokenizer for a text tower's config."""
-        if self.tokenizer_folder is not None:
-            return load_tokenizer(self.tokenizer_folder, tower)
-        tokenizer = Words(**self.settings[name]).tokenizer()
-        check_fits(tokenizer, tower, self.file)
-        return tokenizer
-
-    def readers(self, networks: Mapping[str, Network]) -> dict[str, Callable[[weights.Place], Params]]:
-        """How each network's weights are read. Raises `UserError` for keys that are missing or belong to none."""
-        towers = [networks[name].config if name in networks else None for name in ("text_encoder", "text_encoder_2")]
-        prefixes, places = original_keys.prefixes(*towers), {}
-        for name, network in networks.items():
-            shapes = weights.torch_shapes(network.abstract())
-            places[name] = original_places(network.config, shapes, prefixes[name])
-            if not any(key.startswith(prefixes[name]) for key in self.shapes):
-                raise UserError(
-                    f"{self.file}: holds no {_NAMES[name]} ({prefixes[name]}*); give a whole checkpoint, and this file "
-                    "as unet if a UNet is what it holds"
-                )
-            _check_whole(self.file, self.shapes, places[name])
-        known = {place.key for of_one in places.values() for place in of_one.values()}
-        unknown = [key for key in self.shapes if key not in known and not _LEFT_OVER.fullmatch(key)]
-        _refuse_unknown(self.file, unknown)
-        return {name: functools.partial(_read, self.file, network, places[name]) for name, network in networks.items()}
+    if model.is_file():
+        with as_folder(_settings(model, said.prediction)) as folder:
+            yield folder
+        return
+    for name, value in vars(said).items():
+        if value is not None:
+            raise UserError(f"{model}: no single file, and says its {name} itself; leave out {name}")
+    yield model
 
 
-def unet_reader(file: Path, network: Network) -> Callable[[weights.Place], Params] | None:
+@contextmanager
+def as_folder(settings: Mapping[str, Any]) -> Iterator[Path]:
+    """Settings as in `kinds/`, laid out as diffusers does in a temporary folder."""
+    names = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, values in settings.items():
+            if name.startswith("tokenizer"):
+                files = {f"{name}/{file}": content for file, content in Words(**values).files().items()}
+            else:
+                files = {names.get(name, f"{name}/config.json"): json_bytes(values)}
+            for file, content in files.items():
+                write_bytes(Path(folder, file), content)
+        yield Path(folder)
+
+
+def readers(file: Path, networks: Mapping[str, Network]) -> dict[str, Read]:
+    """How each network's weights are read. Raises `UserError` for tensors that are missing or belong to none."""
+    towers = [networks[name].config if name in networks else None for name in ("text_encoder", "text_encoder_2")]
+    shapes, prefixes, places = weights.read_header(file).shapes, original_keys.prefixes(*towers), {}
+    for name, network in networks.items():
+        places[name] = original_places(network.config, weights.torch_shapes(network.abstract()), prefixes[name])
+        if not any(key.startswith(prefixes[name]) for key in shapes):
+            raise UserError(
+                f"{file}: holds no {_NAMES[name]} ({prefixes[name]}*); give a whole checkpoint, and this file as unet "
+                "if a UNet is what it holds"
+            )
+    _check(file, shapes, [place for of_one in places.values() for place in of_one.values()], shapes)
+    return {name: functools.partial(_read, file, network, places[name]) for name, network in networks.items()}
+
+
+def unet_reader(file: Path, network: Network) -> Read | None:
     """How a UNet is read of a file in the original layout, with or without its prefix; None for another layout.
 
     Raises `UserError` for keys of the UNet that are missing or unknown. What else a whole checkpoint holds is not read.
@@ -157,10 +142,7 @@ def unet_reader(file: Path, network: Network) -> Callable[[weights.Place], Param
     if f"{prefix}input_blocks.0.0.weight" not in shapes:
         return None
     places = original_places(network.config, weights.torch_shapes(network.abstract()), prefix)
-    _check_whole(file, shapes, places)
-    known = {place.key for place in places.values()}
-    own = [key for key in shapes if key.startswith(prefix)]
-    _refuse_unknown(file, [key for key in own if key not in known and not _LEFT_OVER.fullmatch(key)])
+    _check(file, shapes, places.values(), [key for key in shapes if key.startswith(prefix)])
     return functools.partial(_read, file, network, places)
 
 
@@ -169,17 +151,28 @@ def described(file: Path, metadata: Mapping[str, str] | None = None) -> dict[str
     metadata = weights.read_header(file).metadata if metadata is None else metadata
     try:
         value = json.loads(metadata.get(HEADER, "{}"))
-    except ValueError as error:
+        if not set(_SETTINGS) <= set(value.get("settings", _SETTINGS)):
+            raise ValueError("not whole")
+        return value
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: its header's {HEADER} is damaged ({error}); export the student again") from error
-    parts = value.get("settings", dict.fromkeys(_SETTINGS)) if isinstance(value, dict) else {}
-    if not set(_SETTINGS) <= set(parts) or (value and "prediction_type" not in value):
-        raise UserError(f"{file}: its header's {HEADER} is not whole; export the student again")
-    return value
 
 
 def kind_settings(kind: str) -> dict[str, Any]:
     """What is shipped of "sd1", "sd2", "sd2_v" or "sdxl": configs by component."""
     return text.read_json(KINDS / f"{kind}.json", "install the package again")
+
+
+def _settings(file: Path, asked: str | None) -> dict[str, Any]:
+    """What `kinds/` holds of a kind, of this file."""
+    header = weights.read_header(file)
+    if not (own := described(file, header.metadata)):
+        return _kind(file, header.shapes, asked)
+    if "settings" not in own:
+        raise UserError(f"{file}: a UNet alone; give it as unet, beside a model that has the other parts")
+    if asked is not None:
+        raise UserError(f"{file}: its header says what it predicts; leave out prediction")
+    return own["settings"]
 
 
 def _kind(file: Path, shapes: Mapping[str, tuple[int, ...]], asked: str | None) -> dict[str, Any]:
@@ -244,14 +237,12 @@ def _yaml_prediction(file: Path) -> str | None:
         ) from error
 
 
-def _check_whole(file: Path, shapes: Mapping[str, Any], places: Mapping[str, original_keys.Place]) -> None:
-    missing = next((place.key for place in places.values() if place.key not in shapes), None)
-    if missing is not None:
+def _check(file: Path, shapes: Mapping[str, Any], places: Iterable[original_keys.Place], own: Iterable[str]) -> None:
+    """Raises `UserError` for a place with no tensor, and for a tensor of `own` that has none."""
+    needed = dict.fromkeys(place.key for place in places)
+    if missing := next((key for key in needed if key not in shapes), None):
         raise UserError(f"{file}: tensor {missing} is missing; a pruned or another model, give a whole one")
-
-
-def _refuse_unknown(file: Path, keys: list[str]) -> None:
-    if keys:
+    if keys := [key for key in own if key not in needed and not _LEFT_OVER.fullmatch(key)]:
         listed = ", ".join(keys[:3]) + (" ..." if keys[3:] else "")
         raise UserError(
             f"{file}: {len(keys)} unknown tensors, {listed}; give a model with the parts of SD 1.x, 2.x or SDXL"

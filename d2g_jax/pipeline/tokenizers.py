@@ -17,11 +17,9 @@ import numpy as np
 
 from d2g_jax.inputs import text
 from d2g_jax.models import clip
+from d2g_jax.pipeline.original_keys import KINDS
 from d2g_jax.pipeline.words import unknown_words
 from d2g_jax.runtime.errors import UserError
-
-KINDS = Path(__file__).with_name("kinds")
-"""What is shipped of the kinds of Stable Diffusion: their configs, and CLIP's merges."""
 
 
 def read_component(file: Path) -> dict[str, Any]:
@@ -34,33 +32,23 @@ def load_tokenizer(folder: Path, text_config: clip.ClipTextConfig | None = None)
     for file in folder.glob("[!.]*.json"):
         read_component(file)
     _check_merges(folder)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises torch, which nothing here uses
+    from transformers import CLIPTokenizer  # 1.5 s to import, and no torch
+
     try:
-        tokenizer = _clip_tokenizer().from_pretrained(str(folder), local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the parser is Rust's, and raises plain Exception
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{folder}: transformers cannot read this tokenizer ({reason}); fetch it again") from error
     if text_config is not None:
-        check_fits(tokenizer, text_config, folder)
+        length, positions = tokenizer.model_max_length, text_config.max_position_embeddings
+        if length > positions:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length must be at most {positions}")
+        if len(tokenizer) > text_config.vocab_size:
+            raise UserError(
+                f"{folder}: {len(tokenizer)} tokens, but the text tower's vocab_size is {text_config.vocab_size}"
+            )
     return tokenizer
-
-
-def check_fits(tokenizer: Any, text_config: clip.ClipTextConfig, source: Path) -> None:
-    """Raises `UserError` that names `source` where a tokenizer gives more than its text tower takes."""
-    length, positions = tokenizer.model_max_length, text_config.max_position_embeddings
-    if length > positions:
-        raise UserError(f"{source / 'tokenizer_config.json'}: model_max_length must be at most {positions}")
-    if len(tokenizer) > text_config.vocab_size:
-        raise UserError(
-            f"{source}: {len(tokenizer)} tokens, but the text tower's vocab_size is {text_config.vocab_size}"
-        )
-
-
-def _clip_tokenizer() -> Any:
-    """transformers' class."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises torch, which nothing here uses
-    from transformers import CLIPTokenizer  # 1.5 s to import, and no torch
-
-    return CLIPTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +79,6 @@ class Words:
         """Those of a tokenizer folder."""
         vocab, merges = _clip_words() if self.vocab is None else (self.vocab, self.merges)
         return tokenizer_files(vocab, merges, self.model_max_length, self.pad_token)
-
-    def tokenizer(self) -> Any:
-        """transformers' `CLIPTokenizer`."""
-        vocab, merges = _clip_words() if self.vocab is None else (self.vocab, self.merges)
-        pairs = [tuple(pair.split(" ")) for pair in merges]
-        return _clip_tokenizer()(
-            vocab=vocab, merges=pairs, model_max_length=self.model_max_length, pad_token=self.pad_token
-        )
 
 
 @functools.cache

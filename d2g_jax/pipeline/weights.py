@@ -144,12 +144,6 @@ def read_header(file: Path) -> Header:
         return Header({key: found.shape for key, found in _headers(file, handle).items()}, handle.metadata() or {})
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """What a safetensors file says of itself beside its tensors; raises `UserError` as `load_state_dict` does."""
-    with _open(file) as handle:
-        return handle.metadata() or {}
-
-
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix in _PICKLES:

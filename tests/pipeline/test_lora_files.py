@@ -9,6 +9,7 @@ from d2g_jax.__main__ import main
 from d2g_jax.models import lora
 from d2g_jax.pipeline import lora_files, weights
 from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.pipeline.original_keys import original_places
 from d2g_jax.plan.architectures import SDXL_BASE
 from d2g_jax.runtime.errors import UserError
 
@@ -109,10 +110,7 @@ def test_alpha_in_what_diffusers_says_beside_the_tensors(tiny_sd, tmp_path):
 
 def test_names_of_the_original_layout():
     """As ComfyUI and kohya have SDXL's."""
-    layers = SDXL_BASE.unet.layers_per_block + 1
-    attentive = {"up_blocks.0", "up_blocks.1"}
     for module, name in (
-        ("conv_in", "conv_in"),
         ("down_blocks.0.resnets.1.conv1", "input_blocks.2.0.in_layers.2"),
         ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op"),
         (
@@ -126,7 +124,8 @@ def test_names_of_the_original_layout():
         ("up_blocks.0.upsamplers.0.conv", "output_blocks.2.2.conv"),
         ("up_blocks.2.resnets.0.conv_shortcut", "output_blocks.6.0.skip_connection"),
     ):
-        assert lora_files._original(module, layers, attentive) == name
+        key = f"{module}.weight"
+        assert original_places(SDXL_BASE.unet, [key], "")[key].key == f"{name}.weight"
 
 
 def test_old_names_of_an_attention_processor(tiny_sd, tmp_path):
@@ -150,7 +149,7 @@ def test_old_names_of_an_attention_processor(tiny_sd, tmp_path):
         (lambda s, k: {**s, k.replace("lora_A", "hada_w1_a"): s[k]}, r"hada_w1_a\.weight is unknown; .*no LoHa"),
         (lambda s, k: {n: v for n, v in s.items() if n != k}, "has no down tensor"),
         (lambda s, k: {**s, k: np.zeros((2, 7), np.float32)}, r"has \(2, 7\) and .*give a LoRA of the same base model"),
-        (lambda s, k: {**s, k: s[k] * np.nan}, "holds NaN or infinity"),
+        (lambda s, k: {**s, k: s[k] * np.nan}, "is empty or holds NaN or infinity"),
         (lambda s, k: {}, "holds no tensors"),
     ],
 )

@@ -406,7 +406,7 @@ def test_the_workflow_draws_our_step(kind, zero_snr, timestep, whole, tiny):
     drawn = json.loads(json.dumps(comfyui.workflow(pipeline, timestep, "student.safetensors", whole=whole)))
     kinds = {node["class_type"] for node in drawn.values()}
     assert ("CheckpointLoaderSimple" in kinds, "UNETLoader" in kinds) == (whole, not whole)
-    assert ("CLIPTextEncodeSDXL" in kinds) == (kind == "sdxl")
+    assert ("DualCLIPLoader" in kinds) == (kind == "sdxl" and not whole)
     assert all(value[0] in drawn for node in drawn.values() for value in node["inputs"].values() if type(value) is list)
     noise, output = np.random.default_rng(0).normal(size=(2, 1, 4, 4, 4)).astype(np.float32)
     (decode,) = (node for node in drawn.values() if node["class_type"] == "VAEDecode")
