@@ -16,7 +16,6 @@ from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import exported
 from d2g_jax.sample.sampler import Sampler, latent_shape
 
-FORMS = (*exported.FORMATS, "lora")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -51,8 +50,8 @@ def export_student(
         overflows in `dtype`, and what a form cannot hold.
     """
     out = Path(out).absolute()
-    if to not in FORMS:
-        raise UserError(f"to={to} is unknown; choose one of {', '.join(FORMS)}")
+    if to not in exported.FORMATS:
+        raise UserError(f"to={to} is unknown; choose one of {', '.join(exported.FORMATS)}")
     if rank is not None and (to != "lora" or rank < 1):
         raise UserError(f"rank={rank}: give 1 or more with to=lora, and leave it out elsewhere")
     if dtype not in DTYPES:

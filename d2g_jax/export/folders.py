@@ -15,7 +15,7 @@ from typing import Any
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import needed_files
 from d2g_jax.pipeline.single_file import as_folder
-from d2g_jax.pipeline.tokenizers import Words
+from d2g_jax.pipeline.tokenizers import words_of
 from d2g_jax.runtime.atomic import TEMPORARY, replacing, write_bytes
 from d2g_jax.runtime.errors import UserError
 
@@ -56,7 +56,7 @@ def source_of(pipeline: Pipeline) -> Iterator[Path]:
 
 def settings(pipeline: Pipeline) -> dict[str, Any]:
     """What `kinds/` holds of a kind, of this pipeline."""
-    words = dict(zip(("tokenizer", "tokenizer_2"), map(Words.of, pipeline.tokenizers), strict=False))
+    words = dict(zip(("tokenizer", "tokenizer_2"), map(words_of, pipeline.tokenizers), strict=False))
     networks = {**pipeline.towers, "unet": pipeline.unet, "vae": pipeline.vae}
     index = {key: value if key in (*networks, *words, "scheduler") or not isinstance(value, list) else [None, None]
              for key, value in pipeline.index.items()}  # fmt: skip
@@ -64,7 +64,7 @@ def settings(pipeline: Pipeline) -> dict[str, Any]:
         "model_index": index,
         "scheduler": pipeline.scheduler,
         **{name: network.config.to_json() for name, network in networks.items()},
-        **{name: vars(word) for name, word in words.items()},
+        **words,
     }
 
 

@@ -58,7 +58,7 @@ def _update(sampler: Sampler, rank: int | None) -> tuple[lora_files.Update, dict
             raise UserError("to=lora: this student was trained whole; give the rank of its LoRA, such as rank=64")
         whole = _differences(sampler)
     else:
-        trained = _pairs(jax.device_get(sampler.lora))
+        trained = lora.flat(jax.device_get(sampler.lora), is_leaf=lambda path, part: "down" in part)
         most = max(len(parts["up"]) for parts in trained.values())
         if rank is not None and rank > most:
             raise UserError(f"rank={rank}: this student was trained with lora.rank={most}; give at most that, or none")
@@ -66,18 +66,8 @@ def _update(sampler: Sampler, rank: int | None) -> tuple[lora_files.Update, dict
             return trained, dict.fromkeys(trained, 0.0)
         whole = {path: np.tensordot(parts["down"], parts["up"], 1) for path, parts in trained.items()}
     truncated = {path: lora.truncate(difference, rank) for path, difference in whole.items()}
-    return (
-        {path: update for path, (update, _) in truncated.items()},
-        {path: error for path, (_, error) in truncated.items()},
-    )
-
-
-def _pairs(update: Params) -> lora_files.Update:
-    found: lora_files.Update = {}
-    for path, leaf in lora.flat(update).items():
-        kernel, _, part = path.rpartition("/")
-        found.setdefault(kernel, {})[part] = leaf
-    return found
+    update, errors = ({path: found[i] for path, found in truncated.items()} for i in (0, 1))
+    return update, errors
 
 
 def _differences(sampler: Sampler) -> dict[str, np.ndarray]:

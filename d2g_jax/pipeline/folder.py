@@ -21,7 +21,6 @@ from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import single_file, weights
 from d2g_jax.pipeline.hub import NETWORKS, resolve
-from d2g_jax.pipeline.single_file import NOTHING, Said
 from d2g_jax.pipeline.tokenizers import json_bytes, load_tokenizer, read_component
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.atomic import write_bytes
@@ -118,7 +117,8 @@ class Pipeline:
         storage: jnp.dtype = jnp.float32,
         without: Collection[str] = (),
         unet: str | Path | None = None,
-        said: Said = NOTHING,
+        prediction: str | None = None,
+        tokenizer: str | Path | None = None,
     ) -> Pipeline:
         """Reads a diffusers folder, or a single file, leaf by leaf, so that the host never holds a second copy.
 
@@ -130,13 +130,17 @@ class Pipeline:
           without: networks whose weights are not read, because others take their place.
           unet: a safetensors file in either layout, or a folder with one, whose weights take the place of the model's
             own UNet; with a config.json beside them that config too.
-          said: of a single file.
+          prediction: of a single file that does not say it, of `single_file.PREDICTIONS`.
+          tokenizer: a tokenizer folder in place of CLIP's own, of a single file.
 
         Raises:
           UserError: one line that names the file and key, for anything missing, unknown or inconsistent.
         """
         folder = resolve(folder)
-        with single_file.settings_folder(folder, said) as settings:
+        for name, said in (("prediction", prediction), ("tokenizer", tokenizer)):
+            if said is not None and not folder.is_file():
+                raise UserError(f"{folder}: no single file, and says its {name} itself; leave out {name}")
+        with single_file.settings_folder(folder, prediction) as settings:
             index = _read_index(settings)
             configs = {name: settings / name / "config.json" for name in _components(index)}
             if unet is not None and (own := Path(unet, "config.json")).is_file():
@@ -149,7 +153,7 @@ class Pipeline:
             _check_widths(configs["unet"], networks)
             tokenizers = {
                 name: load_tokenizer(
-                    said.tokenizer or settings / name, networks[name.replace("tokenizer", "text_encoder")].config
+                    Path(tokenizer or settings / name), networks[name.replace("tokenizer", "text_encoder")].config
                 )
                 for name in _components(index)
                 if name.startswith("tokenizer")

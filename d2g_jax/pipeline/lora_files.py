@@ -12,16 +12,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from d2g_jax.inputs import places
+from d2g_jax.inputs.text import read_json
 from d2g_jax.models import lora
 from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
-from d2g_jax.pipeline.original_keys import original_places
+from d2g_jax.pipeline.original_keys import KINDS, original_places
 from d2g_jax.runtime.errors import UserError
 
 FOLDERS_FILE = "pytorch_lora_weights.safetensors"
@@ -31,37 +32,10 @@ Update = dict[str, dict[str, Any]]
 """{"down", "up"} by the path of a kernel, joined by slashes."""
 
 
-class Form(NamedTuple):
-    """How a format names a tensor: prefix, the module's name in PyTorch, ending. Of several the first is written."""
+FORMS = read_json(KINDS / "lora_names.json", "install the package again")
+"""How a format names a tensor: before and behind the module's name in PyTorch. Of several the first is written."""
 
-    prefixes: Mapping[str, tuple[str, ...]]
-    separator: str
-    down: tuple[str, ...]
-    up: tuple[str, ...]
-    has_alpha: bool
-
-
-FORMS = {
-    "diffusers": Form(
-        {"unet": ("unet.", ""), "text_encoder": ("text_encoder.",), "text_encoder_2": ("text_encoder_2.",)},
-        ".",
-        (".lora_A.weight", ".lora.down.weight", ".lora_linear_layer.down.weight"),
-        (".lora_B.weight", ".lora.up.weight", ".lora_linear_layer.up.weight"),
-        has_alpha=False,
-    ),
-    "kohya": Form(
-        {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)},
-        "_",
-        (".lora_down.weight",),
-        (".lora_up.weight",),
-        has_alpha=True,
-    ),
-}
-_ENDINGS = {
-    **{ending: "down" for form in FORMS.values() for ending in form.down},
-    **{ending: "up" for form in FORMS.values() for ending in form.up},
-    ".alpha": "alpha",
-}
+_ENDINGS = {ending: part for form in FORMS.values() for part in ("down", "up", "alpha") for ending in form[part]}
 _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.")
 """diffusers' names of 2023: the ending stands behind the module of an attention's processor."""
 
@@ -150,9 +124,8 @@ def write(updates: Mapping[str, Update], file: Path, form: str, pipeline: Pipeli
     ):
         down, up = (np.asarray(parts[name], np.float32) for name in ("down", "up"))
         down, up = (down.transpose(3, 2, 0, 1), up.T[..., None, None]) if down.ndim == 4 else (down.T, up.T)
-        state[place + FORMS[form].down[0]], state[place + FORMS[form].up[0]] = map(np.ascontiguousarray, (down, up))
-        if FORMS[form].has_alpha:
-            state[f"{place}.alpha"] = np.asarray(len(down), np.float32)
+        values = {"down": np.ascontiguousarray(down), "up": np.ascontiguousarray(up), "alpha": np.float32(len(down))}
+        state |= {place + FORMS[form][part][0]: np.asarray(values[part]) for part in values if FORMS[form][part]}
     weights.save_state_dict(state, file, dtype)
 
 
@@ -160,7 +133,7 @@ def _networks(pipeline: Pipeline) -> dict[str, Any]:
     return {**pipeline.towers, "unet": pipeline.unet}
 
 
-def _modules(pipeline: Pipeline, form: Form) -> Iterator[tuple[str, tuple[str, str]]]:
+def _modules(pipeline: Pipeline, form: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
     """(a name of a module in a format, (network, path of its kernel)); those that are written come first.
 
     kohya's files of SDXL name the blocks of a UNet as the original layout does.
@@ -168,19 +141,19 @@ def _modules(pipeline: Pipeline, form: Form) -> Iterator[tuple[str, tuple[str, s
     for network, part in _networks(pipeline).items():
         modules = [path.removesuffix("/kernel") for path in lora.flat(part.abstract()) if path.endswith("/kernel")]
         names = [(module.replace("/", "."), module) for module in modules]
-        if network == "unet" and form is FORMS["kohya"]:
+        if network == "unet" and form["separator"] == "_":
             blocks = {f"{name}.weight": module for name, module in names if "_block" in name}
             places = original_places(part.config, blocks, "")
             names += [(place.key.removesuffix(".weight"), blocks[key]) for key, place in places.items()]
-        for prefix in form.prefixes[network]:
+        for prefix in form[network]:
             for name, module in names:
-                yield prefix + name.replace(".", form.separator), (network, f"{module}/kernel")
+                yield prefix + name.replace(".", form["separator"]), (network, f"{module}/kernel")
 
 
 def _adapter_metadata(file: Path) -> dict[str, float]:
     """alpha / r by network, where diffusers wrote it. Raises `UserError` for what is no plain LoRA."""
     try:
-        fields = json.loads(weights.read_header(file).metadata.get("lora_adapter_metadata", "{}"))
+        fields = json.loads(weights.read_header(file)[1].get("lora_adapter_metadata", "{}"))
         for key, value in fields.items():
             if key.rpartition(".")[2] in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") and value:
                 raise UserError(f"{file}: its metadata has {key}, which is not read; merge it with diffusers first")

@@ -6,7 +6,6 @@ What such a file lacks, configs and tokenizers, is shipped for the four kinds th
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import re
@@ -22,7 +21,7 @@ from d2g_jax.inputs import text
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import original_keys, weights
 from d2g_jax.pipeline.original_keys import KINDS, UNET_PREFIX, original_places
-from d2g_jax.pipeline.tokenizers import Words, json_bytes
+from d2g_jax.pipeline.tokenizers import json_bytes, tokenizer_files
 from d2g_jax.runtime.atomic import write_bytes
 from d2g_jax.runtime.errors import UserError
 
@@ -30,11 +29,10 @@ HEADER = "d2g_jax"
 """Of the header's texts the one that holds what `d2g export` says of a file, as JSON."""
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+"""What a user may say of a file whose header, keys and .yaml do not."""
 
 _SETTINGS = ("model_index", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 """What `kinds/` and our own headers hold of every pipeline."""
-
-_NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text tower", "text_encoder_2": "second text tower"}
 
 # What a file is that is not read, by a key of it that no other has.
 _FOREIGN = (
@@ -63,41 +61,22 @@ _KINDS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """By the width of the text that the UNet attends to."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Said:
-    """What a user says of a single file that it does not say itself.
-
-    Attributes:
-      prediction: of `PREDICTIONS`; None is what the file, the .yaml beside it or its kind says.
-      tokenizer: a tokenizer folder in place of CLIP's own.
-    """
-
-    prediction: str | None = None
-    tokenizer: Path | None = None
-
-
-NOTHING = Said()
-
-
 Read = Callable[[weights.Place | None], Params]
 """Reads a network's weights, once it is known where each leaf goes."""
 
 
 @contextmanager
-def settings_folder(model: Path, said: Said) -> Iterator[Path]:
+def settings_folder(model: Path, prediction: str | None) -> Iterator[Path]:
     """The folder with a model's configs and tokenizers: of a folder itself, of a single file one for a while.
 
-    Raises `UserError` for a file that is none of the four kinds, and says what it is; for a folder of which is said
-    what it says itself.
+    `prediction`: of `PREDICTIONS`; None is what the file, the .yaml beside it or its kind says.
+    Raises `UserError` for a file that is none of the four kinds, and says what it is.
     """
-    if model.is_file():
-        with as_folder(_settings(model, said.prediction)) as folder:
-            yield folder
+    if model.is_dir():
+        yield model
         return
-    for name, value in vars(said).items():
-        if value is not None:
-            raise UserError(f"{model}: no single file, and says its {name} itself; leave out {name}")
-    yield model
+    with as_folder(_settings(model, prediction)) as folder:
+        yield folder
 
 
 @contextmanager
@@ -107,7 +86,7 @@ def as_folder(settings: Mapping[str, Any]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         for name, values in settings.items():
             if name.startswith("tokenizer"):
-                files = {f"{name}/{file}": content for file, content in Words(**values).files().items()}
+                files = {f"{name}/{file}": content for file, content in tokenizer_files(**values).items()}
             else:
                 files = {names.get(name, f"{name}/config.json"): json_bytes(values)}
             for file, content in files.items():
@@ -118,12 +97,12 @@ def as_folder(settings: Mapping[str, Any]) -> Iterator[Path]:
 def readers(file: Path, networks: Mapping[str, Network]) -> dict[str, Read]:
     """How each network's weights are read. Raises `UserError` for tensors that are missing or belong to none."""
     towers = [networks[name].config if name in networks else None for name in ("text_encoder", "text_encoder_2")]
-    shapes, prefixes, places = weights.read_header(file).shapes, original_keys.prefixes(*towers), {}
+    shapes, prefixes, places = weights.read_header(file)[0], original_keys.prefixes(*towers), {}
     for name, network in networks.items():
         places[name] = original_places(network.config, weights.torch_shapes(network.abstract()), prefixes[name])
         if not any(key.startswith(prefixes[name]) for key in shapes):
             raise UserError(
-                f"{file}: holds no {_NAMES[name]} ({prefixes[name]}*); give a whole checkpoint, and this file as unet "
+                f"{file}: holds no {name} ({prefixes[name]}*); give a whole checkpoint, and this file as unet "
                 "if a UNet is what it holds"
             )
     _check(file, shapes, [place for of_one in places.values() for place in of_one.values()], shapes)
@@ -137,7 +116,7 @@ def unet_reader(file: Path, network: Network) -> Read | None:
     """
     if file.suffix != ".safetensors" or not file.is_file():
         return None
-    shapes = weights.read_header(file).shapes
+    shapes, _ = weights.read_header(file)
     prefix = UNET_PREFIX if any(key.startswith(UNET_PREFIX) for key in shapes) else ""
     if f"{prefix}input_blocks.0.0.weight" not in shapes:
         return None
@@ -148,7 +127,7 @@ def unet_reader(file: Path, network: Network) -> Read | None:
 
 def described(file: Path, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What `d2g export` wrote into a file's header; {} for a file of others. Raises `UserError` for a damaged one."""
-    metadata = weights.read_header(file).metadata if metadata is None else metadata
+    metadata = weights.read_header(file)[1] if metadata is None else metadata
     try:
         value = json.loads(metadata.get(HEADER, "{}"))
         if not set(_SETTINGS) <= set(value.get("settings", _SETTINGS)):
@@ -165,9 +144,9 @@ def kind_settings(kind: str) -> dict[str, Any]:
 
 def _settings(file: Path, asked: str | None) -> dict[str, Any]:
     """What `kinds/` holds of a kind, of this file."""
-    header = weights.read_header(file)
-    if not (own := described(file, header.metadata)):
-        return _kind(file, header.shapes, asked)
+    shapes, metadata = weights.read_header(file)
+    if not (own := described(file, metadata)):
+        return _kind(file, shapes, asked)
     if "settings" not in own:
         raise UserError(f"{file}: a UNet alone; give it as unet, beside a model that has the other parts")
     if asked is not None:

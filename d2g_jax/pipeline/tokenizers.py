@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import gzip
 import json
@@ -51,34 +50,13 @@ def load_tokenizer(folder: Path, text_config: clip.ClipTextConfig | None = None)
     return tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class Words:
-    """All that a CLIP tokenizer is made of; the defaults are CLIP's own.
-
-    Attributes:
-      pad_token: of the vocabulary, behind the end of a prompt.
-      model_max_length: tokens of a prompt with both ends.
-      vocab: token -> id; merges: pairs such as "i n</w>". None, both, are CLIP's.
-    """
-
-    pad_token: str = "<|endoftext|>"
-    model_max_length: int = 77
-    vocab: Mapping[str, int] | None = None
-    merges: Sequence[str] | None = None
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> Words:
-        """What an existing tokenizer is made of."""
-        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        vocab = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
-        own = (None, None) if (vocab, merges) == _clip_words() else (vocab, merges)
-        return cls(tokenizer.pad_token, tokenizer.model_max_length, *own)
-
-    def files(self) -> dict[str, bytes]:
-        """Those of a tokenizer folder."""
-        vocab, merges = _clip_words() if self.vocab is None else (self.vocab, self.merges)
-        return tokenizer_files(vocab, merges, self.model_max_length, self.pad_token)
+def words_of(tokenizer: Any) -> dict[str, Any]:
+    """What `tokenizer_files` makes a tokenizer of, with nothing of CLIP's own words."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    vocab = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    own = {} if (vocab, merges) == _clip_words() else {"vocab": vocab, "merges": merges}
+    return {"pad_token": tokenizer.pad_token, "model_max_length": tokenizer.model_max_length, **own}
 
 
 @functools.cache
@@ -120,9 +98,14 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
 
 
 def tokenizer_files(
-    vocab: Mapping[str, int], merges: Sequence[str], model_max_length: int, pad_token: str = "<|endoftext|>"
+    vocab: Mapping[str, int] | None = None,
+    merges: Sequence[str] = (),
+    model_max_length: int = 77,
+    pad_token: str = "<|endoftext|>",
 ) -> dict[str, bytes]:
-    """The files of a CLIP tokenizer folder, for `save_pipeline`; `merges` are lines such as `"i n</w>"`."""
+    """The files of a CLIP tokenizer folder; `merges` are lines such as `"i n</w>"`. Without words they are CLIP's."""
+    if vocab is None:
+        vocab, merges = _clip_words()
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad_token}
     special["unk_token"] = "<|endoftext|>"
     config = {

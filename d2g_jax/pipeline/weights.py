@@ -33,9 +33,6 @@ VARIANTS = ("", ".fp16", ".bf16")
 Place = Callable[[tuple[str, ...], np.ndarray], Any]
 """(path of a leaf, float32 array) -> what stands in the tree in its place."""
 
-Arrange = Callable[[Mapping[str, "Stored"]], Mapping[str, "Stored"]]
-"""What a file holds by its own keys -> the same by PyTorch's names of a network."""
-
 _TORCH_LEAF = dict.fromkeys(("kernel", "scale", "embedding"), "weight") | {"mean": "running_mean", "var": "running_var"}
 _IGNORABLE = ("position_ids", "num_batches_tracked")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -112,13 +109,16 @@ def save_state_dict(
 
 
 def load_params(
-    folder: str | Path, abstract: Params, place: Place | None = None, arrange: Arrange | None = None
+    folder: str | Path,
+    abstract: Params,
+    place: Place | None = None,
+    arrange: Callable[[Any], Mapping[str, Stored]] | None = None,
 ) -> Params:
     """The weights of one model folder, or file, as a tree with the paths and shapes of `abstract`, leaf by leaf.
 
     `place(path, leaf)` gets every leaf as soon as it is float32 in our layout, and its result stands in the tree; None
     keeps the arrays. Files are read lazily: with a `place` that moves leaves to devices the host holds about one leaf.
-    `arrange` is for files of another layout than diffusers'.
+    `arrange` is for files of another layout than diffusers': what they hold by key -> the same by PyTorch's names.
 
     Raises `UserError` as `load_state_dict` and `to_params` do; what the headers tell (missing, extra or wrongly shaped
     tensors, damaged files) before the first tensor is read, NaN or infinity at its tensor.
@@ -130,18 +130,14 @@ def load_params(
         return _tree(_matched(stored if arrange is None else arrange(stored), abstract, folder), place)
 
 
-class Header(NamedTuple):
-    """What the header of a safetensors file says: the shape of each tensor by its key, and text by name."""
+def read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The shape of each tensor by its key, and text by name, of one safetensors file, without its tensors.
 
-    shapes: dict[str, tuple[int, ...]]
-    metadata: dict[str, str]
-
-
-def read_header(file: Path) -> Header:
-    """Of one file, without its tensors. Raises `UserError` for a pickle and for a damaged or truncated file."""
+    Raises `UserError` for a pickle and for a damaged or truncated file.
+    """
     (file,) = _files(file)
     with _open(file) as handle:
-        return Header({key: found.shape for key, found in _headers(file, handle).items()}, handle.metadata() or {})
+        return {key: found.shape for key, found in _headers(file, handle).items()}, handle.metadata() or {}
 
 
 def _files(path: Path) -> list[Path]:

@@ -95,7 +95,7 @@ def _find_teacher(choice: Choice, sampler: Sampler, mesh: jax.sharding.Mesh) -> 
     if not Path(choice.model, "checkpoints").is_dir():
         return None  # an export knows its teacher's name at most
     parts, without = choice.parts, (*sampler.pipeline.towers, "vae")
-    own = Pipeline.load(sampler.pipeline.folder, dtype, mesh, dtype, without, said=parts.said)
+    own = Pipeline.load(sampler.pipeline.folder, dtype, mesh, dtype, without, **parts.said)
     worn = lora_files.put_on(own, parts.worn(), networks=("unet",))
     params = {**sampler.pipeline.params, "unet": worn.params["unet"]}
     return Sampler(dataclasses.replace(sampler.pipeline, params=params), None)

@@ -33,7 +33,7 @@ DESCRIPTION = "d2g.json"
 PARAMS = "params"
 """The Orbax tree's folder."""
 
-FORMATS = ("diffusers", "flax", "single", "stablehlo")
+FORMATS = ("diffusers", "single", "flax", "lora", "stablehlo")
 VERSION = 1
 """Of the description: raised when a reader of the old one would go wrong."""
 

@@ -24,7 +24,6 @@ from d2g_jax.pipeline import lora_files
 from d2g_jax.pipeline.draw import Programs, Solution, one_step_programs, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import folder_hash, resolve
-from d2g_jax.pipeline.single_file import Said
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import exported
@@ -46,7 +45,7 @@ class Parts:
       system: a name of `systems.SYSTEMS`: the model is a one-step generator of another method.
       unet: weights in place of the model's own UNet.
       pipeline: where a workdir's teacher lies now, if it was moved since the training.
-      prediction, tokenizer: of a single file, as in `Said`.
+      prediction, tokenizer: of a single file, as for `Pipeline.load`.
       lora: LoRA files on top in their order, "FILE" or "FILE:SCALE".
     """
 
@@ -59,8 +58,9 @@ class Parts:
     lora: Sequence[str] = ()
 
     @property
-    def said(self) -> Said:
-        return Said(self.prediction, None if self.tokenizer is None else Path(self.tokenizer))
+    def said(self) -> dict[str, Any]:
+        """Of a single file."""
+        return {"prediction": self.prediction, "tokenizer": self.tokenizer}
 
     def worn(self) -> list[lora_files.Worn]:
         """Raises `UserError` as `Worn.parse` does."""
@@ -133,9 +133,9 @@ class Sampler:
             raise UserError(f"{model}: neither a pipeline folder (model_index.json) nor a workdir (checkpoints/)")
         described = exported.read_description(folder)
         if described.get("format") == "flax":
-            _check_own(model, system=parts.system, unet=parts.unet, **dataclasses.asdict(parts.said))
+            _check_own(model, system=parts.system, unet=parts.unet, **parts.said)
             return cls(exported.load_pipeline(folder, dtype, mesh, storage), described["timestep"])
-        pipeline = Pipeline.load(folder, dtype, mesh, storage, unet=parts.unet, said=parts.said)
+        pipeline = Pipeline.load(folder, dtype, mesh, storage, unet=parts.unet, **parts.said)
         timestep = described["timestep"] if described else student_timestep(pipeline.scheduler)
         if timestep is not None:
             _check_own(model, system=parts.system, unet=parts.unet)
@@ -152,7 +152,7 @@ class Sampler:
             settings = metadata.get("config", {}).get("lora", {"rank": 0})
             scale, teacher = lora.scale(settings), _teacher(workdir, metadata, parts.pipeline)
             without = ("unet",) if scale is None else ()  # the teacher's, which the average is an update of
-            pipeline = Pipeline.load(teacher, dtype, mesh, storage, without, said=parts.said)
+            pipeline = Pipeline.load(teacher, dtype, mesh, storage, without, **parts.said)
             like = pipeline.unet.abstract()
             if scale is not None:
                 like = lora.abstract(like, settings["rank"], settings["targets"])

@@ -33,9 +33,6 @@ from d2g_jax.train.step import Distillation, Frozen
 PERCEPTUAL = ("latent_lpips", "e_latent_lpips")
 """Losses that take a `LatentLPIPS`."""
 
-BACKBONES = ("trained", "frozen")
-"""What becomes of the teacher's UNet in the discriminator."""
-
 Metric = LatentLPIPS | DecodedLPIPS
 
 _FIELDS = ("id", "input_ids", "latents")
@@ -140,8 +137,8 @@ def _scales(config: ml_collections.ConfigDict) -> tuple[float | None, float | No
     Raises `UserError` for an unknown `discriminator.backbone`, and for one that is frozen and updated.
     """
     c = config.discriminator
-    if c.backbone not in BACKBONES:
-        raise UserError(f"discriminator.backbone={c.backbone!r}; choose one of {', '.join(BACKBONES)}")
+    if c.backbone not in ("trained", "frozen"):
+        raise UserError(f"discriminator.backbone={c.backbone!r}; choose one of trained, frozen")
     if c.backbone == "frozen" and c.lora_rank:
         raise UserError(f"discriminator.lora_rank={c.lora_rank} updates a backbone that is frozen; set one of the two")
     return lora.scale(config.lora), 1.0 if c.lora_rank or c.backbone == "frozen" else None
@@ -150,12 +147,8 @@ def _scales(config: ml_collections.ConfigDict) -> tuple[float | None, float | No
 def _narrowed(params: Params, dtype: Any) -> Params:
     """Kernels in `dtype`, as the networks take them anyway; of shapes their shapes."""
 
-    def narrow(path: tuple[Any, ...], leaf: Any) -> Any:
-        if path[-1].key != "kernel":
-            return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(narrow, params)
+    narrow = lambda x: x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, x: narrow(x) if path[-1].key == "kernel" else x, params)
 
 
 def load_metric(config: ml_collections.ConfigDict, pipeline: Pipeline) -> Metric | None:

@@ -10,7 +10,7 @@ from d2g_jax.models import lora
 from d2g_jax.pipeline import lora_files, weights
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.original_keys import original_places
-from d2g_jax.plan.architectures import SDXL_BASE
+from d2g_jax.plan.architectures import of_kind
 from d2g_jax.runtime.errors import UserError
 
 
@@ -125,7 +125,7 @@ def test_names_of_the_original_layout():
         ("up_blocks.2.resnets.0.conv_shortcut", "output_blocks.6.0.skip_connection"),
     ):
         key = f"{module}.weight"
-        assert original_places(SDXL_BASE.unet, [key], "")[key].key == f"{name}.weight"
+        assert original_places(of_kind("sdxl").unet.config, [key], "")[key].key == f"{name}.weight"
 
 
 def test_old_names_of_an_attention_processor(tiny_sd, tmp_path):

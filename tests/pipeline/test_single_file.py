@@ -13,22 +13,21 @@ import numpy as np
 import pytest
 
 from d2g_jax.diffusion.schedule import Schedule, one_step
-from d2g_jax.export import comfyui, export_student, to_single
-from d2g_jax.models import clip, unet, vae
+from d2g_jax.export import comfyui, export_student, folders
 from d2g_jax.pipeline import single_file, weights
 from d2g_jax.pipeline.folder import Pipeline, load_vae
 from d2g_jax.pipeline.hub import NETWORKS, folder_hash
 from d2g_jax.pipeline.original_keys import UNET_PREFIX, original_places, prefixes
-from d2g_jax.pipeline.single_file import HEADER, Said, kind_settings, unet_reader
-from d2g_jax.pipeline.tokenizers import Words, load_tokenizer, tokenize
-from d2g_jax.plan.architectures import SD15, SD21, SD21_BASE, SDXL_BASE
+from d2g_jax.pipeline.single_file import HEADER, kind_settings, unet_reader
+from d2g_jax.pipeline.tokenizers import load_tokenizer, tokenize, words_of
+from d2g_jax.plan.architectures import of_kind
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample.model import Model
 from d2g_jax.sample.sampler import Parts, Sampler
 
 PROMPTS = ["the cat", "the dog the cat"]
-KINDS = {"sd1": SD15, "sd2": SD21_BASE, "sd2_v": SD21, "sdxl": SDXL_BASE}
+KINDS = ("sd1", "sd2", "sd2_v", "sdxl")
 
 
 def same(ours, theirs) -> None:
@@ -107,13 +106,11 @@ def test_full_size_names_are_those_of_their_conversion(kind):
     pytest.importorskip("diffusers")
     from diffusers.loaders import single_file_utils as theirs
 
-    architecture, settings = KINDS[kind], kind_settings(kind)
-    towers = [*architecture.towers, None][:2]
-    before = prefixes(*towers)
-    configs = {"unet": architecture.unet, "vae": architecture.vae}
-    configs |= dict(zip(("text_encoder", "text_encoder_2"), architecture.towers, strict=False))
-    build = {"unet": unet.build, "vae": vae.build, "text_encoder": clip.build, "text_encoder_2": clip.build}
-    shapes = {name: weights.torch_shapes(build[name](config).abstract()) for name, config in configs.items()}
+    pipeline, settings = of_kind(kind), kind_settings(kind)
+    networks = {**pipeline.towers, "unet": pipeline.unet, "vae": pipeline.vae}
+    configs = {name: network.config for name, network in networks.items()}
+    before = prefixes(configs["text_encoder"], configs.get("text_encoder_2"))
+    shapes = {name: weights.torch_shapes(network.abstract()) for name, network in networks.items()}
     file: dict[str, torch.Tensor] = {}
     for name, config in configs.items():
         for key, place in original_places(config, shapes[name], before[name]).items():
@@ -129,11 +126,11 @@ def test_full_size_names_are_those_of_their_conversion(kind):
         "unet": theirs.convert_ldm_unet_checkpoint(dict(file), settings["unet"]),
         "vae": theirs.convert_ldm_vae_checkpoint(dict(file), settings["vae"]),
     }
-    for name in ("text_encoder", "text_encoder_2")[: len(architecture.towers)]:
+    for name in pipeline.towers:
         if before[name].endswith(".transformer."):
             converted[name] = theirs.convert_ldm_clip_checkpoint(dict(file))
         else:
-            tower = type("Tower", (), {"config": architecture.towers[-1]})
+            tower = type("Tower", (), {"config": configs[name]})
             converted[name] = theirs.convert_open_clip_checkpoint(tower, dict(file), prefix=before[name])
     for name, found in converted.items():
         assert {key: tuple(value.shape) for key, value in found.items()} == shapes[name], name
@@ -175,7 +172,7 @@ LEFT_BEHIND = {
 @pytest.fixture
 def shipped_tiny(tiny, monkeypatch):
     """The tiny pipelines in the place of the shipped kinds."""
-    shipped = {kind: to_single.settings(Pipeline.load(folder)) for kind, folder in tiny.items()}
+    shipped = {kind: folders.settings(Pipeline.load(folder)) for kind, folder in tiny.items()}
     monkeypatch.setattr(single_file, "kind_settings", shipped.__getitem__)
 
     def only(kind: str) -> None:
@@ -195,15 +192,15 @@ def test_a_file_of_others(kind, tiny, shipped_tiny, tmp_path):
     if kind == "sd2_v":
         file.with_suffix(".yaml").write_text("model:\n  params:\n    parameterization: v\n")
         with pytest.raises(UserError, match=r"prediction epsilon, its .yaml v_prediction, .* contradict each other"):
-            Pipeline.load(file, said=Said("epsilon"))
-    read = Pipeline.load(file, said=Said("epsilon" if kind == "sd2" else None))
+            Pipeline.load(file, prediction="epsilon")
+    read = Pipeline.load(file, prediction="epsilon" if kind == "sd2" else None)
     half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16).astype(np.float32), before.params)
     same(read.params, half)
     assert read.scheduler == before.scheduler
     assert len(folder_hash(file)) == 64
     network = before.unet
     same(unet_reader(file, network)(None), half["unet"])
-    places = {key.removeprefix(UNET_PREFIX) for key in weights.read_header(file).shapes if key.startswith(UNET_PREFIX)}
+    places = {key.removeprefix(UNET_PREFIX) for key in weights.read_header(file)[0] if key.startswith(UNET_PREFIX)}
     bare = {key.removeprefix(UNET_PREFIX): value for key, value in weights.load_state_dict(file, None).items()}
     weights.save_state_dict({k: v for k, v in bare.items() if k in places}, tmp_path / "bare.safetensors")
     same(unet_reader(tmp_path / "bare.safetensors", network)(None), half["unet"])
@@ -234,7 +231,7 @@ UNET = {
         ({"model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)}, "an inpainting model of 9 input channels"),
         ({"conv_in.weight": (320, 4, 3, 3)}, "a UNet in diffusers' layout goes to unet"),
         ({**UNET, list(UNET)[1]: (320, 1234)}, "for texts of width 1234"),
-        (UNET, "holds no text tower .cond_stage_model.transformer.*give a whole checkpoint"),
+        (UNET, "holds no text_encoder .cond_stage_model.transformer.*give a whole checkpoint"),
     ],
 )
 def test_what_is_not_read_is_said(tensors, words, tmp_path):
@@ -252,7 +249,7 @@ def test_damaged_files(tiny, tmp_path):
         Pipeline.load(cut)
     with pytest.raises(UserError, match=r"input_blocks.0.0.weight is stored as F8_E4M3; export it as float16"):
         Pipeline.load(write(tmp_path / "eight.safetensors", UNET, "F8_E4M3"))
-    state, metadata = weights.load_state_dict(whole), weights.read_header(whole).metadata
+    state, metadata = weights.load_state_dict(whole), weights.read_header(whole)[1]
     more = {**state, "model.diffusion_model.extra.weight": np.zeros(1, np.float32)}
     weights.save_state_dict(more, tmp_path / "more.safetensors", metadata=metadata)
     with pytest.raises(UserError, match=r"1 unknown tensors, model.diffusion_model.extra.weight; "):
@@ -265,11 +262,11 @@ def test_damaged_files(tiny, tmp_path):
     with pytest.raises(UserError, match=r"its header's d2g_jax is damaged"):
         Pipeline.load(tmp_path / "header.safetensors")
     with pytest.raises(UserError, match=r"no single file, and says its prediction itself; leave out prediction"):
-        Pipeline.load(tiny["sd1"], said=Said("epsilon"))
+        Pipeline.load(tiny["sd1"], prediction="epsilon")
     with pytest.raises(UserError, match=r"attn2.to_k.weight has shape"):  # a UNet of another base
         Pipeline.load(tiny["sd1"], unet=_other_width(state, tmp_path / "other.safetensors"))
     with pytest.raises(UserError, match=r"missing is missing; a CLIP tokenizer|vocab.json is missing"):
-        Pipeline.load(whole, said=Said(tokenizer=tmp_path))
+        Pipeline.load(whole, tokenizer=tmp_path)
 
 
 def _other_width(state: dict[str, np.ndarray], out: Path) -> Path:
@@ -279,19 +276,18 @@ def _other_width(state: dict[str, np.ndarray], out: Path) -> Path:
     return out
 
 
-def test_the_shipped_tokenizer_is_clips(tmp_path):
-    tokenizer = Words().tokenizer()
+def clip_tokenizer(**words):
+    with single_file.as_folder({"tokenizer": words}) as folder:
+        return load_tokenizer(folder / "tokenizer")
+
+
+def test_the_shipped_tokenizer_is_clips():
+    tokenizer = clip_tokenizer()
     ids = tokenize(tokenizer, ["a photo of a cat"])[0]
     assert ids[:8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 49407]
     assert (len(tokenizer), ids.shape) == (49408, (77,))
-    assert tokenize(Words(pad_token="!").tokenizer(), ["a"])[0, -1] == 0
-    assert Words.of(tokenizer) == Words()
-    for name, content in Words(pad_token="!").files().items():
-        (tmp_path / name).write_bytes(content)
-    texts = ["Ein Blaubär, 3 déjà-vu's ☂ don't!", "日本 naïve"]
-    np.testing.assert_array_equal(
-        tokenize(load_tokenizer(tmp_path), texts), tokenize(Words(pad_token="!").tokenizer(), texts)
-    )
+    assert words_of(tokenizer) == {"pad_token": "<|endoftext|>", "model_max_length": 77}
+    assert tokenize(clip_tokenizer(pad_token="!"), ["a"])[0, -1] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,7 +306,7 @@ def test_a_student_says_how_it_is_called(tiny, tmp_path):
     export_student(student, "diffusers", tmp_path / "folder")
     assert Sampler.load(tmp_path / "folder", meshes.make_mesh()).timestep == 399
     alone = export(tiny["sd1"], tmp_path / "alone", timestep=399, only="unet")
-    assert all(key.startswith(UNET_PREFIX) for key in weights.read_header(alone).shapes)
+    assert all(key.startswith(UNET_PREFIX) for key in weights.read_header(alone)[0])
     assert "--model=TEACHER --unet=alone.safetensors" in (alone.parent / "README.md").read_text()
     beside = Sampler.load(tiny["sd1"], meshes.make_mesh(), parts=Parts(unet=alone))
     assert beside.timestep == 399

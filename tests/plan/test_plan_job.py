@@ -13,11 +13,9 @@ import pytest
 from d2g_jax.__main__ import main
 from d2g_jax.config.configuration import read_config
 from d2g_jax.digits.config import get_config
-from d2g_jax.models import clip, unet, vae
 from d2g_jax.pairs.job import planned_manifest
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.plan import architectures, planner
-from d2g_jax.plan.architectures import Architecture
 from d2g_jax.plan.collectives import Collective
 from d2g_jax.plan.plan import from_json, scaled, to_json
 from d2g_jax.plan.planner import find_fit, plan_run
@@ -30,15 +28,14 @@ from d2g_jax.runtime import mesh as meshes
 from d2g_jax.train.setup import build, initial_state
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = Architecture(
-    (clip.ClipTextConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1),),
-    unet.UNetConfig(
-        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2, mid_block_type=None,
-    ),
-    vae.VaeConfig(),
-)  # fmt: skip
+TOWER = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8}
+WORDS = {"vocab": {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}, "merges": []}
+VAE = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"], "block_out_channels": [64]}
+TINY = {"text_encoder": TOWER, "tokenizer": WORDS, "vae": VAE | {"layers_per_block": 1}, "unet": {
+    "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 2, "mid_block_type": None, "cross_attention_dim": 32,
+}}  # fmt: skip
 
 LOW_RANK = {"lora.rank": 4, "discriminator.lora_rank": 4, "train.dtype": "bfloat16"}
 
@@ -46,7 +43,7 @@ LOW_RANK = {"lora.rank": 4, "discriminator.lora_rank": 4, "train.dtype": "bfloat
 @pytest.fixture(autouse=True)
 def _own_store(monkeypatch, tmp_path):
     monkeypatch.setattr(planner.store, "folder", lambda: tmp_path / "store")
-    monkeypatch.setitem(architectures.KNOWN, "tiny/tiny", TINY)
+    monkeypatch.setitem(architectures.KNOWN, "tiny/tiny", ("sd1", TINY))
 
 
 def tiny(**changes):
