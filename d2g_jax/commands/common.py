@@ -135,8 +135,9 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
 
-def add_model_flags(parser: Any, models: str, *, required: bool = True) -> None:
+def add_model_flags(parser: Any, *, required: bool = True) -> None:
     """Which model, what of it is replaced and how large its images are, to a parser or a group of one."""
+    models = "pipeline folder, .safetensors file, hub id, exported student, or training workdir"
     parser.add_argument("--model", required=required, help=models)
     parser.add_argument("--revision", help="of a hub id")
     parser.add_argument("--system", help="one-step generator of another method: instaflow, dmd, sdxl-turbo, lcm, ...")

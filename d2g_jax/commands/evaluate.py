@@ -62,8 +62,7 @@ def _evaluate(arguments: Sequence[str]) -> Callable[[], str]:
     for name, where in metric_weights.WHERE.items():
         weights.add_argument(metric_weights.flag(name), type=common.path, help=where.replace("%", "%%"))
     model = parser.add_argument_group("a model in place of --images")
-    models = "pipeline folder, .safetensors file, hub id, exported student, or training workdir"
-    common.add_model_flags(model, models, required=False)
+    common.add_model_flags(model, required=False)
     model.add_argument("--drawn", type=common.path, help="where its images go and are found again; default OUT-drawn")
     model.add_argument("--seed", type=int, default=0, help="of the noise")
     model.add_argument("--draw-batch", type=int, default=64, help="images per call of the model, all devices together")

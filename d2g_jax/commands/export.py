@@ -18,7 +18,6 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--height", type=int, help="of a StableHLO file's images; default is the model's own")
     parser.add_argument("--width", type=int, help="of a StableHLO file's images; default is the model's own")
     parser.add_argument("--rank", type=int, help="of a LoRA; a student that was trained as one has its own")
-    common.add_lora_flag(parser)
     own = parser.parse_args(arguments)
     if own.to == "lora" and own.lora:
         raise UserError("--to=lora writes the student's own difference from its teacher; leave out --lora")

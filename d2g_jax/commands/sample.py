@@ -10,7 +10,7 @@ from d2g_jax.inputs.text import as_prompt
 
 def run(arguments: list[str]) -> int:
     parser = common.parser("sample")
-    common.add_model_flags(parser, "pipeline folder, .safetensors file, hub id, exported student, or training workdir")
+    common.add_model_flags(parser)
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts", type=common.path, help="file of prompts: text, one a line, or columns")
     common.add_prompts_column(parser)

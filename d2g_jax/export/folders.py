@@ -57,13 +57,10 @@ def source_of(pipeline: Pipeline) -> Iterator[Path]:
 def settings(pipeline: Pipeline) -> dict[str, Any]:
     """What `kinds/` holds of a kind, of this pipeline."""
     words = dict(zip(("tokenizer", "tokenizer_2"), map(words_of, pipeline.tokenizers), strict=False))
-    networks = {**pipeline.towers, "unet": pipeline.unet, "vae": pipeline.vae}
-    index = {key: value if key in (*networks, *words, "scheduler") or not isinstance(value, list) else [None, None]
-             for key, value in pipeline.index.items()}  # fmt: skip
     return {
-        "model_index": index,
+        "model_index": pipeline.index,
         "scheduler": pipeline.scheduler,
-        **{name: network.config.to_json() for name, network in networks.items()},
+        **{name: network.config.to_json() for name, network in pipeline.networks.items()},
         **words,
     }
 

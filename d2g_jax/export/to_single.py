@@ -38,7 +38,7 @@ def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str, *, wh
             drawn = comfyui.workflow(pipeline, timestep, file, whole=whole)
             if drawn is not None:
                 folders.write_json(folder / f"{out.name}.workflow.json", drawn)
-            write_text(folder / "README.md", model_card(description, out.name, whole=whole, drawn=drawn is not None))
+            write_text(folder / "README.md", model_card(description, out.name, whole=whole))
 
 
 def original_state(pipeline: Pipeline, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -51,18 +51,9 @@ def original_state(pipeline: Pipeline, names: tuple[str, ...]) -> dict[str, np.n
     return state
 
 
-def model_card(description: Mapping[str, Any], name: str, *, whole: bool, drawn: bool) -> str:
+def model_card(description: Mapping[str, Any], name: str, *, whole: bool) -> str:
     """README.md of a student: where it goes, how it is drawn with and where it comes from."""
-    if not drawn:
-        workflow = "There is no ComfyUI workflow beside it: ComfyUI's core does not have this teacher's noise schedule."
-    else:
-        place, loader = ("checkpoints", "CheckpointLoaderSimple") if whole else ("diffusion_models", "UNETLoader")
-        workflow = (
-            f"Put `{name}.safetensors` into ComfyUI's `models/{place}` and drop `{name}.workflow.json` onto its page: "
-            f"{loader}, one Euler step that starts at timestep {description['timestep']}, cfg 1.0, nothing to tune."
-        )
-        workflow += "" if whole else "\n\nText towers and VAE are the teacher's: choose its files in the other loaders."
+    part, place = ("The whole model", "checkpoints") if whole else ("The UNet alone", "diffusion_models")
     call = f"--model={name}.safetensors" if whole else f"--model=TEACHER --unet={name}.safetensors"
-    part = "The whole model" if whole else "The UNet alone"
-    fields = {"name": name, "part": part, "workflow": workflow, "call": call}
+    fields = {"name": name, "part": part, "place": place, "call": call}
     return folders.filled_in("card_single.md", description, fields)

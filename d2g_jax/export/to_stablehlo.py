@@ -113,7 +113,7 @@ def _flat(trees: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 def _trees(pipeline: Pipeline, flat: Mapping[str, jax.Array]) -> dict[str, Any]:
     """The inverse of `_flat`; leaves that drawing does not use are zeros, and the compiler drops them."""
-    abstract = {name: getattr(pipeline, name).abstract() for name in (*pipeline.towers, "unet", "vae")}
+    abstract = {name: network.abstract() for name, network in pipeline.networks.items()}
 
     def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = "/".join(part.key for part in path)

@@ -95,6 +95,11 @@ class Pipeline:
         return {name: tower for name, tower in both.items() if tower is not None}
 
     @property
+    def networks(self) -> dict[str, Network]:
+        """All networks under the names of their parameters."""
+        return {**self.towers, "unet": self.unet, "vae": self.vae}
+
+    @property
     def text_params(self) -> dict[str, Params]:
         return {name: self.params[name] for name in self.towers}
 

@@ -58,12 +58,12 @@ class Worn:
         if not file.is_file():
             raise UserError(f"--lora={text}: {file} is no file; give FILE.safetensors or FILE.safetensors:SCALE")
         try:
-            worn = cls(file, float(scale))
-        except ValueError as error:
-            raise UserError(f"--lora={text}: the scale {scale!r} is no number; give one such as 0.8") from error
-        if not math.isfinite(worn.scale):
-            raise UserError(f"--lora={text}: the scale {scale} is not finite; give one such as 0.8")
-        return worn
+            number = float(scale)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"--lora={text}: the scale {scale!r} is no finite number; give one such as 0.8")
+        return cls(file, number)
 
 
 def put_on(pipeline: Pipeline, worn: Sequence[Worn], networks: Sequence[str] = NETWORKS) -> Pipeline:
@@ -85,7 +85,7 @@ def read(file: Path, pipeline: Pipeline) -> dict[str, Update]:
     pipeline, A without B, shapes that are not this pipeline's, NaN or infinity.
     """
     names = {name: place for form in FORMS.values() for name, place in _modules(pipeline, form)}
-    shapes = {network: lora.flat(part.abstract()) for network, part in _networks(pipeline).items()}
+    shapes = {network: lora.flat(part.abstract()) for network, part in pipeline.networks.items()}
     said = _adapter_metadata(file)
     found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for key, value in weights.load_state_dict(file).items():
@@ -129,23 +129,19 @@ def write(updates: Mapping[str, Update], file: Path, form: str, pipeline: Pipeli
     weights.save_state_dict(state, file, dtype)
 
 
-def _networks(pipeline: Pipeline) -> dict[str, Any]:
-    return {**pipeline.towers, "unet": pipeline.unet}
-
-
 def _modules(pipeline: Pipeline, form: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
     """(a name of a module in a format, (network, path of its kernel)); those that are written come first.
 
     kohya's files of SDXL name the blocks of a UNet as the original layout does.
     """
-    for network, part in _networks(pipeline).items():
+    for network, part in pipeline.networks.items():
         modules = [path.removesuffix("/kernel") for path in lora.flat(part.abstract()) if path.endswith("/kernel")]
         names = [(module.replace("/", "."), module) for module in modules]
         if network == "unet" and form["separator"] == "_":
             blocks = {f"{name}.weight": module for name, module in names if "_block" in name}
             places = original_places(part.config, blocks, "")
             names += [(place.key.removesuffix(".weight"), blocks[key]) for key, place in places.items()]
-        for prefix in form[network]:
+        for prefix in form.get(network, ()):
             for name, module in names:
                 yield prefix + name.replace(".", form["separator"]), (network, f"{module}/kernel")
 

@@ -29,7 +29,7 @@ HEADER = "d2g_jax"
 """Of the header's texts the one that holds what `d2g export` says of a file, as JSON."""
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-"""What a user may say of a file whose header, keys and .yaml do not."""
+"""What a user may say of a file: it is believed before the .yaml, and that before the keys."""
 
 _SETTINGS = ("model_index", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 """What `kinds/` and our own headers hold of every pipeline."""
@@ -181,21 +181,16 @@ def _kind(file: Path, shapes: Mapping[str, tuple[int, ...]], asked: str | None) 
 
 def _prediction(file: Path, kind: str, shapes: Mapping[str, tuple[int, ...]], asked: str | None) -> str:
     """What the UNet predicts: shapes do not tell."""
-    beside = _yaml_prediction(file.with_suffix(".yaml"))
-    marked = "v_prediction" if "v_pred" in shapes else None
     if asked is not None and asked not in PREDICTIONS:
         raise UserError(f"prediction={asked!r}; choose one of {', '.join(PREDICTIONS)}")
-    said = {value for value in (asked, beside, marked) if value is not None}
-    if len(said) > 1:
-        raise UserError(
-            f"{file}: prediction {asked}, its .yaml {beside}, its keys {marked}; they contradict each other, mend one"
-        )
-    if not said and kind == "sd2":
+    marked = "v_prediction" if "v_pred" in shapes else None
+    found = asked or _yaml_prediction(file.with_suffix(".yaml")) or marked
+    if found is None and kind == "sd2":
         raise UserError(
             f"{file}: SD 2.x, whose tensors do not tell what it predicts; say prediction=v_prediction (2.0, 2.1 at 768 "
             "pixels) or prediction=epsilon (base, 512), or put its .yaml beside it"
         )
-    return said.pop() if said else "epsilon"
+    return found or "epsilon"
 
 
 def _yaml_prediction(file: Path) -> str | None:

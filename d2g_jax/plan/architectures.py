@@ -71,8 +71,8 @@ def abstract_pipeline(model: str) -> Pipeline:
             f"pipeline={model!r}: neither a local folder nor a model whose shapes are known; download it, or take one "
             f"of {', '.join(KNOWN)}"
         )
-    networks = {**pipeline.towers, "unet": pipeline.unet, "vae": pipeline.vae}
-    return dataclasses.replace(pipeline, params={name: network.abstract() for name, network in networks.items()})
+    params = {name: network.abstract() for name, network in pipeline.networks.items()}
+    return dataclasses.replace(pipeline, params=params)
 
 
 def computing_in(pipeline: Pipeline, dtype: Any) -> Pipeline:

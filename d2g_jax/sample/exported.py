@@ -87,11 +87,6 @@ def read_description(folder: Path) -> dict[str, Any]:
     return value
 
 
-def is_flax(folder: Path) -> bool:
-    """Whether a folder's parameters are an Orbax tree and not safetensors."""
-    return read_description(folder).get("format") == "flax"
-
-
 def stored_shapes(shapes: Params, dtype: Any) -> Params:
     """What `store` makes of a tree, of its shapes alone."""
     return jax.eval_shape(lambda params: _narrow(params, dtype), shapes)
@@ -146,11 +141,10 @@ def load_pipeline(
     if description.get("format") != "flax":
         raise UserError(f"{folder / DESCRIPTION}: format is not flax; give a folder of `d2g export --to=flax`")
     pipeline = Pipeline.load(folder, dtype, mesh, without=NETWORKS)
-    networks = {name: getattr(pipeline, name) for name in NETWORKS if getattr(pipeline, name) is not None}
     storage = jnp.dtype(description["dtype"] if storage is None else storage)
     shapes = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, storage if _is_wide(path) else leaf.dtype),
-        {name: network.abstract() for name, network in networks.items()},
+        {name: network.abstract() for name, network in pipeline.networks.items()},
     )
     return replace(pipeline, params=_restore(folder / PARAMS, _placed(shapes, mesh)))
 

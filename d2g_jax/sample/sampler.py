@@ -109,22 +109,13 @@ class Sampler:
         that is neither pipeline nor workdir; for LoRAs as `Worn.parse` does, first of all, and `lora_files.read`.
         """
         worn = parts.worn()
-        sampler = cls._load(model, mesh, dtype, storage, parts)
-        dressed, before = lora_files.put_on(sampler.pipeline, worn), sampler.pipeline.params
-        anew = tuple(name for name in before if name == "unet" or dressed.params[name] is not before[name])
-        return dataclasses.replace(sampler, pipeline=dressed, anew=anew)
-
-    @classmethod
-    def _load(
-        cls, model: str | Path, mesh: jax.sharding.Mesh, dtype: jnp.dtype, storage: jnp.dtype, parts: Parts
-    ) -> Sampler:
         if jnp.dtype(dtype) == jnp.float16 and mesh.devices.flat[0].platform == "cpu":
             raise UserError("dtype=float16: XLA multiplies no float16 matrices on CPUs; give bfloat16 or float32")
         foreign = None if parts.system is None else find_system(parts.system)
         folder = resolve(model, parts.revision)
         if (folder / "checkpoints").is_dir():
             _check_own(model, system=parts.system, unet=parts.unet)
-            return cls._from_workdir(folder, mesh, dtype, storage, parts)
+            return cls._from_workdir(folder, mesh, dtype, storage, parts)._wearing(worn)
         if parts.pipeline is not None:
             raise UserError(f"{model}: no training workdir, and only that looks for its teacher; leave out pipeline")
         if folder.is_file() and folder.suffix != ".safetensors":
@@ -134,14 +125,14 @@ class Sampler:
         described = exported.read_description(folder)
         if described.get("format") == "flax":
             _check_own(model, system=parts.system, unet=parts.unet, **parts.said)
-            return cls(exported.load_pipeline(folder, dtype, mesh, storage), described["timestep"])
+            return cls(exported.load_pipeline(folder, dtype, mesh, storage), described["timestep"])._wearing(worn)
         pipeline = Pipeline.load(folder, dtype, mesh, storage, unet=parts.unet, **parts.said)
         timestep = described["timestep"] if described else student_timestep(pipeline.scheduler)
         if timestep is not None:
             _check_own(model, system=parts.system, unet=parts.unet)
         elif parts.unet is not None and (timestep := _unet_timestep(Path(parts.unet), pipeline)) is not None:
             _check_own(parts.unet, system=parts.system)
-        return cls(pipeline, timestep, foreign)
+        return cls(pipeline, timestep, foreign)._wearing(worn)
 
     @classmethod
     def _from_workdir(
@@ -157,12 +148,15 @@ class Sampler:
             if scale is not None:
                 like = lora.abstract(like, settings["rank"], settings["targets"])
             average = checkpoints.restore_ema(meshes.place(like, mesh))
-        if scale is None:
-            unet, update = exported.store(average, storage), None
-        else:
-            unet, update = lora.merge(pipeline.params["unet"], average, scale), lora.scaled(average, scale)
+        update = None if scale is None else lora.scaled(average, scale)
+        unet = exported.store(average, storage) if update is None else lora.merge(pipeline.params["unet"], update)
         pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
         return cls(pipeline, metadata["timestep"], lora=update)
+
+    def _wearing(self, worn: Sequence[lora_files.Worn]) -> Sampler:
+        pipeline, before = lora_files.put_on(self.pipeline, worn), self.pipeline.params
+        anew = tuple(name for name in before if name == "unet" or pipeline.params[name] is not before[name])
+        return dataclasses.replace(self, pipeline=pipeline, anew=anew)
 
     def programs(
         self,

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from d2g_jax.diffusion.schedule import Schedule, one_step, student_timestep
+from d2g_jax.diffusion.systems import OneStep
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.export import export_student, load_flax, to_diffusers
 from d2g_jax.export.to_diffusers import one_step_scheduler
@@ -26,7 +27,7 @@ from d2g_jax.models import attention, layers, platform
 from d2g_jax.pipeline import folder as pipelines
 from d2g_jax.pipeline import tokenizers, weights
 from d2g_jax.pipeline.conditioning import tokenize_prompts
-from d2g_jax.pipeline.draw import draw, student_programs
+from d2g_jax.pipeline.draw import draw, one_step_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
@@ -54,9 +55,10 @@ def noise_for(pipeline: Pipeline, count: int) -> np.ndarray:
 
 
 def our_images(sampler: Sampler, noise: np.ndarray, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(latents, images) of `draw.student_programs`."""
+    """(latents, images) of `draw.one_step_programs`."""
     mesh = meshes.make_mesh()
-    programs = student_programs(sampler.pipeline, sampler.pipeline.params["unet"], sampler.timestep, mesh)
+    unet, step = sampler.pipeline.params["unet"], OneStep(sampler.timestep)
+    programs = one_step_programs(sampler.pipeline, unet, step, mesh)
     (drawn,) = draw(programs, mesh, noise, tokenize_prompts(sampler.pipeline, prompts), len(noise), images=True)
     return drawn.latents, drawn.images.astype(int)
 
@@ -238,8 +240,8 @@ def test_flax_folder_comes_back_sharded(flax_sd: Path, tiny_sd: Path):
     description = json.loads((flax_sd / "d2g.json").read_text())
     assert description["latent_shape"] == {"height": 8, "width": 8, "channels": 4}
     assert (description["format"], description["prediction_type"]) == ("flax", "epsilon")
-    assert exported.is_flax(flax_sd)
-    assert not exported.is_flax(tiny_sd)
+    assert exported.read_description(flax_sd)["format"] == "flax"
+    assert exported.read_description(tiny_sd) == {}
 
 
 def test_flax_sdxl_teacher_in_bfloat16(tiny_sdxl: Path, tmp_path: Path):

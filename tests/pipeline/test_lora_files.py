@@ -170,8 +170,8 @@ def test_words_of_the_flag(tmp_path):
     assert lora_files.Worn.parse(f"{file}:-0.5") == lora_files.Worn(file, -0.5)
     assert lora_files.Worn.parse(f"{tmp_path}:2") == lora_files.Worn(tmp_path / lora_files.FOLDERS_FILE, 2.0)
     for text, message in (
-        (f"{file}:much", "the scale 'much' is no number; give one such as 0.8"),
-        (f"{file}:inf", "the scale inf is not finite"),
+        (f"{file}:much", "the scale 'much' is no finite number; give one such as 0.8"),
+        (f"{file}:inf", "the scale 'inf' is no finite number"),
         (f"{tmp_path}/c.safetensors", "is no file; give FILE.safetensors or FILE.safetensors:SCALE"),
     ):
         with pytest.raises(UserError, match=message):

@@ -29,7 +29,7 @@ from d2g_jax.train.setup import build, initial_state
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOWER = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8}
-WORDS = {"vocab": {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}, "merges": []}
+WORDS = {"vocab": {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "b</w>": 3, "ab</w>": 4}, "merges": ["a b</w>"]}
 VAE = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"], "block_out_channels": [64]}
 TINY = {"text_encoder": TOWER, "tokenizer": WORDS, "vae": VAE | {"layers_per_block": 1}, "unet": {
     "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
