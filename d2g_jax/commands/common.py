@@ -162,7 +162,7 @@ def parts(own: argparse.Namespace) -> Any:
     from d2g_jax.sample.sampler import Parts
 
     fields = (field.name for field in dataclasses.fields(Parts))
-    return Parts(**{name: value for name in fields if (value := getattr(own, name, None)) is not None})
+    return Parts(**{name: value for name in fields if (value := getattr(own, name, None))})
 
 
 def add_prompts_column(parser: Any) -> None:

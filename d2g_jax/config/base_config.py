@@ -19,7 +19,13 @@ def base_config() -> ConfigDict:
     c.optimization_level = "UNKNOWN"  # XLA's, O0 to O3, or UNKNOWN for its default
     c.pairs = pairs()
     c.loss = loss()
-    c.lora = lora()
+    c.lora = ConfigDict(  # low-rank updates of the frozen teacher in place of a generator trained whole: docs/lora.md
+        {
+            "rank": 0,  # 0: the whole generator is trained
+            "alpha": config_dict.placeholder(float),  # the update is times alpha / rank; None: times one
+            "targets": ("attention",),  # feed_forward, convolutions, all: kernels that are updated
+        }
+    )
     c.generator = ConfigDict({"timestep": config_dict.placeholder(int)})  # None: where the pairs' solver starts
     c.discriminator = discriminator()
     c.adversarial = adversarial()
@@ -80,17 +86,6 @@ def loss() -> ConfigDict:
             "preset": "bgo",
             "l1_weight": 0.0,  # beside a perceptual loss; not in the paper, the release's code has 1
             "pseudo_huber_c": 0.00054,  # improved consistency training's constant
-        }
-    )
-
-
-def lora() -> ConfigDict:
-    """Low-rank updates of the frozen teacher in place of a generator that is trained whole: docs/lora.md."""
-    return ConfigDict(
-        {
-            "rank": 0,  # 0: the whole generator is trained
-            "alpha": config_dict.placeholder(float),  # the update is times alpha / rank; None: times one
-            "targets": ("attention",),  # feed_forward, convolutions, all: kernels that are updated
         }
     )
 

@@ -43,9 +43,8 @@ def workflow(pipeline: Pipeline, timestep: int, file: str, *, whole: bool) -> di
     same = len(known) == schedule.num_train_timesteps and np.allclose(known, schedule.alphas_cumprod, atol=1e-6)
     if not same or schedule.prediction_type not in _SAMPLING:
         return None
-    kind = kind_of(pipeline.text_encoder.config, pipeline.text_encoder_2)
     data = read_json(_NODES, "install the package again")
-    nodes = {**data["loaders"]["whole" if whole else kind], **data["nodes"]}
+    nodes = {**data["loaders"]["whole" if whole else kind_of(pipeline.networks)], **data["nodes"]}
     last, alpha = timestep == schedule.num_train_timesteps - 1, float(known[timestep])
     height, width, _ = (pipeline.vae.config.downscale * side for side in pipeline.latent_shape)
     clip, vae = (["1", 1], ["1", 2]) if whole else (["2", 0], ["3", 0])

@@ -74,7 +74,10 @@ def _differences(sampler: Sampler) -> dict[str, np.ndarray]:
     """Every kernel of a student minus the teacher's, float32, by path."""
     teacher, student = lora.flat(_teacher(sampler)), lora.flat(sampler.pipeline.params["unet"])
     paths = lora.target_paths(teacher, ("all",))
-    return {path: np.asarray(student[path]) - np.asarray(teacher[path]) for path in paths}
+    found = {path: np.asarray(student[path]) - np.asarray(teacher[path]) for path in paths}
+    if not any(map(np.any, found.values())):
+        raise UserError("to=lora: no difference from the teacher, which an export does not hold; give the workdir")
+    return found
 
 
 def _teacher(sampler: Sampler) -> Params:

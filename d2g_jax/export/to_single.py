@@ -43,11 +43,10 @@ def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str, *, wh
 
 def original_state(pipeline: Pipeline, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The tensors of some of a pipeline's networks under their original names."""
-    towers = [tower and tower.config for tower in (pipeline.text_encoder, pipeline.text_encoder_2)]
-    before, state = prefixes(*towers), {}
+    before, state = prefixes(pipeline.networks), {}
     for name in names:
         tensors = weights.to_state_dict(pipeline.params[name])
-        state |= to_original(tensors, original_places(getattr(pipeline, name).config, tensors, before[name]))
+        state |= to_original(tensors, original_places(pipeline.networks[name].config, tensors, before[name]))
     return state
 
 

@@ -69,10 +69,7 @@ def needed_files(names: Sequence[str], with_extras: bool = False) -> list[str]:
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 (hex) over the names and bytes of what is read of a pipeline folder: the same wherever it lies.
-
-    Of a single file over its bytes.
-    """
+    """SHA-256 (hex) over the names and bytes of what is read of a pipeline folder, or over a single file's bytes."""
     if folder.is_file():
         with folder.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from d2g_jax.inputs.text import read_json
-from d2g_jax.models.clip import ClipTextConfig
+from d2g_jax.models.network import Network
 from d2g_jax.models.unet_config import UNetConfig
 from d2g_jax.models.vae import VaeConfig
 from d2g_jax.runtime.errors import UserError
@@ -39,16 +39,16 @@ class Place(NamedTuple):
     third: int | None = None
 
 
-def kind_of(text_encoder: ClipTextConfig, text_encoder_2: ClipTextConfig | None) -> str:
+def kind_of(networks: Mapping[str, Network]) -> str:
     """Which of "sd1", "sd2" and "sdxl" a pipeline is like, by its towers: SD 2.x has an exact GELU."""
-    if text_encoder_2 is not None:
+    if "text_encoder_2" in networks:
         return "sdxl"
-    return "sd2" if text_encoder.hidden_act == "gelu" else "sd1"
+    return "sd2" if networks["text_encoder"].config.hidden_act == "gelu" else "sd1"
 
 
-def prefixes(text_encoder: ClipTextConfig, text_encoder_2: ClipTextConfig | None) -> dict[str, str]:
+def prefixes(networks: Mapping[str, Network]) -> dict[str, str]:
     """What stands before the keys of each network of a whole checkpoint."""
-    return _TABLES["prefixes"][kind_of(text_encoder, text_encoder_2)]
+    return _TABLES["prefixes"][kind_of(networks)]
 
 
 def original_places(config: Any, keys: Iterable[str], prefix: str) -> dict[str, Place]:

@@ -40,10 +40,7 @@ _FOREIGN = (
     (r"(^|\.)double_blocks\.", "FLUX"),
     (r"^conditioner\.embedders\.0\.model\.", "the refiner of SDXL"),
     (r"^(embedder\.model\.|noise_augmentor\.)", "Stable unCLIP"),
-    (r"^edm_mean$", "Playground 2.5"),
-    (r"^control_model\.", "a ControlNet"),
     (r"(^lora_|\.lora_(A|B|up|down)\b)", "a LoRA"),
-    (r"\.time_stack\.", "Stable Video Diffusion"),
 )
 _CHANNELS = {5: "a depth model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model"}
 """What else a UNet with so many input channels takes than latents."""
@@ -96,8 +93,7 @@ def as_folder(settings: Mapping[str, Any]) -> Iterator[Path]:
 
 def readers(file: Path, networks: Mapping[str, Network]) -> dict[str, Read]:
     """How each network's weights are read. Raises `UserError` for tensors that are missing or belong to none."""
-    towers = [networks[name].config if name in networks else None for name in ("text_encoder", "text_encoder_2")]
-    shapes, prefixes, places = weights.read_header(file)[0], original_keys.prefixes(*towers), {}
+    shapes, prefixes, places = weights.read_header(file)[0], original_keys.prefixes(networks), {}
     for name, network in networks.items():
         places[name] = original_places(network.config, weights.torch_shapes(network.abstract()), prefixes[name])
         if not any(key.startswith(prefixes[name]) for key in shapes):
@@ -125,9 +121,9 @@ def unet_reader(file: Path, network: Network) -> Read | None:
     return functools.partial(_read, file, network, places)
 
 
-def described(file: Path, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
+def described(file: Path) -> dict[str, Any]:
     """What `d2g export` wrote into a file's header; {} for a file of others. Raises `UserError` for a damaged one."""
-    metadata = weights.read_header(file)[1] if metadata is None else metadata
+    _, metadata = weights.read_header(file)
     try:
         value = json.loads(metadata.get(HEADER, "{}"))
         if not set(_SETTINGS) <= set(value.get("settings", _SETTINGS)):
@@ -144,9 +140,8 @@ def kind_settings(kind: str) -> dict[str, Any]:
 
 def _settings(file: Path, asked: str | None) -> dict[str, Any]:
     """What `kinds/` holds of a kind, of this file."""
-    shapes, metadata = weights.read_header(file)
-    if not (own := described(file, metadata)):
-        return _kind(file, shapes, asked)
+    if not (own := described(file)):
+        return _kind(file, weights.read_header(file)[0], asked)
     if "settings" not in own:
         raise UserError(f"{file}: a UNet alone; give it as unet, beside a model that has the other parts")
     if asked is not None:

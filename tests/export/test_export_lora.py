@@ -110,3 +110,8 @@ def test_a_worn_text_tower_is_written_too(tiny_sd, tmp_path):
     written = lora.flat(Pipeline.load(tmp_path / "out").params["text_encoder"])[path]
     plain = np.asarray(lora.flat(pipeline.params["text_encoder"])[path])
     np.testing.assert_allclose(written, plain + 0.5, atol=1e-6)
+
+
+def test_an_export_has_no_teacher_to_differ_from(tiny_sd, tmp_path):
+    with pytest.raises(UserError, match="no difference from the teacher, which an export does not hold"):
+        export_student(Sampler(Pipeline.load(tiny_sd), 399), "lora", tmp_path / "out", rank=2)

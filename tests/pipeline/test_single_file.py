@@ -107,10 +107,9 @@ def test_full_size_names_are_those_of_their_conversion(kind):
     from diffusers.loaders import single_file_utils as theirs
 
     pipeline, settings = of_kind(kind), kind_settings(kind)
-    networks = {**pipeline.towers, "unet": pipeline.unet, "vae": pipeline.vae}
-    configs = {name: network.config for name, network in networks.items()}
-    before = prefixes(configs["text_encoder"], configs.get("text_encoder_2"))
-    shapes = {name: weights.torch_shapes(network.abstract()) for name, network in networks.items()}
+    configs = {name: network.config for name, network in pipeline.networks.items()}
+    before = prefixes(pipeline.networks)
+    shapes = {name: weights.torch_shapes(network.abstract()) for name, network in pipeline.networks.items()}
     file: dict[str, torch.Tensor] = {}
     for name, config in configs.items():
         for key, place in original_places(config, shapes[name], before[name]).items():
