@@ -17,7 +17,6 @@ from d2g_jax.inputs.text import read_json
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.original_keys import kind_of
 
-_NODES = Path(__file__).with_name("comfyui.json")
 _SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction"}
 _BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 """The one schedule that ComfyUI's discrete models have, with and without zero terminal SNR."""
@@ -43,7 +42,7 @@ def workflow(pipeline: Pipeline, timestep: int, file: str, *, whole: bool) -> di
     same = len(known) == schedule.num_train_timesteps and np.allclose(known, schedule.alphas_cumprod, atol=1e-6)
     if not same or schedule.prediction_type not in _SAMPLING:
         return None
-    data = read_json(_NODES, "install the package again")
+    data = read_json(Path(__file__).with_name("comfyui.json"), "install the package again")
     nodes = {**data["loaders"]["whole" if whole else kind_of(pipeline.networks)], **data["nodes"]}
     last, alpha = timestep == schedule.num_train_timesteps - 1, float(known[timestep])
     height, width, _ = (pipeline.vae.config.downscale * side for side in pipeline.latent_shape)

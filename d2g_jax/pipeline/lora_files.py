@@ -31,7 +31,6 @@ FOLDERS_FILE = "pytorch_lora_weights.safetensors"
 Update = dict[str, dict[str, Any]]
 """{"down", "up"} by the path of a kernel, joined by slashes."""
 
-
 FORMS = read_json(KINDS / "lora_names.json", "install the package again")
 """How a format names a tensor: before and behind the module's name in PyTorch. Of several the first is written."""
 

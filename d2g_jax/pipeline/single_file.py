@@ -57,7 +57,6 @@ _WIDTH = re.compile(r"input_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.
 _KINDS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """By the width of the text that the UNet attends to."""
 
-
 Read = Callable[[weights.Place | None], Params]
 """Reads a network's weights, once it is known where each leaf goes."""
 

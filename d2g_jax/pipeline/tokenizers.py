@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +52,31 @@ def load_tokenizer(folder: Path, text_config: clip.ClipTextConfig | None = None)
 
 def words_of(tokenizer: Any) -> dict[str, Any]:
     """What `tokenizer_files` makes a tokenizer of, with nothing of CLIP's own words."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    model, words = json.loads(tokenizer.backend_tokenizer.to_str())["model"], {}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    vocab = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
-    own = {} if (vocab, merges) == _clip_words() else {"vocab": vocab, "merges": merges}
-    return {"pad_token": tokenizer.pad_token, "model_max_length": tokenizer.model_max_length, **own}
+    if merges != _clip_merges():
+        words["merges"] = merges
+    if (vocab := tokenizer.get_vocab()) != vocabulary(merges):
+        words["vocab"] = dict(sorted(vocab.items(), key=lambda item: item[1]))
+    return {"pad_token": tokenizer.pad_token, "model_max_length": tokenizer.model_max_length, **words}
 
 
-@functools.cache
-def _clip_words() -> tuple[dict[str, int], list[str]]:
-    """CLIP's vocabulary and merges: its tokens are bytes, bytes that end a word, what is merged, and both ends."""
-    with gzip.open(KINDS / "clip_merges.txt.gz", "rt", encoding="utf-8") as stream:
-        merges = stream.read().splitlines()
+def vocabulary(merges: Iterable[str]) -> dict[str, int]:
+    """CLIP's tokens and their numbers for merges such as `"i n</w>"`.
+
+    They are bytes, bytes that end a word, what is merged, and both ends. The byte alphabet is GPT-2's: printable bytes
+    are themselves, the others the characters from 256 on.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    # the other bytes, blanks and controls, are written as the characters from 256 on
     letters = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
     ends = [f"{letter}</w>" for letter in letters]
     tokens = [*letters, *ends, *(pair.replace(" ", "") for pair in merges), "<|startoftext|>", "<|endoftext|>"]
-    return {token: number for number, token in enumerate(tokens)}, merges
+    return {token: number for number, token in enumerate(tokens)}
+
+
+@functools.cache
+def _clip_merges() -> list[str]:
+    return gzip.decompress((KINDS / "clip_merges.txt.gz").read_bytes()).decode().splitlines()
 
 
 _TOKENIZING = threading.Lock()
@@ -99,13 +106,13 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
 
 def tokenizer_files(
     vocab: Mapping[str, int] | None = None,
-    merges: Sequence[str] = (),
+    merges: Sequence[str] | None = None,
     model_max_length: int = 77,
     pad_token: str = "<|endoftext|>",
 ) -> dict[str, bytes]:
-    """The files of a CLIP tokenizer folder; `merges` are lines such as `"i n</w>"`. Without words they are CLIP's."""
-    if vocab is None:
-        vocab, merges = _clip_words()
+    """The files of a CLIP tokenizer folder, whose defaults are CLIP's own; `merges`, `vocab`: see `vocabulary`."""
+    merges = _clip_merges() if merges is None else merges
+    vocab = vocabulary(merges) if vocab is None else vocab
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad_token}
     special["unk_token"] = "<|endoftext|>"
     config = {
@@ -120,11 +127,6 @@ def tokenizer_files(
         "special_tokens_map.json": json_bytes(special),
         "tokenizer_config.json": json_bytes(config),
     }
-
-
-def read_tokenizer_files(folder: str | Path) -> dict[str, bytes]:
-    """The files of an existing tokenizer folder, for `save_pipeline`."""
-    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
 
 
 def _check_merges(folder: Path) -> None:

@@ -144,9 +144,8 @@ class Sampler:
             scale, teacher = lora.scale(settings), _teacher(workdir, metadata, parts.pipeline)
             without = ("unet",) if scale is None else ()  # the teacher's, which the average is an update of
             pipeline = Pipeline.load(teacher, dtype, mesh, storage, without, **parts.said)
-            like = pipeline.unet.abstract()
-            if scale is not None:
-                like = lora.abstract(like, settings["rank"], settings["targets"])
+            shapes = pipeline.unet.abstract()
+            like = shapes if scale is None else lora.abstract(shapes, settings["rank"], settings["targets"])
             average = checkpoints.restore_ema(meshes.place(like, mesh))
         update = None if scale is None else lora.scaled(average, scale)
         unet = exported.store(average, storage) if update is None else lora.merge(pipeline.params["unet"], update)
