@@ -97,13 +97,15 @@ def test_sd15_by_the_whole_method_fits_24_gb():
 
 
 @pytest.mark.slow
-def test_temporaries_of_low_rank_steps_are_the_compilers():
-    """By formula against XLA's for the CPU with little optimisation (conftest.py): G's were 602 MiB, 257 by formula."""
-    target = parse_topology("cpu:1")
-    counted, compiled = (plan_run(tiny(**LOW_RANK), target, method) for method in ("formula", "compile"))
-    for formula, program in zip(counted.programs, compiled.programs, strict=True):
-        print(formula.name, formula.temp_bytes / 2**20, program.temp_bytes / 2**20)
-        assert 0.5 < program.temp_bytes / formula.temp_bytes < 3.0
+def test_temporaries_of_low_rank_steps_are_to_the_formula_as_those_of_whole_ones():
+    """By formula against XLA's for the CPU; docs/lora.md has what this prints, and why neither is one."""
+    target, ratios = parse_topology("cpu:1"), {}
+    for name, changes in {"low rank": LOW_RANK, "whole": {"train.dtype": "bfloat16"}}.items():
+        config = alone(**{**changes, "train.micro_batch": None})
+        (counted,), (compiled,) = (plan_run(config, target, method).programs for method in ("formula", "compile"))
+        print(name, counted.temp_bytes / 2**20, compiled.temp_bytes / 2**20)
+        ratios[name] = compiled.temp_bytes / counted.temp_bytes
+    assert ratios["low rank"] < 1.1 * ratios["whole"]
 
 
 @pytest.mark.slow
