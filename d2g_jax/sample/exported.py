@@ -75,7 +75,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     value = described(folder) if folder.is_file() else read_json(file, "export the student again")
-    if not value:
+    if not value and folder.is_file():
         return {}
     timestep = value.get("timestep")
     if "timestep" not in value or not (timestep is None or (type(timestep) is int and timestep >= 0)):
