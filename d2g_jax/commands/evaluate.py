@@ -97,7 +97,8 @@ def _take_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> N
             continue
         if expected := _misfit(flags[name], value):
             raise UserError(f"--config={file}: {name}={value!r}: expected {expected}")
-        parser.set_defaults(**{name: local_path(value) if flags[name].type is common.path else value})
+        read = local_path if flags[name].type is common.path else list if isinstance(value, tuple) else lambda x: x
+        parser.set_defaults(**{name: read(value)})
         flags[name].required = False
 
 
