@@ -382,7 +382,7 @@ def test_weights_are_arguments_and_only_those_that_draw(tiny_sd: Path, tmp_path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"to": "onnx"}, "to=onnx is unknown; choose one of diffusers, flax, single, stablehlo"),
+        ({"to": "onnx"}, "to=onnx is unknown; choose one of diffusers, single, flax, lora, stablehlo"),
         ({"dtype": "int8"}, "dtype=int8 is unknown"),
         ({"timestep": 1000}, "timestep 1000 is out of range: the teacher's schedule has 0 to 999"),
         ({"to": "stablehlo", "timestep": None}, "this is a teacher; take diffusers, flax or single"),
