@@ -29,6 +29,7 @@ def trained(folder, rank=2) -> Sampler:
     return Sampler(dataclasses.replace(pipeline, params=params), 399, lora=update)
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_students_image(tiny_sd, tmp_path):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     pytest.importorskip("peft")
@@ -54,6 +55,7 @@ def test_diffusers_draws_the_students_image(tiny_sd, tmp_path):
     assert all(np.array_equal(both[0][path][part], both[1][path][part]) for path in both[0] for part in ("down", "up"))
 
 
+@pytest.mark.slow
 def test_a_whole_student_is_truncated_layer_by_layer(tiny_sd, tmp_path):
     """Its kernels are the teacher's and a rank of 2: rank 2 has it, rank 1 says what it lacks."""
     student = dataclasses.replace(trained(tiny_sd), lora=None)

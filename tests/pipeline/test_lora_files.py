@@ -7,10 +7,11 @@ import pytest
 
 from d2g_jax.__main__ import main
 from d2g_jax.models import lora
+from d2g_jax.models.unet_config import UNetConfig
 from d2g_jax.pipeline import lora_files, weights
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.original_keys import original_places
-from d2g_jax.plan.architectures import of_kind
+from d2g_jax.pipeline.single_file import kind_settings
 from d2g_jax.runtime.errors import UserError
 
 
@@ -110,6 +111,7 @@ def test_alpha_in_what_diffusers_says_beside_the_tensors(tiny_sd, tmp_path):
 
 def test_names_of_the_original_layout():
     """As ComfyUI and kohya have SDXL's."""
+    unet = UNetConfig.from_json(kind_settings("sdxl")["unet"], source="sdxl")
     for module, name in (
         ("down_blocks.0.resnets.1.conv1", "input_blocks.2.0.in_layers.2"),
         ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op"),
@@ -125,7 +127,7 @@ def test_names_of_the_original_layout():
         ("up_blocks.2.resnets.0.conv_shortcut", "output_blocks.6.0.skip_connection"),
     ):
         key = f"{module}.weight"
-        assert original_places(of_kind("sdxl").unet.config, [key], "")[key].key == f"{name}.weight"
+        assert original_places(unet, [key], "")[key].key == f"{name}.weight"
 
 
 def test_old_names_of_an_attention_processor(tiny_sd, tmp_path):

@@ -79,7 +79,12 @@ def test_folder_to_file_to_folder_gives_every_bit_back(kind, tiny, tmp_path):
     same(load_vae(file)[2], before.params["vae"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def slowly(*kinds):
+    """All kinds, of which these take the time of the long run."""
+    return [pytest.param(kind, marks=pytest.mark.slow if kind in kinds else ()) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", slowly("sd1", "sd2", "sd2_v"))
 def test_their_from_single_file_draws_our_latents(kind, tiny, tmp_path):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     file = export(tiny[kind], tmp_path / "one")
@@ -99,7 +104,7 @@ def test_their_from_single_file_draws_our_latents(kind, tiny, tmp_path):
     assert np.abs(ours - latents.numpy()).max() <= 1e-5 * np.abs(ours).max()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slowly("sd1", "sd2_v"))
 def test_full_size_names_are_those_of_their_conversion(kind):
     """Every tensor of the four architectures goes through diffusers' own conversion, as a shape without values."""
     torch = pytest.importorskip("torch")

@@ -48,6 +48,7 @@ def test_the_first_networks_are_the_whole_ones_bit_for_bit(backbone_rank):
         assert all(map(jnp.array_equal, jax.tree.leaves(ours), jax.tree.leaves(whole)))
 
 
+@pytest.mark.slow
 def test_the_updates_alone_are_trained():
     """Both steps once: B moves, A does not yet (B was zero), the teacher is nowhere in the state."""
     d, frozen, state, batch, (generator, _) = low_rank(2)
@@ -77,7 +78,8 @@ def config_of(**changes):
 MANIFEST = SimpleNamespace(first_timestep=999, seed=0, text_shapes={})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
     ("changes", "backbone"),
     [({}, "whole"), ({"discriminator.lora_rank": 3}, 3), ({"discriminator.backbone": "frozen"}, 0)],
@@ -117,6 +119,7 @@ def test_settings_that_are_refused(changes, message):
         setup.first_state(config, setup.build(config, pipeline, MANIFEST)[0], pipeline.params["unet"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_updates_and_a_sampler_the_student(tmp_path):
     """Its shapes say that nothing else is saved; another rank does not take it up."""
     config = config_of(**{"adversarial.weight": 0.0})
