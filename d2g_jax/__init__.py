@@ -2,7 +2,7 @@
 
     import d2g_jax
 
-    student = d2g_jax.load("runs/demo/students/full")  # a workdir, an export, a diffusers folder, a hub id
+    student = d2g_jax.load("runs/demo/students/full")  # a workdir, an export, a .safetensors file, a hub id
     images = student(["a red seven on navy and white dots", "a thin green three on plain sky"], seed=0)  # PIL images
 
 `load`, `LatentLPIPS` and `e_latent_lpips` are imported, and jax with them, at their first use.

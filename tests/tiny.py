@@ -62,7 +62,6 @@ def make(root: Path) -> Path:
 
 
 def _make(root: Path) -> None:
-    files = {name: text.encode() for name, text in tokenizer.tokenizer_files().items()}
     text = dataclasses.replace(
         teacher.text_config(tokenizer.vocab_size()),
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=16,
@@ -72,7 +71,7 @@ def _make(root: Path) -> None:
         root / "pipeline",
         {"text_encoder": text, "unet": UNET, "vae": VAE, "scheduler": teacher.SCHEDULER},
         {name: network.init(jax.random.key(i)) for i, (name, network) in enumerate(networks.items())},
-        {"tokenizer": files},
+        {"tokenizer": tokenizer.tokenizer_files()},
     )
     heads = [np.ones(width, np.float32) for width in TRUNK.widths]
     space = LatentSpace("digits", TRUNK.in_channels, 1.0)

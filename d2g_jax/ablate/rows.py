@@ -1,9 +1,12 @@
-"""The rows of the paper's two ablations as plain changes of a config, each with what the paper published for it."""
+"""The rows of the paper's two ablations, and of one of ours, as plain changes of a config, with what was published."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
+
+from d2g_jax.inputs.text import read_json
 
 Changes = tuple[tuple[str, Any], ...]
 """Settings of a config by their dotted keys, and the values that they get."""
@@ -54,61 +57,19 @@ class Ablation:
     published: str
 
 
-_REGRESSION_ONLY: Changes = (("adversarial.weight", 0.0),)
-_NO_L1: Changes = (("loss.l1_weight", 0.0),)  # it stands beside perceptual losses alone
+def _ablation(name: str, table: dict[str, Any]) -> Ablation:
+    rows = tuple(
+        Row(row["name"], row["title"], tuple(row["changes"].items()), Published(**row.get("published", {})))
+        for row in table["rows"]
+    )
+    return Ablation(name, table["title"], rows, tuple(table["switches"].items()), table["published"])
 
 
-def _loss(name: str, title: str, published: Published, changes: Changes = ()) -> Row:
-    return Row(name, title, (("loss.name", name), *_REGRESSION_ONLY, *changes), published)
+_TABLES = read_json(Path(__file__).with_name("rows.json"), "install the package again")
+ABLATIONS = {name: _ablation(name, table) for name, table in _TABLES.items()}
+"""All of `rows.json`. L1 stands beside perceptual losses alone. The discriminator's chain is cumulative: each row takes
+one thing less away than the row before, and the last is the config itself. "lora", of training less, is ours."""
 
-
-LOSSES = Ablation(
-    name="losses",
-    title="loss",
-    rows=(
-        _loss("mse", "MSE", Published(110.55, 0.222, 138.4), _NO_L1),
-        _loss("pseudo_huber", "pseudo-Huber", Published(87.60, 0.230), _NO_L1),
-        _loss("lpips", "LPIPS (pixels)", Published(25.94, 0.288, 40.0)),
-        _loss("latent_lpips", "LatentLPIPS", Published(67.17, 0.244)),
-        _loss("e_latent_lpips", "E-LatentLPIPS", Published(22.95, 0.299)),
-    ),
-    switches=(),
-    published="SD 1.5 with guidance 3, regression alone, 20,000 iterations of 256, COCO; img/s on the authors' GPUs",
-)
-
-PERCEPTUAL = Ablation(
-    name="perceptual",
-    title="loss",
-    rows=(LOSSES.rows[0], LOSSES.rows[-1]),
-    switches=(),
-    published=LOSSES.published,
-)
+_LOSSES = ABLATIONS["losses"]
+ABLATIONS["perceptual"] = dataclasses.replace(_LOSSES, name="perceptual", rows=(_LOSSES.rows[0], _LOSSES.rows[-1]))
 """The two rows whose ratio is drawn in docs/when.md."""
-
-_NO_Z: Changes = (("discriminator.z_conditioning", False),)
-_NO_R1: Changes = (("adversarial.r1_gamma", 0.0),)
-_NO_SCALES: Changes = (("discriminator.multiscale_inputs", False), ("discriminator.multiscale_heads", False))
-_NO_MISMATCH: Changes = (("adversarial.mix_and_match", 0.0),)
-
-# The chain is cumulative: each row takes one thing less away than the row before, and the last is the config itself.
-DISCRIMINATOR = Ablation(
-    name="discriminator",
-    title="discriminator",
-    rows=(
-        Row(
-            "regression",
-            "regression only",
-            _REGRESSION_ONLY + _NO_Z + _NO_R1 + _NO_SCALES + _NO_MISMATCH,
-            Published(14.72, 0.292),
-        ),
-        Row("diffusion_d", "+ diffusion D", _NO_Z + _NO_R1 + _NO_SCALES + _NO_MISMATCH, Published(12.04, 0.300)),
-        Row("z_conditioning", "+ z conditioning", _NO_R1 + _NO_SCALES + _NO_MISMATCH, Published(11.97, 0.302)),
-        Row("r1", "+ single-sample R1", _NO_SCALES + _NO_MISMATCH, Published(10.60, 0.303)),
-        Row("multi_scale", "+ multi-scale", _NO_MISMATCH, Published(9.58, 0.308)),
-        Row("mix_and_match", "+ mix-and-match", (), Published(9.45, 0.310)),
-    ),
-    switches=_REGRESSION_ONLY + _NO_Z + _NO_R1 + _NO_SCALES + _NO_MISMATCH,
-    published="SD 1.5 with guidance 3, E-LatentLPIPS, COCO 2014 (30k); longer training than in the paper's loss table",
-)
-
-ABLATIONS = {ablation.name: ablation for ablation in (LOSSES, PERCEPTUAL, DISCRIMINATOR)}

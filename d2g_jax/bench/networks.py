@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,26 +57,6 @@ def random_pipeline(model: str, dtype: str, storage: str, seed: int, mesh: jax.s
 def known(model: str) -> bool:
     """Whether a model is one of `MODELS` or, where no folder has its name, another whose shapes are known."""
     return model in MODELS or (model in KNOWN and not Path(model).exists())
-
-
-def with_spellers(pipeline: Pipeline) -> Pipeline:
-    """The pipeline with tokenizers that know letters alone, for towers whose vocabulary nobody has fetched."""
-    made = {
-        name.replace("text_encoder", "tokenizer"): _speller(tower.config, tokenizer.model_max_length)
-        for (name, tower), tokenizer in zip(pipeline.towers.items(), pipeline.tokenizers, strict=True)
-    }
-    return dataclasses.replace(pipeline, **made)
-
-
-def _speller(config: clip.ClipTextConfig, length: int) -> Any:
-    from transformers import CLIPTokenizer  # 1.5 s to import
-
-    letters = string.ascii_lowercase + string.digits
-    words, end = [*letters, *(f"{letter}</w>" for letter in letters)], _end_of_text(config)
-    vocab = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(
-        vocab={**vocab, "<|startoftext|>": end - 1, "<|endoftext|>": end}, merges=[], model_max_length=length
-    )
 
 
 def _end_of_text(config: clip.ClipTextConfig) -> int:

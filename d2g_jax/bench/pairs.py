@@ -24,13 +24,13 @@ from d2g_jax.bench.measure import (
     ratio,
     time_in_turns,
 )
-from d2g_jax.bench.networks import check_dtype, default_dtype, known, random_pipeline, with_spellers
+from d2g_jax.bench.networks import check_dtype, default_dtype, known, random_pipeline
 from d2g_jax.bench.programs import Compiled, together
 from d2g_jax.diffusion import noise
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Solution, draw, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
-from d2g_jax.plan.architectures import KNOWN, MODELS
+from d2g_jax.plan.architectures import MODELS
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 
@@ -113,8 +113,7 @@ def load(request: PairsRequest, mesh: jax.sharding.Mesh) -> Pipeline:
     Raises `UserError` for a model that is neither a name, a folder nor a hub id.
     """
     if known(request.model):
-        pipeline = random_pipeline(request.model, request.dtype, "float32", request.seed, mesh)
-        return with_spellers(pipeline) if MODELS.get(request.model, request.model) in KNOWN else pipeline
+        return random_pipeline(request.model, request.dtype, "float32", request.seed, mesh)
     if "/" not in request.model and not Path(request.model).exists():
         raise UserError(f"--model={request.model}: no such folder, and no name; give a folder or {', '.join(MODELS)}")
     return Pipeline.load(request.model, jnp.dtype(request.dtype), mesh)

@@ -51,7 +51,7 @@ def solver(
 def _assemble(pipeline: Pipeline, dtype: str) -> Any:
     import diffusers
 
-    networks = {**pipeline.towers, "unet": pipeline.unet, "vae": pipeline.vae}
+    networks = pipeline.networks
     parts = {
         name: torch_pipeline.module(network, pipeline.params[name], dtype).eval() for name, network in networks.items()
     }

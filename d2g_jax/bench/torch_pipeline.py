@@ -244,7 +244,7 @@ def build(
         return None, reason
     import torch
 
-    named = {**pipeline.towers, "unet": pipeline.unet, "vae": pipeline.vae}
+    named = pipeline.networks
     modules = {name: module(network, pipeline.params[name], dtype).eval() for name, network in named.items()}
     if compiles:
         compiled = compiler()

@@ -90,7 +90,9 @@ class Training:
     def __init__(self, run: Run, seed: int):
         shapes, d = run.shapes, run.shapes.d
         self.seed, self.towers = seed, _random(shapes.frozen.towers, shapes.mesh, seed + 1)
-        adversary = None if d.discriminator is None else _random(d.discriminator.abstract(), shapes.mesh, seed + 2)
+        teacher = _random(shapes.frozen.teacher, shapes.mesh, seed + 3)
+        self.teacher = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), teacher, shapes.frozen.teacher)
+        adversary = None if d.discriminator is None else _random(shapes.state.discriminator, shapes.mesh, seed + 2)
         state = create_state(
             _random(shapes.state.generator, shapes.mesh, seed), d.generator_optimizer, adversary,
             d.discriminator_optimizer,
@@ -98,9 +100,10 @@ class Training:
         self.state = meshes.place(state, shapes.mesh)
 
     def frozen(self, run: Run) -> Frozen:
-        """Towers, and the metric of the run's loss."""
+        """Towers and teacher, and the metric of the run's loss."""
         metric, mesh = run.shapes.frozen.metric, run.shapes.mesh
-        return Frozen(self.towers, None if metric is None else meshes.place(_random_metric(metric, self.seed), mesh))
+        placed = None if metric is None else meshes.place(_random_metric(metric, self.seed), mesh)
+        return Frozen(self.towers, placed, self.teacher)
 
     def data(self, run: Run) -> dict[str, np.ndarray]:
         """A batch as the loop reads it, on the host."""

@@ -18,7 +18,7 @@ JOBS = {
     "sample": "draw images from a pipeline folder or a trained student",
     "evaluate": "FID, KID, CLIP score, diversity, fidelity by a protocol; `evaluate table` lays results side by side",
     "report": "write report.html of a workdir again, as after `d2g evaluate --out=WORKDIR/evaluation/NAME.json`",
-    "export": "a trained student as a diffusers folder, a Flax checkpoint or one StableHLO file",
+    "export": "a student as a diffusers folder, one .safetensors file, a LoRA, a Flax checkpoint or one StableHLO file",
     "plan": "what a config takes on a TPU slice or on GPUs: memory, FLOPs, time, what fits; `plan sample`: one image",
     "metric": "distances between files of latents or images; `metric convert FILE` reads published PyTorch weights",
     "lpips": "train a LatentLPIPS for the latents of any VAE",
@@ -141,16 +141,34 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
 
-def add_model_flags(parser: Any, models: str, *, required: bool = True) -> None:
+def add_model_flags(parser: Any, *, required: bool = True) -> None:
     """Which model, what of it is replaced and how large its images are, to a parser or a group of one."""
+    models = "pipeline folder, .safetensors file, hub id, exported student, or training workdir"
     parser.add_argument("--model", required=required, help=models)
     parser.add_argument("--revision", help="of a hub id")
     parser.add_argument("--system", help="one-step generator of another method: instaflow, dmd, sdxl-turbo, lcm, ...")
     parser.add_argument("--unet", type=path, help="safetensors in place of the model's own UNet")
-    parser.add_argument("--pipeline", type=path, help="where a workdir's teacher lies, if it was moved")
+    add_part_flags(parser)
     parser.add_argument("--height", type=int, help="pixels; default is the model's own")
     parser.add_argument("--width", type=int, help="pixels; default is the model's own")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+
+
+def add_part_flags(parser: Any) -> None:
+    """What a workdir or a single file does not say itself, and what is put on a model."""
+    parser.add_argument("--pipeline", type=path, help="where a workdir's teacher lies, if it was moved")
+    parser.add_argument("--prediction", help="of a .safetensors file: epsilon or v_prediction, where it does not say")
+    parser.add_argument("--tokenizer", type=path, help="folder in place of CLIP's own, for a .safetensors file")
+    worn = "a LoRA in diffusers' or kohya's format, put on the model; may be given several times"
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help=worn)
+
+
+def parts(own: argparse.Namespace) -> Any:
+    """The `Parts` that these flags say."""
+    from d2g_jax.sample.sampler import Parts
+
+    fields = (field.name for field in dataclasses.fields(Parts))
+    return Parts(**{name: value for name in fields if (value := getattr(own, name, None))})
 
 
 def add_prompts_column(parser: Any) -> None:

@@ -62,8 +62,7 @@ def _evaluate(arguments: Sequence[str]) -> Callable[[], str]:
     for name, where in metric_weights.WHERE.items():
         weights.add_argument(metric_weights.flag(name), type=common.path, help=where.replace("%", "%%"))
     model = parser.add_argument_group("a model in place of --images")
-    models = "pipeline folder, hub id, exported student, or training workdir"
-    common.add_model_flags(model, models, required=False)
+    common.add_model_flags(model, required=False)
     model.add_argument("--drawn", type=common.path, help="where its images go and are found again; default OUT-drawn")
     model.add_argument("--seed", type=int, default=0, help="of the noise")
     model.add_argument("--draw-batch", type=int, default=64, help="images per call of the model, all devices together")
@@ -98,7 +97,8 @@ def _take_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> N
             continue
         if expected := _misfit(flags[name], value):
             raise UserError(f"--config={file}: {name}={value!r}: expected {expected}")
-        parser.set_defaults(**{name: local_path(value) if flags[name].type is common.path else value})
+        read = local_path if flags[name].type is common.path else list if isinstance(value, tuple) else lambda x: x
+        parser.set_defaults(**{name: read(value)})
         flags[name].required = False
 
 
@@ -108,6 +108,7 @@ _TAKES = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     bool: ((bool,), "True or False"),
+    list: ((list, tuple), "a list"),
 }
 """The Python types of a field by the type of its flag, and the same in words."""
 
@@ -116,7 +117,7 @@ def _misfit(flag: argparse.Action, value: object) -> str | None:
     """What the flag takes, where the field's value is not that; None where it is."""
     if flag.choices:
         return None if value in flag.choices else f"one of {', '.join(flag.choices)}"
-    kinds, words = _TAKES[bool if flag.nargs == 0 else flag.type]
+    kinds, words = _TAKES[list if isinstance(flag.default, list) else bool if flag.nargs == 0 else flag.type]
     return None if isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,)) else words
 
 
@@ -126,9 +127,10 @@ def _run(own: argparse.Namespace) -> str:
     from d2g_jax.evaluate.plan import Request
     from d2g_jax.pipeline.draw import Solution
     from d2g_jax.results.metric_weights import MetricWeights
+    from d2g_jax.sample.sampler import Parts
 
     given = common.given_solution(own)
-    if own.images is not None and (given or own.system or own.unet or own.pipeline or own.drawn):
+    if own.images is not None and (given or own.drawn or common.parts(own) != Parts()):
         raise UserError("--images are drawn already; leave out --system, --unet, --drawn and a teacher's flags")
     if own.model is not None and own.diversity_images is not None:
         raise UserError("--model draws its own images for diversity; leave out --diversity-images")
@@ -136,10 +138,7 @@ def _run(own: argparse.Namespace) -> str:
     if own.model is not None:
         model = Model(
             own.model,
-            own.revision,
-            own.system,
-            own.unet,
-            own.pipeline,
+            common.parts(own),
             Solution(**given) if given else None,
             (own.height, own.width),
             own.seed,

@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> int:
 def read(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags. Raises `UserError` for bad ones and without the extra, before anything is loaded."""
     parser = common.parser("play")
-    common.add_model_flags(parser, "training workdir, exported student, pipeline folder, or hub id")
+    common.add_model_flags(parser)
     parser.add_argument("--prompt", action="append", default=[], help="offered on the page; may be given several times")
     page = parser.add_argument_group("the page")
     page.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
@@ -61,7 +61,7 @@ def play(own: argparse.Namespace) -> None:
 
     given = common.given_solution(own)
     size = (own.height, own.width)
-    choice = Choice(own.model, own.revision, own.system, own.unet, own.pipeline, own.teacher, given, size, own.dtype)
+    choice = Choice(own.model, common.parts(own), own.teacher, given, size, own.dtype)
     prompts = tuple(own.prompt) or own_prompts(own.model)
     with server.listen(own.host, own.port) as listener, terminating():
         start = time.monotonic()

@@ -10,7 +10,7 @@ from d2g_jax.inputs.text import as_prompt
 
 def run(arguments: list[str]) -> int:
     parser = common.parser("sample")
-    common.add_model_flags(parser, "pipeline folder, hub id, exported student, or training workdir")
+    common.add_model_flags(parser)
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts", type=common.path, help="file of prompts: text, one a line, or columns")
     common.add_prompts_column(parser)
@@ -40,10 +40,8 @@ def run(arguments: list[str]) -> int:
         batch_size=own.batch,
         dtype=own.dtype,
         tiled=own.tiled,
-        system=own.system,
-        unet=own.unet,
-        pipeline=own.pipeline,
+        parts=common.parts(own),
     )
-    seconds = sample(own.model, request, own.out, own.revision)
+    seconds = sample(own.model, request, own.out)
     print(json.dumps({"out": str(own.out), "seconds": {name: round(value, 3) for name, value in seconds.items()}}))
     return 0

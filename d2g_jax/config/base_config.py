@@ -14,11 +14,18 @@ def base_config() -> ConfigDict:
     c = ConfigDict()
     c.name = ""
     c.seed = 0
-    c.pipeline = ""  # a folder in diffusers' layout, or a hub id: the teacher
+    c.pipeline = ""  # a folder in diffusers' layout, a .safetensors file or a hub id: the teacher
     c.mesh = mesh()
     c.optimization_level = "UNKNOWN"  # XLA's, O0 to O3, or UNKNOWN for its default
     c.pairs = pairs()
     c.loss = loss()
+    c.lora = ConfigDict(  # low-rank updates of the frozen teacher in place of a generator trained whole: docs/lora.md
+        {
+            "rank": 0,  # 0: the whole generator is trained
+            "alpha": config_dict.placeholder(float),  # the update is times alpha / rank; None: times one
+            "targets": ("attention",),  # feed_forward, convolutions, all: kernels that are updated
+        }
+    )
     c.generator = ConfigDict({"timestep": config_dict.placeholder(int)})  # None: where the pairs' solver starts
     c.discriminator = discriminator()
     c.adversarial = adversarial()
@@ -87,6 +94,9 @@ def discriminator() -> ConfigDict:
     """The paper's D; where it is silent these are common practice, one comment each."""
     return ConfigDict(
         {
+            # The teacher's UNet in D; heads and new inputs are trained in any case. docs/lora.md
+            "backbone": "trained",  # or frozen
+            "lora_rank": 0,  # not 0: trained as low-rank updates of `lora.targets`
             "timestep": 0,  # D sees clean latents, and 0 is where the teacher saw them too
             "head_channels": 256,
             "z_conditioning": True,

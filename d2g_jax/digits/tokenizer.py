@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from d2g_jax.digits import captions
+from d2g_jax.pipeline import tokenizers
 from d2g_jax.runtime import atomic
 
 MODEL_MAX_LENGTH = 20
@@ -18,12 +19,6 @@ MODEL_MAX_LENGTH = 20
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-
-
-def byte_symbols() -> list[str]:
-    """256 printable symbols, in CLIP's order: the printable bytes as themselves, then U+0100 upwards for the rest."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
 
 
 def bpe(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
@@ -54,29 +49,13 @@ def merges_for(words: list[str]) -> list[tuple[str, str]]:
     return list(ranks)
 
 
-def tokenizer_files() -> dict[str, str]:
-    """File name -> contents: vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json.
+def tokenizer_files() -> dict[str, bytes]:
+    """Those of a tokenizer folder by name.
 
     The end token has the highest id, so pooling at the highest id and pooling at the end token are the same.
     """
-    merges = merges_for(captions.words())
-    symbols = byte_symbols()
-    tokens = [*symbols, *(symbol + WORD_END for symbol in symbols), *("".join(pair) for pair in merges), START, END]
-    special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
-    config = special | {
-        "add_prefix_space": False,
-        "do_lower_case": True,
-        "errors": "replace",
-        "model_max_length": MODEL_MAX_LENGTH,
-        "tokenizer_class": "CLIPTokenizer",
-    }
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    return {
-        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
-        "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n",
-        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
-    }
+    merges = [" ".join(pair) for pair in merges_for(captions.words())]
+    return tokenizers.tokenizer_files(merges=merges, model_max_length=MODEL_MAX_LENGTH)
 
 
 def vocab_size() -> int:
@@ -85,6 +64,6 @@ def vocab_size() -> int:
 
 
 def write_tokenizer(folder: str | Path) -> None:
-    """Writes the four files of `tokenizer_files` into `folder`, which is made if it is missing."""
-    for name, text in tokenizer_files().items():
-        atomic.write_text(Path(folder) / name, text)
+    """Writes `tokenizer_files` into `folder`, which is made if it is missing."""
+    for name, content in tokenizer_files().items():
+        atomic.write_bytes(Path(folder) / name, content)

@@ -17,8 +17,8 @@ from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.grid import save_png
 from d2g_jax.runtime.progress import Progress
-from d2g_jax.sample.folder import claim, digest, prompts_digest
-from d2g_jax.sample.sampler import ONE_STEP, Sampler, latent_shape
+from d2g_jax.sample.folder import claim, digest, prompts_digest, worn_by
+from d2g_jax.sample.sampler import ONE_STEP, Parts, Sampler, latent_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,7 @@ class Model:
     """What is to be evaluated, and how it draws.
 
     Attributes:
-      model: folder, hub id, exported student or workdir, with its `revision`.
-      system: of `systems.SYSTEMS`; None for teachers and for students of ours.
-      unet: weights in place of the model's own UNet; pipeline: where a workdir's teacher lies now.
+      model, parts: whatever `Sampler.load` takes.
       solution: a teacher's.
       size: (height, width) in pixels, None for the native side.
       seed: of the noise; image i has the noise of record i, as in `d2g sample`.
@@ -38,10 +36,7 @@ class Model:
     """
 
     model: str
-    revision: str | None = None
-    system: str | None = None
-    unet: Path | None = None
-    pipeline: Path | None = None
+    parts: Parts = Parts()  # noqa: RUF009 (it is frozen)
     solution: Solution | None = None
     size: tuple[int | None, int | None] = (None, None)
     seed: int = 0
@@ -57,8 +52,7 @@ class Painter:
         """Raises `UserError` as `Sampler.load` does, and for a solution given to a one-step generator."""
         dtype = jnp.dtype(model.dtype)
         self._model, self._mesh = model, meshes.make_mesh()
-        load = model.revision, model.system, model.unet, model.pipeline
-        self._sampler = Sampler.load(model.model, self._mesh, dtype, dtype, *load)
+        self._sampler = Sampler.load(model.model, self._mesh, dtype, dtype, model.parts)
         one_step = self._sampler.one_step
         if one_step is not None and model.solution is not None:
             raise UserError(f"{model.model}: one step only; {ONE_STEP}")
@@ -70,10 +64,10 @@ class Painter:
         self.network_calls = self._programs.network_calls
         self.description: dict[str, Any] = {
             "model": model.model,
-            "revision": model.revision,
-            "unet": None if model.unet is None else str(model.unet),
+            "revision": model.parts.revision,
+            "unet": None if model.parts.unet is None else str(model.parts.unet),
             "unet_sha256": digest(self._sampler.pipeline.params["unet"]),
-            "system": model.system,
+            "system": model.parts.system,
             "one_step": None if one_step is None else dataclasses.asdict(one_step),
             "solution": None if solution is None else dataclasses.asdict(solution),
             "network_calls": self.network_calls,
@@ -81,6 +75,7 @@ class Painter:
             "seed": model.seed,
             "noise": noise.IMPLEMENTATION,
             "dtype": model.dtype,
+            **worn_by(self._sampler.pipeline, model.parts.lora),
         }
 
     def paint(self, prompts: Sequence[str], folder: Path, *, first_noise: int = 0) -> None:

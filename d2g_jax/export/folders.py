@@ -6,12 +6,16 @@ import json
 import re
 import secrets
 import shutil
+import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import needed_files
+from d2g_jax.pipeline.single_file import as_folder
+from d2g_jax.pipeline.tokenizers import words_of
 from d2g_jax.runtime.atomic import TEMPORARY, replacing, write_bytes
 from d2g_jax.runtime.errors import UserError
 
@@ -38,6 +42,27 @@ def new_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{out}: cannot be written ({reason}); free space or choose a writable place") from error
+
+
+@contextmanager
+def source_of(pipeline: Pipeline) -> Iterator[Path]:
+    """The folder whose files an export copies: a pipeline's own; of a single file one of its settings, for a while."""
+    if pipeline.folder.is_dir():
+        yield pipeline.folder
+    else:
+        with as_folder(settings(pipeline)) as folder:
+            yield folder
+
+
+def settings(pipeline: Pipeline) -> dict[str, Any]:
+    """What `kinds/` holds of a kind, of this pipeline."""
+    words = dict(zip(("tokenizer", "tokenizer_2"), map(words_of, pipeline.tokenizers), strict=False))
+    return {
+        "model_index": pipeline.index,
+        "scheduler": pipeline.scheduler,
+        **{name: network.config.to_json() for name, network in pipeline.networks.items()},
+        **words,
+    }
 
 
 def file_names(folder: Path) -> list[str]:
@@ -76,3 +101,9 @@ def copy(source: Path, target: Path, names: Iterable[str]) -> None:
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object, indented."""
     write_bytes(file, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def filled_in(card: str, description: Mapping[str, Any], fields: Mapping[str, str]) -> str:
+    """A model card of this folder for a student of this description."""
+    template = string.Template(Path(__file__).with_name(card).read_text(encoding="utf-8"))
+    return template.substitute({**description, "version": description["versions"]["d2g_jax"], **fields})

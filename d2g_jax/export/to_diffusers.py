@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ _BETA_DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0
 """diffusers' own, written out because they are part of the model."""
 
 
-def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str) -> None:
-    """Writes a student, or with timestep None a teacher as it is. Only the UNet and the scheduler are written anew."""
-    source, names = pipeline.folder, folders.file_names(pipeline.folder)
-    index, left_out = _index(pipeline.index, names)
-    with folders.new_folder(out) as folder:
+def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str, anew: Sequence[str] = ("unet",)) -> None:
+    """Writes a student, or with timestep None a teacher as it is. Only networks in `anew` and the scheduler are new."""
+    with folders.source_of(pipeline) as source, folders.new_folder(out) as folder:
+        names = folders.file_names(source)
+        index, left_out = _index(pipeline.index, names)
         for component in [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]:
             if component in NETWORKS:
-                _write_network(pipeline, component, folder, names, dtype)
+                _write_network(pipeline, component, source, folder, names, dtype, component in anew)
             elif component != "scheduler" or timestep is None:
                 folders.copy(source, folder, folders.component_files(names, component))
         folders.copy(source, folder, folders.license_files(names))
@@ -88,49 +88,23 @@ def _index(index: Mapping[str, Any], names: list[str]) -> tuple[dict[str, Any], 
     return kept, left_out
 
 
-def _write_network(pipeline: Pipeline, name: str, folder: Path, names: list[str], dtype: str) -> None:
+def _write_network(
+    pipeline: Pipeline, name: str, source: Path, folder: Path, names: list[str], dtype: str, anew: bool
+) -> None:
     files, settings = folders.component_files(names, name), folders.settings_files(names, name)
-    if name != "unet" and files != settings:
-        folders.copy(pipeline.folder, folder, files)
+    if not anew and files != settings:
+        folders.copy(source, folder, files)
         return
-    folders.copy(pipeline.folder, folder, settings)
+    folders.copy(source, folder, settings)
     stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
     params: Params = pipeline.params[name]
     # what came from a Flax folder has no safetensors to copy, and keeps what it is stored in
-    kept = np.dtype(dtype) if name == "unet" else None
+    kept = np.dtype(dtype) if name == "unet" or pipeline.folder.is_file() else None
     weights.save_state_dict(weights.to_state_dict(params), folder / name / f"{stem}.safetensors", kept)
 
 
 def model_card(description: Mapping[str, Any], class_name: str, name: str, left_out: list[str]) -> str:
     """README.md of a student: how to call it and where it comes from."""
-    dtype, teacher = description["dtype"], description["teacher"]
     lost = f"\nNot carried over from the teacher's folder: {', '.join(left_out)}.\n" if left_out else ""
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [text-to-image, one-step, diffusion2gan]
----
-
-# {name}
-
-A one-step text-to-image generator, distilled with Diffusion2GAN (arXiv 2405.05967, d2g_jax
-{description["versions"]["d2g_jax"]}) from the teacher `{teacher}`. Its one network call happens at timestep
-{description["timestep"]} of the teacher's schedule; it predicts {description["prediction_type"]}.
-
-```python
-import torch
-from diffusers import {class_name}
-
-pipe = {class_name}.from_pretrained({json.dumps(name)}, torch_dtype=torch.{dtype})  # dtype= from 0.42 on
-pipe.to("cuda")
-image = pipe("a photograph of a cat", num_inference_steps=1, guidance_scale=0.0).images[0]
-```
-
-One step and no guidance: guidance was distilled into the network, and its scheduler has a single step. The UNet is
-stored in {dtype}; the other components are the teacher's, byte for byte.
-{lost}
-## Licence
-
-The teacher's licence applies to this student as it does to every model made from the teacher: see `{teacher}`, and the
-licence files beside this one if the teacher's folder had any.
-"""
+    fields = {"class_name": class_name, "name": name, "quoted": json.dumps(name), "lost": lost}
+    return folders.filled_in("card_diffusers.md", description, fields)

@@ -23,8 +23,8 @@ _PARTS = {
 
 def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str) -> None:
     """Writes a student, or with timestep None a teacher. `exported.load_pipeline` reads it."""
-    source, names = pipeline.folder, folders.file_names(pipeline.folder)
-    with folders.new_folder(out) as folder:
+    with folders.source_of(pipeline) as source, folders.new_folder(out) as folder:
+        names = folders.file_names(source)
         for component in (*pipeline.params, *SETTINGS):
             folders.copy(source, folder, folders.settings_files(names, component))
         folders.copy(source, folder, folders.license_files(names))

@@ -39,22 +39,23 @@ _NOT_SYMBOLIC = (jax.errors.InconclusiveDimensionOperation, NotImplementedError,
 
 def write(pipeline: Pipeline, timestep: int, out: Path, dtype: str, latent_shape: tuple[int, int, int]) -> None:
     """Writes the zip; `latent_shape` is (C, h, w) of the noise that the program takes."""
-    # networks that compute in dtype, whatever the sampler's compute in
-    computing = Pipeline.load(pipeline.folder, jnp.dtype(dtype), without=NETWORKS)
     params = _flat(exported.store(pipeline.params, jnp.dtype(dtype)))
     params = {name: leaf for name, leaf in params.items() if not name.startswith(_UNUSED)}
-    platforms = PLATFORMS[:-1] if dtype == "float16" else PLATFORMS
-    program, fixed_because = trace(computing, timestep, params, latent_shape, platforms)
-    meta = _meta(pipeline, timestep, dtype, latent_shape, program, fixed_because)
-    names = folders.file_names(pipeline.folder)
-    tokenizers = [n for part in ("tokenizer", "tokenizer_2") for n in folders.settings_files(names, part)]
-    with replacing(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("run.py", Path(__file__).with_name("runner.py").read_bytes())
-        archive.writestr("meta.json", json.dumps(meta, indent=2) + "\n")
-        archive.writestr("sampler.stablehlo", program.serialize())
-        _write_safetensors(archive, "params.safetensors", params)
-        for name in (*tokenizers, *folders.license_files(names)):
-            archive.write(pipeline.folder / name, name)
+    with folders.source_of(pipeline) as source:
+        # networks that compute in dtype, whatever the sampler's compute in
+        computing = Pipeline.load(source, jnp.dtype(dtype), without=NETWORKS)
+        platforms = PLATFORMS[:-1] if dtype == "float16" else PLATFORMS
+        program, fixed_because = trace(computing, timestep, params, latent_shape, platforms)
+        meta = _meta(pipeline, timestep, dtype, latent_shape, program, fixed_because)
+        names = folders.file_names(source)
+        tokenizers = [n for part in ("tokenizer", "tokenizer_2") for n in folders.settings_files(names, part)]
+        with replacing(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr("run.py", Path(__file__).with_name("runner.py").read_bytes())
+            archive.writestr("meta.json", json.dumps(meta, indent=2) + "\n")
+            archive.writestr("sampler.stablehlo", program.serialize())
+            _write_safetensors(archive, "params.safetensors", params)
+            for name in (*tokenizers, *folders.license_files(names)):
+                archive.write(source / name, name)
 
 
 def trace(
@@ -112,7 +113,7 @@ def _flat(trees: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 def _trees(pipeline: Pipeline, flat: Mapping[str, jax.Array]) -> dict[str, Any]:
     """The inverse of `_flat`; leaves that drawing does not use are zeros, and the compiler drops them."""
-    abstract = {name: getattr(pipeline, name).abstract() for name in (*pipeline.towers, "unet", "vae")}
+    abstract = {name: network.abstract() for name, network in pipeline.networks.items()}
 
     def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = "/".join(part.key for part in path)

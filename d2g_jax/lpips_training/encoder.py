@@ -14,13 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax.diffusion import noise
-from d2g_jax.inputs.text import read_json
 from d2g_jax.losses.perceptual import LatentSpace
 from d2g_jax.lpips_training.classify import batches
 from d2g_jax.models import vae
 from d2g_jax.models.network import Params
-from d2g_jax.pipeline import weights
-from d2g_jax.pipeline.hub import resolve
+from d2g_jax.pipeline.folder import load_vae
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 
@@ -47,15 +45,14 @@ class Encoder:
 
     @classmethod
     def load(cls, pipeline: str | Path, batch_size: int, dtype: jnp.dtype, seed: int) -> Encoder:
-        """Of a folder in diffusers' layout, or a hub id; only its `vae/` is read. `seed` is of posterior samples.
+        """Of a folder in diffusers' layout, a single file or a hub id; only its VAE is read.
+
+        `seed` is of posterior samples.
 
         Raises `UserError` for a folder without a VAE and for weights that do not fit its config.
         """
-        folder = resolve(pipeline) / "vae"
-        file = folder / "config.json"
-        config = vae.VaeConfig.from_json(read_json(file, "give a pipeline with a VAE"), source=str(file))
-        network, mesh = vae.build(config, dtype), meshes.make_mesh()
-        params = weights.load_params(folder, network.abstract())
+        folder, network, params = load_vae(pipeline, dtype)
+        config, mesh = network.config, meshes.make_mesh()
         digest = sha256_of({name: params[name] for name in ("encoder", "quant_conv") if name in params})
         placed = meshes.place(params, mesh)
 

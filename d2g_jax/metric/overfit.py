@@ -24,7 +24,6 @@ import optax
 from d2g_jax.config.ranges import check_ranges
 from d2g_jax.diffusion import noise
 from d2g_jax.inputs.images import SUFFIXES, image_files, read_rgb
-from d2g_jax.inputs.text import read_json
 from d2g_jax.losses import augment
 from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, mse, regression_loss
@@ -32,8 +31,7 @@ from d2g_jax.lpips_training.images import Crop, to_floats
 from d2g_jax.models import vae
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import weights
-from d2g_jax.pipeline.folder import to_uint8
-from d2g_jax.pipeline.hub import resolve
+from d2g_jax.pipeline.folder import load_vae, to_uint8
 from d2g_jax.report import write_report
 from d2g_jax.runtime import runs
 from d2g_jax.runtime.atomic import write_text
@@ -149,11 +147,8 @@ def check_config(settings: ml_collections.ConfigDict) -> None:
 
 def set_up(config: ml_collections.ConfigDict) -> tuple[list[str], Scene, np.ndarray]:
     """(names of the targets, the scene, the images (N, H, W, 3) that were encoded)."""
-    settings, folder = config.overfit, resolve(config.pipeline) / "vae"
-    file = folder / "config.json"
-    vae_config = vae.VaeConfig.from_json(read_json(file, "give a pipeline with a VAE"), source=str(file))
-    network = vae.build(vae_config)
-    params = jax.tree.map(jnp.asarray, weights.load_params(folder, network.abstract()))
+    settings, (_, network, loaded) = config.overfit, load_vae(config.pipeline)
+    vae_config, params = network.config, jax.tree.map(jnp.asarray, loaded)
     metric, lpips = LatentLPIPS.load(settings.metric), LPIPS.load(settings.lpips)
     if metric.space.channels != vae_config.latent_channels:
         raise UserError(

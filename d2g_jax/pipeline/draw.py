@@ -191,19 +191,6 @@ def teacher_programs(
     )
 
 
-def student_programs(
-    pipeline: Pipeline,
-    unet: Params,
-    timestep: int,
-    mesh: jax.sharding.Mesh,
-    size: tuple[int, int] | None = None,
-    *,
-    tiled: bool = False,
-) -> Programs:
-    """A one-step generator: `unet` are its parameters, `timestep` where in the schedule its one call happens."""
-    return one_step_programs(pipeline, unet, OneStep(timestep), mesh, size, tiled=tiled)
-
-
 def one_step_programs(
     pipeline: Pipeline,
     unet: Params,

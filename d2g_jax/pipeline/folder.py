@@ -1,4 +1,4 @@
-"""One diffusers folder as one object: tokenizers, text towers, UNet, VAE, noise schedule; and back to a folder.
+"""One diffusers folder or single file as one object, tokenizers, text towers, UNet, VAE, schedule; and back.
 
 `StableDiffusionPipeline` (one text tower) and `StableDiffusionXLPipeline` (two, of which the second is pooled).
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from d2g_jax.inputs import text
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Network, Params
-from d2g_jax.pipeline import weights
-from d2g_jax.pipeline.hub import resolve
+from d2g_jax.pipeline import single_file, weights
+from d2g_jax.pipeline.hub import NETWORKS, resolve
 from d2g_jax.pipeline.tokenizers import json_bytes, load_tokenizer, read_component
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.atomic import write_bytes
@@ -50,10 +52,10 @@ _WEIGHTS_STEM = {"text_encoder": "model", "text_encoder_2": "model"}
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A loaded folder.
+    """A loaded folder, or single file.
 
     Attributes:
-      folder: where it was read from.
+      folder: where it was read from: a folder, or the file.
       index: `model_index.json`.
       tokenizer, tokenizer_2: transformers' `CLIPTokenizer`; the second for SDXL only.
       text_encoder, text_encoder_2, unet, vae: networks; each holds its config.
@@ -93,6 +95,11 @@ class Pipeline:
         return {name: tower for name, tower in both.items() if tower is not None}
 
     @property
+    def networks(self) -> dict[str, Network]:
+        """All networks under the names of their parameters."""
+        return {**self.towers, "unet": self.unet, "vae": self.vae}
+
+    @property
     def text_params(self) -> dict[str, Params]:
         return {name: self.params[name] for name in self.towers}
 
@@ -115,46 +122,76 @@ class Pipeline:
         storage: jnp.dtype = jnp.float32,
         without: Collection[str] = (),
         unet: str | Path | None = None,
+        prediction: str | None = None,
+        tokenizer: str | Path | None = None,
     ) -> Pipeline:
-        """Reads a diffusers folder leaf by leaf, so that the host never holds a second copy.
+        """Reads a diffusers folder, or a single file, leaf by leaf, so that the host never holds a second copy.
 
         Args:
-          folder: in diffusers' layout, or a hub id such as "owner/name".
+          folder: in diffusers' layout, a safetensors file in the original one, or a hub id such as "owner/name".
           dtype: what the networks compute in.
           mesh: where each leaf goes, by the rules of `mesh.leaf_spec`; None is the default device.
           storage: dtype of kernels and embeddings; norms and biases stay float32. Half precision is for drawing only.
           without: networks whose weights are not read, because others take their place.
-          unet: a safetensors file, or a folder with one, whose weights take the place of the folder's own UNet; with a
-            config.json beside them that config too.
+          unet: a safetensors file in either layout, or a folder with one, whose weights take the place of the model's
+            own UNet; with a config.json beside them that config too.
+          prediction: of a single file that does not say it, of `single_file.PREDICTIONS`.
+          tokenizer: a tokenizer folder in place of CLIP's own, of a single file.
 
         Raises:
           UserError: one line that names the file and key, for anything missing, unknown or inconsistent.
         """
         folder = resolve(folder)
-        index = _read_index(folder)
-        places = {name: folder / name for name in _components(index)}
-        configs = {name: place / "config.json" for name, place in places.items()}
+        for name, said in (("prediction", prediction), ("tokenizer", tokenizer)):
+            if said is not None and not folder.is_file():
+                raise UserError(f"{folder}: no single file, and says its {name} itself; leave out {name}")
+        with single_file.settings_folder(folder, prediction) as settings:
+            index = _read_index(settings)
+            configs = {name: settings / name / "config.json" for name in _components(index)}
+            if unet is not None and (own := Path(unet, "config.json")).is_file():
+                configs["unet"] = own
+            networks = {
+                name: _build(configs[name], name, index[name][1], dtype, upcast_vae=index["_class_name"] == SDXL)
+                for name in _components(index)
+                if name in NETWORKS
+            }
+            _check_widths(configs["unet"], networks)
+            tokenizers = {
+                name: load_tokenizer(
+                    Path(tokenizer or settings / name), networks[name.replace("tokenizer", "text_encoder")].config
+                )
+                for name in _components(index)
+                if name.startswith("tokenizer")
+            }
+            scheduler = read_component(settings / "scheduler" / "scheduler_config.json")
+        if folder.is_file():
+            readers = single_file.readers(folder, networks)
+        else:
+            readers = {name: _reader(folder / name, network) for name, network in networks.items()}
         if unet is not None:
-            places["unet"] = Path(unet)
-            configs["unet"] = own if (own := Path(unet, "config.json")).is_file() else configs["unet"]
-        networks = {
-            name: _build(configs[name], name, index[name][1], dtype, upcast_vae=index["_class_name"] == SDXL)
-            for name in _components(index)
-            if name in ("text_encoder", "text_encoder_2", "unet", "vae")
-        }
-        _check_widths(configs["unet"], networks)
-        tokenizers = {
-            name: load_tokenizer(folder / name, networks[name.replace("tokenizer", "text_encoder")].config)
-            for name in _components(index)
-            if name.startswith("tokenizer")
-        }
-        scheduler = read_component(folder / "scheduler" / "scheduler_config.json")
-        params = {
-            name: weights.load_params(places[name], network.abstract(), _placer(mesh, storage))
-            for name, network in networks.items()
-            if name not in without
-        }
+            network = networks["unet"]
+            readers["unet"] = single_file.unet_reader(Path(unet), network) or _reader(Path(unet), network)
+        params = {name: read(_placer(mesh, storage)) for name, read in readers.items() if name not in without}
         return cls(folder=folder, index=index, params=params, scheduler=scheduler, **networks, **tokenizers)
+
+
+def _reader(place: Path, network: Network) -> single_file.Read:
+    return functools.partial(weights.load_params, place, network.abstract())
+
+
+def load_vae(model: str | Path, dtype: jnp.dtype = jnp.float32) -> tuple[Path, Network, Params]:
+    """(where it lies, the network, its parameters) of a pipeline's VAE; of a folder no other part need be there.
+
+    Raises `UserError` for a model without a VAE and for weights that do not fit its config.
+    """
+    folder = resolve(model)
+    if folder.is_file():
+        pipeline = Pipeline.load(folder, dtype, without=set(NETWORKS) - {"vae"})
+        return folder, vae.build(pipeline.vae.config, dtype), pipeline.params["vae"]
+    file = folder / "vae" / "config.json"
+    config = vae.VaeConfig.from_json(text.read_json(file, "give a pipeline with a VAE"), source=str(file))
+    network = vae.build(config, dtype)
+    return file.parent, network, weights.load_params(file.parent, network.abstract())
 
 
 class Decoded(NamedTuple):

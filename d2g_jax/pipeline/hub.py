@@ -1,4 +1,4 @@
-"""A model by name: a local folder as it is, or of a repository on the Hugging Face hub the files that we read."""
+"""A model by name: a local folder or file as it is, or of a repository on the Hugging Face hub what we read of it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ EXTRAS = ("safety_checker", "feature_extractor", "image_encoder")
 
 _INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_REMEDY = "pass a local folder in diffusers' layout or a hub id 'owner/name'"
+_REMEDY = "pass a local folder in diffusers' layout, a .safetensors file or a hub id 'owner/name'"
 
 
 def resolve(model: str | Path, revision: str | None = None, with_extras: bool = False) -> Path:
-    """The local folder of a model.
+    """The local folder, or single file, of a model.
 
     Args:
       model: an existing path, returned as it is, or a hub id "owner/name", fetched into the hub's cache (where that
@@ -47,7 +47,7 @@ def resolve(model: str | Path, revision: str | None = None, with_extras: bool = 
             raise UserError(f"{model}: revision {revision!r} is for hub ids, and this is a local path; leave it out")
         return local
     if not _HUB_ID.fullmatch(name):
-        raise UserError(f"{name if len(name) <= 80 else name[:60] + '...'}: no such folder; {_REMEDY}")
+        raise UserError(f"{name if len(name) <= 80 else name[:60] + '...'}: no such folder or file; {_REMEDY}")
     return _fetch(name, revision, with_extras)
 
 
@@ -69,7 +69,10 @@ def needed_files(names: Sequence[str], with_extras: bool = False) -> list[str]:
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 (hex) over the names and bytes of what is read of a pipeline folder: the same wherever it lies."""
+    """SHA-256 (hex) over the names and bytes of what is read of a pipeline folder, or over a single file's bytes."""
+    if folder.is_file():
+        with folder.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     names = [p.relative_to(folder).as_posix() for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file()]
     digest = hashlib.sha256()
     for file in sorted(folder / name for name in needed_files(names)):

@@ -1,12 +1,14 @@
-"""The CLIP tokenizers of a pipeline folder: read, used and written."""
+"""The CLIP tokenizers of pipelines: read, made of what is shipped, used and written."""
 
 from __future__ import annotations
 
+import functools
+import gzip
 import json
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from d2g_jax.inputs import text
 from d2g_jax.models import clip
+from d2g_jax.pipeline.original_keys import KINDS
 from d2g_jax.pipeline.words import unknown_words
 from d2g_jax.runtime.errors import UserError
 
@@ -49,6 +52,35 @@ def load_tokenizer(folder: Path, text_config: clip.ClipTextConfig | None = None)
     return tokenizer
 
 
+def words_of(tokenizer: Any) -> dict[str, Any]:
+    """What `tokenizer_files` makes a tokenizer of, with nothing of CLIP's own words."""
+    model, words = json.loads(tokenizer.backend_tokenizer.to_str())["model"], {}
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    if merges != _clip_merges():
+        words["merges"] = merges
+    if (vocab := tokenizer.get_vocab()) != vocabulary(merges):
+        words["vocab"] = dict(sorted(vocab.items(), key=lambda item: item[1]))
+    return {"pad_token": tokenizer.pad_token, "model_max_length": tokenizer.model_max_length, **words}
+
+
+def vocabulary(merges: Iterable[str]) -> dict[str, int]:
+    """CLIP's tokens and their numbers for merges such as `"i n</w>"`.
+
+    They are bytes, bytes that end a word, what is merged, and both ends. The byte alphabet is GPT-2's: printable bytes
+    are themselves, the others the characters from 256 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
+    ends = [f"{letter}</w>" for letter in letters]
+    tokens = [*letters, *ends, *(pair.replace(" ", "") for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    return {token: number for number, token in enumerate(tokens)}
+
+
+@functools.cache
+def _clip_merges() -> list[str]:
+    return gzip.decompress((KINDS / "clip_merges.txt.gz").read_bytes()).decode().splitlines()
+
+
 _TOKENIZING = threading.Lock()
 """A tokenizer keeps the padding of the call under way in itself, and the pair job tokenizes in two threads."""
 
@@ -75,11 +107,17 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
     return np.asarray(fitted, np.int32)
 
 
-def tokenizer_files(vocab: Mapping[str, int], merges: Sequence[str], model_max_length: int) -> dict[str, bytes]:
-    """The files of a CLIP tokenizer folder, for `save_pipeline`; `merges` are lines such as `"i n</w>"`."""
-    special = {"bos_token": "<|startoftext|>"} | {
-        key: "<|endoftext|>" for key in ("eos_token", "pad_token", "unk_token")
-    }
+def tokenizer_files(
+    vocab: Mapping[str, int] | None = None,
+    merges: Sequence[str] | None = None,
+    model_max_length: int = 77,
+    pad_token: str = "<|endoftext|>",
+) -> dict[str, bytes]:
+    """The files of a CLIP tokenizer folder, whose defaults are CLIP's own; `merges`, `vocab`: see `vocabulary`."""
+    merges = _clip_merges() if merges is None else merges
+    vocab = vocabulary(merges) if vocab is None else vocab
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad_token}
+    special["unk_token"] = "<|endoftext|>"
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": model_max_length,
@@ -92,11 +130,6 @@ def tokenizer_files(vocab: Mapping[str, int], merges: Sequence[str], model_max_l
         "special_tokens_map.json": json_bytes(special),
         "tokenizer_config.json": json_bytes(config),
     }
-
-
-def read_tokenizer_files(folder: str | Path) -> dict[str, bytes]:
-    """The files of an existing tokenizer folder, for `save_pipeline`."""
-    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
 
 
 def _check_merges(folder: Path) -> None:

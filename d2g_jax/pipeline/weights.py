@@ -66,7 +66,7 @@ def to_params(state: Mapping[str, np.ndarray], abstract: Params, *, source: str 
     are left out. Raises `UserError` that names `source` and the key for a missing, extra or wrongly shaped tensor and
     for NaN or infinity.
     """
-    stored = {key: _Stored(source, key, value.shape, partial(np.asarray, value)) for key, value in state.items()}
+    stored = {key: Stored(source, key, value.shape, partial(np.asarray, value)) for key, value in state.items()}
     return _tree(_matched(stored, abstract, source), None)
 
 
@@ -83,10 +83,13 @@ def torch_shapes(abstract: Params) -> dict[str, tuple[int, ...]]:
     return {_torch_key(path): _torch_shape(leaf.shape, path[-1]) for path, leaf in _leaves(abstract)}
 
 
-def save_state_dict(state: Mapping[str, np.ndarray], file: str | Path, dtype: Any = None) -> None:
+def save_state_dict(
+    state: Mapping[str, np.ndarray], file: str | Path, dtype: Any = None, metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes one safetensors file, atomically; floating-point tensors are cast to `dtype` (None keeps theirs).
 
-    Raises `UserError` when a finite value overflows in `dtype` or the file cannot be written.
+    `metadata` goes into its header. Raises `UserError` when a finite value overflows in `dtype` or the file cannot be
+    written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -100,25 +103,41 @@ def save_state_dict(state: Mapping[str, np.ndarray], file: str | Path, dtype: An
     try:
         with replacing(file) as temporary:
             # transformers refuses files that do not name the framework they were written for
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # safetensors wraps what the system says, a full disk among others
         raise UserError(f"cannot write {file}: {error}; give a writable place with room") from error
 
 
-def load_params(folder: str | Path, abstract: Params, place: Place | None = None) -> Params:
+def load_params(
+    folder: str | Path,
+    abstract: Params,
+    place: Place | None = None,
+    arrange: Callable[[Any], Mapping[str, Stored]] | None = None,
+) -> Params:
     """The weights of one model folder, or file, as a tree with the paths and shapes of `abstract`, leaf by leaf.
 
     `place(path, leaf)` gets every leaf as soon as it is float32 in our layout, and its result stands in the tree; None
     keeps the arrays. Files are read lazily: with a `place` that moves leaves to devices the host holds about one leaf.
+    `arrange` is for files of another layout than diffusers': what they hold by key -> the same by PyTorch's names.
 
     Raises `UserError` as `load_state_dict` and `to_params` do; what the headers tell (missing, extra or wrongly shaped
     tensors, damaged files) before the first tensor is read, NaN or infinity at its tensor.
     """
     with ExitStack() as opened:
-        stored: dict[str, _Stored] = {}
+        stored: dict[str, Stored] = {}
         for file in _files(Path(folder)):
             stored |= _headers(file, opened.enter_context(_open(file)))
-        return _tree(_matched(stored, abstract, folder), place)
+        return _tree(_matched(stored if arrange is None else arrange(stored), abstract, folder), place)
+
+
+def read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The shape of each tensor by its key, and text by name, of one safetensors file, without its tensors.
+
+    Raises `UserError` for a pickle and for a damaged or truncated file.
+    """
+    (file,) = _files(file)
+    with _open(file) as handle:
+        return {key: found.shape for key, found in _headers(file, handle).items()}, handle.metadata() or {}
 
 
 def _files(path: Path) -> list[Path]:
@@ -180,7 +199,7 @@ def _open(file: Path) -> Iterator[Any]:
         yield handle
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
     """A tensor that can be read: where it lies, its shape there, and how."""
 
     source: str | Path
@@ -189,14 +208,14 @@ class _Stored(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-def _headers(file: Path, handle: Any) -> dict[str, _Stored]:
+def _headers(file: Path, handle: Any) -> dict[str, Stored]:
     """What an open file holds, by key."""
     stored = {}
     for key in handle.keys():  # noqa: SIM118  (not a dict)
         header = handle.get_slice(key)
         if header.get_dtype() not in _DTYPES:
             raise UserError(f"{file}: tensor {key} is stored as {header.get_dtype()}; export it as float16 or float32")
-        stored[key] = _Stored(file, key, tuple(header.get_shape()), partial(handle.get_tensor, key))
+        stored[key] = Stored(file, key, tuple(header.get_shape()), partial(handle.get_tensor, key))
     return stored
 
 
@@ -240,8 +259,8 @@ def _torch_key(path: tuple[str, ...]) -> str:
 
 
 def _matched(
-    stored: Mapping[str, _Stored], abstract: Params, source: str | Path
-) -> list[tuple[tuple[str, ...], int, _Stored]]:
+    stored: Mapping[str, Stored], abstract: Params, source: str | Path
+) -> list[tuple[tuple[str, ...], int, Stored]]:
     """(path, number of axes, stored tensor) of every leaf; `UserError` for a missing, extra or wrongly shaped one."""
     expected = {_torch_key(path): (path, leaf) for path, leaf in _leaves(abstract)}
     renamed: dict[str, str] = {}
@@ -308,7 +327,7 @@ def _torch_shape(shape: tuple[int, ...], leaf_name: str) -> tuple[int, ...]:
     return _torch_axes(np.broadcast_to(np.float32(0), shape), leaf_name).shape
 
 
-def _tree(matched: list[tuple[tuple[str, ...], int, _Stored]], place: Place | None) -> Params:
+def _tree(matched: list[tuple[tuple[str, ...], int, Stored]], place: Place | None) -> Params:
     """Reads, converts and places one tensor after the other, and keeps no reference to what is done."""
     params: Params = {}
     for path, ndim, tensor in matched:
@@ -318,7 +337,7 @@ def _tree(matched: list[tuple[tuple[str, ...], int, _Stored]], place: Place | No
     return params
 
 
-def _to_leaf(tensor: _Stored, path: tuple[str, ...], ndim: int) -> np.ndarray:
+def _to_leaf(tensor: Stored, path: tuple[str, ...], ndim: int) -> np.ndarray:
     """A stored tensor as a contiguous float32 leaf of `ndim` axes; `UserError` for NaN and infinity."""
     with _reading(tensor.source):
         array = tensor.read()

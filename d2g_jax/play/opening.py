@@ -14,12 +14,13 @@ from ml_collections import ConfigDict
 
 from d2g_jax.pairs import read_prompts
 from d2g_jax.pairs.job import solution as pairs_solution
+from d2g_jax.pipeline import lora_files
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.play.studio import Studio, System
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.sample.sampler import Sampler, latent_shape
+from d2g_jax.sample.sampler import Parts, Sampler, latent_shape
 
 NONE = "none"
 """As a teacher: there is to be none."""
@@ -33,7 +34,7 @@ class Choice:
     """What `d2g play` is asked to open.
 
     Attributes:
-      model: whatever `Sampler.load` takes; revision, system, unet, pipeline as there.
+      model, parts: whatever `Sampler.load` takes; the teacher wears the same LoRAs.
       teacher: a pipeline folder or hub id; None is the model's own if it names one, `NONE` is none at all.
       solution: settings of `Solution` that differ from those of the student's pairs (else of `Solution()`), by name.
       size: (height, width) in pixels, None for the native side.
@@ -41,10 +42,7 @@ class Choice:
     """
 
     model: str
-    revision: str | None = None
-    system: str | None = None
-    unet: Path | None = None
-    pipeline: Path | None = None
+    parts: Parts = Parts()  # noqa: RUF009 (it is frozen)
     teacher: str | None = None
     solution: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     size: tuple[int | None, int | None] = (None, None)
@@ -54,8 +52,7 @@ class Choice:
 def open_studio(choice: Choice) -> Studio:
     """Loads the model, and its teacher, on the first device. Raises `UserError` as `Sampler.load` does."""
     mesh, dtype = meshes.make_mesh(devices=jax.devices()[:1]), jnp.dtype(choice.dtype)
-    parts = choice.revision, choice.system, choice.unet, choice.pipeline
-    sampler = Sampler.load(choice.model, mesh, dtype, dtype, *parts)
+    sampler = Sampler.load(choice.model, mesh, dtype, dtype, choice.parts)
     shape = latent_shape(sampler.pipeline, choice.size)
     factor = sampler.pipeline.vae.config.downscale
     size = (factor * shape[1], factor * shape[2])
@@ -86,7 +83,7 @@ def _find_teacher(choice: Choice, sampler: Sampler, mesh: jax.sharding.Mesh) -> 
     if choice.teacher == NONE:
         return None
     if choice.teacher is not None:
-        teacher = Sampler.load(choice.teacher, mesh, dtype, dtype)
+        teacher = Sampler.load(choice.teacher, mesh, dtype, dtype, Parts(lora=choice.parts.lora))
         if teacher.one_step is not None:
             raise UserError(f"--teacher={choice.teacher}: a one-step student; give the pipeline it was distilled from")
         mine, theirs = sampler.pipeline.latent_shape, teacher.pipeline.latent_shape
@@ -97,8 +94,10 @@ def _find_teacher(choice: Choice, sampler: Sampler, mesh: jax.sharding.Mesh) -> 
         return sampler
     if not Path(choice.model, "checkpoints").is_dir():
         return None  # an export knows its teacher's name at most
-    own = Pipeline.load(sampler.pipeline.folder, dtype, mesh, dtype, without=(*sampler.pipeline.towers, "vae"))
-    params = {**sampler.pipeline.params, "unet": own.params["unet"]}
+    parts, without = choice.parts, (*sampler.pipeline.towers, "vae")
+    own = Pipeline.load(sampler.pipeline.folder, dtype, mesh, dtype, without, **parts.said)
+    worn = lora_files.put_on(own, parts.worn(), networks=("unet",))
+    params = {**sampler.pipeline.params, "unet": worn.params["unet"]}
     return Sampler(dataclasses.replace(sampler.pipeline, params=params), None)
 
 

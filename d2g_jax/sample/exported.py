@@ -22,6 +22,7 @@ from d2g_jax.inputs.text import read_json
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
+from d2g_jax.pipeline.single_file import described
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.version import __version__
@@ -32,7 +33,7 @@ DESCRIPTION = "d2g.json"
 PARAMS = "params"
 """The Orbax tree's folder."""
 
-FORMATS = ("diffusers", "flax", "stablehlo")
+FORMATS = ("diffusers", "single", "flax", "lora", "stablehlo")
 VERSION = 1
 """Of the description: raised when a reader of the old one would go wrong."""
 
@@ -60,33 +61,30 @@ def teacher_name(folder: Path) -> str:
 
     Of an export it is the teacher that its description names.
     """
-    described = read_description(folder).get("teacher")
+    known = read_description(folder).get("teacher")
     cached = _HUB_CACHE.search(f"{folder.absolute().as_posix()}/")
-    return described or ("/".join(cached.groups()) if cached else folder.absolute().name)
+    return known or ("/".join(cached.groups()) if cached else folder.absolute().name.removesuffix(".safetensors"))
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """The description of an exported folder; empty for a folder without one, which is a teacher in diffusers' layout.
+    """The description of an exported folder, or single file; empty where there is none, as of a teacher.
 
     Raises `UserError` for one that is damaged, of a later version or of a format that is no folder.
     """
-    file = folder / DESCRIPTION
+    file = folder if folder.is_file() else folder / DESCRIPTION
     if not file.is_file():
         return {}
-    value = read_json(file, "export the student again")
+    value = described(folder) if folder.is_file() else read_json(file, "export the student again")
+    if not value and folder.is_file():
+        return {}
     timestep = value.get("timestep")
     if "timestep" not in value or not (timestep is None or (type(timestep) is int and timestep >= 0)):
         raise UserError(f"{file}: timestep must be a number from 0 or null, not {timestep!r}; export the student again")
     if value.get("version", VERSION) != VERSION:
         raise UserError(f"{file}: version {value['version']!r} is not {VERSION}; take the d2g_jax that wrote it")
-    if value.get("format", "diffusers") not in ("diffusers", "flax"):
+    if value.get("format", "diffusers") not in ("diffusers", "flax", "single"):
         raise UserError(f"{file}: format {value['format']!r} is unknown; expected diffusers or flax")
     return value
-
-
-def is_flax(folder: Path) -> bool:
-    """Whether a folder's parameters are an Orbax tree and not safetensors."""
-    return read_description(folder).get("format") == "flax"
 
 
 def stored_shapes(shapes: Params, dtype: Any) -> Params:
@@ -139,15 +137,14 @@ def load_pipeline(
     Raises:
       UserError: one line that names the file, for whatever is missing or of another network.
     """
-    described = read_description(folder)
-    if described.get("format") != "flax":
+    description = read_description(folder)
+    if description.get("format") != "flax":
         raise UserError(f"{folder / DESCRIPTION}: format is not flax; give a folder of `d2g export --to=flax`")
     pipeline = Pipeline.load(folder, dtype, mesh, without=NETWORKS)
-    networks = {name: getattr(pipeline, name) for name in NETWORKS if getattr(pipeline, name) is not None}
-    storage = jnp.dtype(described["dtype"] if storage is None else storage)
+    storage = jnp.dtype(description["dtype"] if storage is None else storage)
     shapes = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, storage if _is_wide(path) else leaf.dtype),
-        {name: network.abstract() for name, network in networks.items()},
+        {name: network.abstract() for name, network in pipeline.networks.items()},
     )
     return replace(pipeline, params=_restore(folder / PARAMS, _placed(shapes, mesh)))
 

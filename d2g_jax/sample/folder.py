@@ -14,6 +14,7 @@ import numpy as np
 from d2g_jax.inputs.places import check_new_folder
 from d2g_jax.inputs.text import read_json
 from d2g_jax.models.network import Params
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import atomic
 from d2g_jax.runtime.errors import UserError
 
@@ -63,6 +64,11 @@ def prompts_digest(prompts: Iterable[str]) -> str:
     for prompt in prompts:
         found.update(f"{prompt}\n".encode())
     return found.hexdigest()
+
+
+def worn_by(pipeline: Pipeline, lora: tuple[str, ...]) -> dict[str, Any]:
+    """What LoRAs add to a description: their names, and the text towers, which may have changed; nothing without."""
+    return {"lora": list(lora), "text_sha256": digest(pipeline.text_params)} if lora else {}
 
 
 def digest(params: Params) -> str:

@@ -22,8 +22,9 @@ from d2g_jax.pipeline.draw import Solution
 from d2g_jax.runtime import atomic
 from d2g_jax.runtime.grid import grid, save_png
 from d2g_jax.runtime.progress import Progress
-from d2g_jax.sample.folder import check, claim, digest, prompts_digest
+from d2g_jax.sample.folder import check, claim, digest, prompts_digest, worn_by
 from d2g_jax.sample.model import Model, load
+from d2g_jax.sample.sampler import Parts
 
 IN_GRID = 100
 """Images that grid.png shows, the first."""
@@ -41,9 +42,7 @@ class Request:
       batch_size: images per call, rounded up to the devices.
       dtype: what the networks compute in and what their kernels are kept in.
       tiled: decode large images in overlapping tiles, for devices that cannot hold one image's activations.
-      system: of `systems.SYSTEMS`, for a one-step generator of another method.
-      unet: weights in place of the folder's own UNet.
-      pipeline: where a workdir's teacher lies now.
+      parts: what is said of the model.
     """
 
     prompts: tuple[str, ...]
@@ -55,12 +54,10 @@ class Request:
     batch_size: int = 64
     dtype: str = "float32"
     tiled: bool = False
-    system: str | None = None
-    unet: Path | None = None
-    pipeline: Path | None = None
+    parts: Parts = Parts()  # noqa: RUF009 (it is frozen)
 
 
-def sample(model: str | Path, request: Request, out: Path, revision: str | None = None) -> dict[str, float]:
+def sample(model: str | Path, request: Request, out: Path) -> dict[str, float]:
     """Draws and writes 00000.png ..., grid.png, noise.npy, latents.npy, prompts.txt and drawing.json into `out`.
 
     A drawing that was stopped goes on behind its last whole batch. Returns seconds: "load", "compile" (the first batch,
@@ -71,8 +68,7 @@ def sample(model: str | Path, request: Request, out: Path, revision: str | None 
     """
     start = time.monotonic()
     given = None if request.latents is None else read_array(request.latents, "float32 noise (N, C, h, w)")
-    parts = {name: getattr(request, name) for name in ("system", "unet", "pipeline", "dtype")}
-    loaded = load(model, revision=revision, **parts)
+    loaded = load(model, dtype=request.dtype, **vars(request.parts))
     options = (request.size, request.batch_size, request.tiled, request.solution)
     prepare = lambda part: loaded.prepare(  # noqa: E731
         request.prompts, request.seed, given, request.images_per_prompt, *options, part
@@ -117,7 +113,7 @@ def _describe(model: str, request: Request, loaded: Model, one: np.ndarray, give
     return {
         "model": model,
         "unet_sha256": digest(loaded.sampler.pipeline.params["unet"]),
-        "system": request.system,
+        "system": request.parts.system,
         "solution": solution and dataclasses.asdict(solution),
         "size": [factor * side for side in one.shape[2:]],
         "seed": request.seed,
@@ -126,6 +122,7 @@ def _describe(model: str, request: Request, loaded: Model, one: np.ndarray, give
         "dtype": request.dtype,
         "tiled": request.tiled,
         "prompts_sha256": prompts_digest(_prompts(request)),
+        **worn_by(loaded.sampler.pipeline, request.parts.lora),
     }
 
 

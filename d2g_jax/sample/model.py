@@ -19,7 +19,7 @@ from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Drawn, Programs, Solution, draw
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.sample.sampler import ONE_STEP, Sampler, noise_of
+from d2g_jax.sample.sampler import ONE_STEP, Parts, Sampler, noise_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -178,16 +178,23 @@ def load(
     dtype: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
     pipeline: str | Path | None = None,
+    prediction: str | None = None,
+    tokenizer: str | Path | None = None,
+    lora: str | Sequence[str] = (),
 ) -> Model:
     """A model that draws: a callable from prompts to images.
 
     Args:
-      model: a training workdir (its newest average), an export to diffusers or Flax, a folder in diffusers' layout, or
-        a hub id "owner/name" (`revision` is its branch, tag or commit).
+      model: a training workdir (its newest average), an export to diffusers, Flax or a single file, a folder in
+        diffusers' layout, a .safetensors file in the original one, or a hub id "owner/name" (`revision` is its branch,
+        tag or commit).
       system: how a one-step generator of another method is called, a name of `diffusion.systems.SYSTEMS`.
       unet: safetensors in place of the model's own UNet.
       dtype: "float32", "bfloat16" or "float16": what the networks compute in and what their kernels are kept in.
       pipeline: where a workdir's teacher lies now, if it was moved since the training.
+      prediction: of a single file that does not say it: "epsilon" or "v_prediction".
+      tokenizer: a tokenizer folder in place of CLIP's own, of a single file.
+      lora: LoRA files in diffusers' or kohya's format, put on in their order: "FILE" or "FILE:SCALE".
       mesh: the devices; None is all of them (`runtime.mesh.make_mesh`).
 
     Raises:
@@ -198,4 +205,5 @@ def load(
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
     mesh, kind = meshes.make_mesh() if mesh is None else mesh, jnp.dtype(dtype)
-    return Model(Sampler.load(model, mesh, kind, kind, revision, system, unet, pipeline), mesh, str(model))
+    parts = Parts(revision, system, unet, pipeline, prediction, tokenizer, (lora,) if isinstance(lora, str) else lora)
+    return Model(Sampler.load(model, mesh, kind, kind, parts), mesh, str(model))

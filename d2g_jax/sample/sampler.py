@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 import zipfile
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax.diffusion import noise
-from d2g_jax.diffusion.schedule import may_be_student, student_timestep
+from d2g_jax.diffusion.schedule import Schedule, may_be_student, student_timestep
 from d2g_jax.diffusion.systems import OneStep, find_system
 from d2g_jax.inputs import numbers, places
 from d2g_jax.inputs.arrays import check_floats, read_array
+from d2g_jax.models import lora
+from d2g_jax.models.network import Params
+from d2g_jax.pipeline import lora_files
 from d2g_jax.pipeline.draw import Programs, Solution, one_step_programs, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import folder_hash, resolve
@@ -34,6 +38,37 @@ MAX_SIDE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
+class Parts:
+    """What is said of a model beside its name.
+
+    Attributes:
+      revision: of a hub id.
+      system: a name of `systems.SYSTEMS`: the model is a one-step generator of another method.
+      unet: weights in place of the model's own UNet.
+      pipeline: where a workdir's teacher lies now, if it was moved since the training.
+      prediction, tokenizer: of a single file, as for `Pipeline.load`.
+      lora: LoRA files on top in their order, "FILE" or "FILE:SCALE".
+    """
+
+    revision: str | None = None
+    system: str | None = None
+    unet: str | Path | None = None
+    pipeline: str | Path | None = None
+    prediction: str | None = None
+    tokenizer: str | Path | None = None
+    lora: Sequence[str] = ()
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """Of a single file."""
+        return {"prediction": self.prediction, "tokenizer": self.tokenizer}
+
+    def worn(self) -> list[lora_files.Worn]:
+        """Raises `UserError` as `Worn.parse` does."""
+        return [lora_files.Worn.parse(text) for text in self.lora]
+
+
+@dataclasses.dataclass(frozen=True)
 class Sampler:
     """A pipeline whose `params["unet"]` are to be drawn with, and how they are to be called.
 
@@ -41,11 +76,16 @@ class Sampler:
       pipeline: text towers, UNet, VAE, schedule.
       timestep: of a one-step generator of ours; None for a teacher, which is solved in steps.
       system: how a one-step generator of another method is called; None for ours and for teachers.
+      lora: the low-rank updates of its teacher that a student was trained as, times their scale; they are in the
+        pipeline's parameters.
+      anew: networks whose parameters are not those of the pipeline's folder.
     """
 
     pipeline: Pipeline
     timestep: int | None
     system: OneStep | None = None
+    lora: Params | None = None
+    anew: tuple[str, ...] = ("unet",)
 
     @property
     def one_step(self) -> OneStep | None:
@@ -59,55 +99,67 @@ class Sampler:
         mesh: jax.sharding.Mesh,
         dtype: jnp.dtype = jnp.float32,
         storage: jnp.dtype = jnp.float32,
-        revision: str | None = None,
-        system: str | None = None,
-        unet: str | Path | None = None,
-        pipeline: str | Path | None = None,
+        parts: Parts = Parts(),
     ) -> Sampler:
-        """From a folder in diffusers' layout (a teacher, or an exported student), a hub id, or a training workdir.
+        """From a folder in diffusers' layout or a single file (a teacher, or an exported student), a hub id, a workdir.
 
-        Of a workdir the newest average is taken. `dtype`, `storage` and `unet`: see `Pipeline.load`. `system`, a name
-        of `systems.SYSTEMS`, says that the folder holds a one-step generator of another method. `pipeline` is where a
-        workdir's teacher lies now, if it was moved since.
-        Raises `UserError` for a student of ours with a `system` or a `unet`, as `Pipeline.load` does, and for a folder
-        that is neither pipeline nor workdir.
+        Of a workdir the newest average is taken. `dtype` and `storage`: see `Pipeline.load`. A UNet that is a student
+        of `d2g export --only=unet` is called as one.
+
+        Raises `UserError` for a student of ours with a system or a UNet, as `Pipeline.load` does, and for a folder
+        that is neither pipeline nor workdir; for LoRAs as `Worn.parse` does, first of all, and `lora_files.read`.
         """
+        worn = parts.worn()
         if jnp.dtype(dtype) == jnp.float16 and mesh.devices.flat[0].platform == "cpu":
             raise UserError("dtype=float16: XLA multiplies no float16 matrices on CPUs; give bfloat16 or float32")
-        foreign = None if system is None else find_system(system)
-        folder = resolve(model, revision)
+        foreign = None if parts.system is None else find_system(parts.system)
+        folder = resolve(model, parts.revision)
         if (folder / "checkpoints").is_dir():
-            _check_own(model, system, unet)
-            return cls._from_workdir(folder, mesh, dtype, storage, pipeline)
-        if pipeline is not None:
+            _check_own(model, system=parts.system, unet=parts.unet)
+            return cls._from_workdir(folder, mesh, dtype, storage, parts)._wearing(worn)
+        if parts.pipeline is not None:
             raise UserError(f"{model}: no training workdir, and only that looks for its teacher; leave out pipeline")
-        if folder.is_file():
+        if folder.is_file() and folder.suffix != ".safetensors":
             raise UserError(f"{model}: a file; {_of_file(folder)}")
-        if not (folder / "model_index.json").exists():
+        if folder.is_dir() and not (folder / "model_index.json").exists():
             raise UserError(f"{model}: neither a pipeline folder (model_index.json) nor a workdir (checkpoints/)")
         described = exported.read_description(folder)
         if described.get("format") == "flax":
-            _check_own(model, system, unet)
-            return cls(exported.load_pipeline(folder, dtype, mesh, storage), described["timestep"])
-        pipeline = Pipeline.load(folder, dtype, mesh, storage, unet=unet)
+            _check_own(model, system=parts.system, unet=parts.unet, **parts.said)
+            return cls(exported.load_pipeline(folder, dtype, mesh, storage), described["timestep"])._wearing(worn)
+        pipeline = Pipeline.load(folder, dtype, mesh, storage, unet=parts.unet, **parts.said)
         timestep = described["timestep"] if described else student_timestep(pipeline.scheduler)
         if timestep is not None:
-            _check_own(model, system, unet)
+            _check_own(model, system=parts.system, unet=parts.unet)
+        elif parts.unet is not None and (timestep := _unet_timestep(Path(parts.unet), pipeline)) is not None:
+            _check_own(parts.unet, system=parts.system)
         elif foreign is None and not described and may_be_student(pipeline.scheduler):
             student = "a one-step student that an earlier d2g_jax exported and diffusers saved again"
             warnings.warn(f"{model}: taken for a teacher; if it is {student}, give system=dmd", stacklevel=2)
-        return cls(pipeline, timestep, foreign)
+        return cls(pipeline, timestep, foreign)._wearing(worn)
 
     @classmethod
     def _from_workdir(
-        cls, workdir: Path, mesh: jax.sharding.Mesh, dtype: jnp.dtype, storage: jnp.dtype, moved: str | Path | None
+        cls, workdir: Path, mesh: jax.sharding.Mesh, dtype: jnp.dtype, storage: jnp.dtype, parts: Parts
     ) -> Sampler:
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             metadata = checkpoints.metadata()
-            pipeline = Pipeline.load(_teacher(workdir, metadata, moved), dtype, mesh, storage, without=("unet",))
-            unet = checkpoints.restore_ema(meshes.place(pipeline.unet.abstract(), mesh))
-        pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": exported.store(unet, storage)})
-        return cls(pipeline, metadata["timestep"])
+            settings = metadata.get("config", {}).get("lora", {"rank": 0})
+            scale, teacher = lora.scale(settings), _teacher(workdir, metadata, parts.pipeline)
+            without = ("unet",) if scale is None else ()  # the teacher's, which the average is an update of
+            pipeline = Pipeline.load(teacher, dtype, mesh, storage, without, **parts.said)
+            shapes = pipeline.unet.abstract()
+            like = shapes if scale is None else lora.abstract(shapes, settings["rank"], settings["targets"])
+            average = checkpoints.restore_ema(meshes.place(like, mesh))
+        update = None if scale is None else lora.scaled(average, scale)
+        unet = exported.store(average, storage) if update is None else lora.merge(pipeline.params["unet"], update)
+        pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
+        return cls(pipeline, metadata["timestep"], lora=update)
+
+    def _wearing(self, worn: Sequence[lora_files.Worn]) -> Sampler:
+        pipeline, before = lora_files.put_on(self.pipeline, worn), self.pipeline.params
+        anew = tuple(name for name in before if name == "unet" or pipeline.params[name] is not before[name])
+        return dataclasses.replace(self, pipeline=pipeline, anew=anew)
 
     def programs(
         self,
@@ -141,13 +193,26 @@ def _of_file(file: Path) -> str:
     """What to do with a file where a model's folder is wanted."""
     if zipfile.is_zipfile(file):
         return "an export to StableHLO draws by itself: `python run.py` of docs/export.md"
-    if file.suffix.lower() in (".safetensors", ".ckpt"):
-        return "diffusers makes a folder of it: from_single_file(FILE).save_pretrained(FOLDER); give that"
+    if file.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        return "pickles are refused because they can run code; convert it to .safetensors"
     return "give the folder of a pipeline, an export or a workdir"
 
 
-def _check_own(model: str | Path, system: str | None, unet: str | Path | None) -> None:
-    for flag, value in (("system", system), ("unet", unet)):
+def _unet_timestep(file: Path, pipeline: Pipeline) -> int | None:
+    """That of a student's UNet by itself; None for the UNet of a teacher.
+
+    Raises `UserError` where it predicts another thing than the pipeline's own does.
+    """
+    described = exported.read_description(file) if file.suffix == ".safetensors" and file.is_file() else {}
+    theirs = Schedule.from_config(pipeline.scheduler).prediction_type
+    if described and described["prediction_type"] != theirs:
+        mine = described["prediction_type"]
+        raise UserError(f"{file}: predicts {mine}, and {pipeline.folder} {theirs}; give the teacher's kind of model")
+    return described.get("timestep")
+
+
+def _check_own(model: str | Path, **given: Any) -> None:
+    for flag, value in given.items():
         if value is not None:
             raise UserError(f"{model}: a student of d2g_jax, which says itself how it is called; leave out {flag}")
 

@@ -296,7 +296,7 @@ def train_pipeline(config: ml_collections.ConfigDict, shown: scenes.Scenes, work
             "scheduler": SCHEDULER,
         },
         {**denoiser, "vae": vae_params},
-        {"tokenizer": tokenizers.read_tokenizer_files(target / "tokenizer")},
+        {"tokenizer": tokenizer.tokenizer_files()},
     )
 
 

@@ -112,7 +112,7 @@ class Painter:
             noise = slerp(c.noise[mix.left], c.noise[mix.right], mix.noise)
             text = jax.tree.map(lambda x: lerp(x[mix.left], x[mix.right], mix.text), c.text)
             with meshes.traced_for(mesh):
-                return jnp.transpose(generate(d, params, noise, text), (0, 3, 1, 2))
+                return jnp.transpose(generate(d, frozen, params, noise, text), (0, 3, 1, 2))
 
         self._latents = latents
         self._decode = everywhere(lambda vae, x: decode(pipeline, vae, jnp.transpose(x, (0, 2, 3, 1))))

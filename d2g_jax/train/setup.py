@@ -16,8 +16,10 @@ from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.losses.lpips import LPIPS, DecodedLPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, regression_loss
 from d2g_jax.models import discriminator as discriminators
+from d2g_jax.models import lora
 from d2g_jax.models import unet as unets
 from d2g_jax.models.layers import check_remat
+from d2g_jax.models.network import Params
 from d2g_jax.pipeline.conditioning import encode_text, from_text_fields
 from d2g_jax.pipeline.draw import check_teacher
 from d2g_jax.pipeline.folder import Pipeline
@@ -79,6 +81,7 @@ def build(
     dtype = compute_dtype("train.dtype", config.train.dtype)
     check_remat(config.train.remat)
     unet_config = pipeline.unet.config
+    scales = _scales(config)
     adversary: dict[str, Any] = {"discriminator": None, "discriminator_r1": None, "discriminator_optimizer": None}
     if config.adversarial.weight:
         c = config.discriminator
@@ -94,6 +97,7 @@ def build(
             "discriminator": discriminators.build(d_config, dtype, remat=config.train.remat),
             "discriminator_r1": discriminators.build(d_config, jnp.float32, "twice", remat=config.train.remat),
             "discriminator_optimizer": discriminator_optimizer(config.optimizer.discriminator, config.train.batch_size),
+            "discriminator_scale": scales[1],
         }
     if metric is None:
         metric = load_metric(config.loss, pipeline)
@@ -119,11 +123,34 @@ def build(
         ema_half_life_images=config.train.ema_half_life_images,
         seed=config.seed,
         noise_seed=manifest.seed,
+        generator_scale=scales[0],
         skip_nonfinite=config.train.skip_nonfinite,
         stored_text=functools.partial(from_text_fields, pipeline) if manifest.text_shapes else None,
         **adversary,
     )
-    return d, Frozen({} if manifest.text_shapes else pipeline.text_params, metric)
+    towers = {} if manifest.text_shapes else pipeline.text_params
+    whole = d.generator_scale is None and d.discriminator_scale is None
+    return d, Frozen(towers, metric, {} if whole else _narrowed(pipeline.params["unet"], dtype))
+
+
+def _scales(config: ml_collections.ConfigDict) -> tuple[float | None, float | None]:
+    """Of the generator's and of D's low-rank updates; None for a network that is trained whole.
+
+    Raises `UserError` for an unknown `discriminator.backbone`, and for one that is frozen and updated.
+    """
+    c = config.discriminator
+    if c.backbone not in ("trained", "frozen"):
+        raise UserError(f"discriminator.backbone={c.backbone!r}; choose one of trained, frozen")
+    if c.backbone == "frozen" and c.lora_rank:
+        raise UserError(f"discriminator.lora_rank={c.lora_rank} updates a backbone that is frozen; set one of the two")
+    return lora.scale(config.lora), 1.0 if c.lora_rank or c.backbone == "frozen" else None
+
+
+def _narrowed(params: Params, dtype: Any) -> Params:
+    """Kernels in `dtype`, as the networks take them anyway; of shapes their shapes."""
+
+    narrow = lambda x: x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, x: narrow(x) if path[-1].key == "kernel" else x, params)
 
 
 def load_metric(config: ml_collections.ConfigDict, pipeline: Pipeline) -> Metric | None:
@@ -160,10 +187,19 @@ def initial_state(
     config: ml_collections.ConfigDict, d: Distillation, pipeline: Pipeline, mesh: jax.sharding.Mesh
 ) -> TrainState:
     """Generator and discriminator from the teacher, on the mesh."""
-    teacher = pipeline.params["unet"]
-    adversary: Any = None
+    return meshes.place(first_state(config, d, pipeline.params["unet"]), mesh)
+
+
+def first_state(config: ml_collections.ConfigDict, d: Distillation, teacher: Params) -> TrainState:
+    """The state before the first step: of each network all, or its low-rank updates, or what the teacher lacks."""
+    key, targets = jax.random.key(config.seed), config.lora.targets
+    generator, adversary = teacher, None
+    if d.generator_scale is not None:
+        generator = lora.init(jax.random.fold_in(key, 1), teacher, config.lora.rank, targets)
     if d.discriminator is not None:
-        key = jax.random.key(config.seed)
         adversary = discriminators.init_from_teacher(d.discriminator, key, teacher)
-    state = create_state(teacher, d.generator_optimizer, adversary, d.discriminator_optimizer)
-    return meshes.place(state, mesh)
+        if d.discriminator_scale is not None:
+            backbone = adversary.pop(discriminators.BACKBONE)
+            if rank := config.discriminator.lora_rank:
+                adversary[discriminators.BACKBONE] = lora.init(jax.random.fold_in(key, 2), backbone, rank, targets)
+    return create_state(generator, d.generator_optimizer, adversary, d.discriminator_optimizer)

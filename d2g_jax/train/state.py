@@ -28,7 +28,7 @@ class TrainState:
     Attributes:
       step: int32 (), optimiser steps of the generator so far.
       images: int32 (), images seen so far; also the position in the data.
-      generator: float32 parameters of the student.
+      generator: float32 parameters of the student, or low-rank updates of the teacher, of which it is made.
       ema: their moving average, which is what is sampled, evaluated and exported.
       generator_optimizer: optax state.
       discriminator, discriminator_optimizer: the same for D; empty dicts in a regression-only run.

@@ -17,6 +17,8 @@ import optax
 from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.schedule import Schedule, one_step
 from d2g_jax.losses import adversarial
+from d2g_jax.models import lora
+from d2g_jax.models.discriminator import BACKBONE
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline.conditioning import Conditioning
 from d2g_jax.runtime.sharding import shards
@@ -49,6 +51,9 @@ class Distillation:
       micro_batch, r1_micro_batch: samples that a device takes at once (see accumulation.py); None for all.
       ema_half_life_images: of the generator's average.
       seed: training seed; noise_seed: the seed that the pairs were made with.
+      generator_scale: of low-rank updates of the frozen teacher, which are then what is trained (models/lora.py); None:
+        all of the generator is.
+      discriminator_scale: the same for D's backbone, which may also be frozen with no update at all.
       skip_nonfinite: how many updates in a row may be left out for not being finite (see guard.py).
       stored_text: a batch to `Conditioning`, where the records hold the text embeddings; then no text tower runs.
     """
@@ -71,6 +76,8 @@ class Distillation:
     ema_half_life_images: float
     seed: int
     noise_seed: int
+    generator_scale: float | None = None
+    discriminator_scale: float | None = None
     skip_nonfinite: int = 0
     micro_batch: int | None = None
     r1_micro_batch: int | None = None
@@ -88,10 +95,16 @@ class Distillation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """Parameters that no optimiser ever sees, passed as arguments so that they are no constants of the program."""
+    """Parameters that no optimiser ever sees, passed as arguments so that they are no constants of the program.
+
+    Attributes:
+      towers, metric: text towers under their names, the loss's metric.
+      teacher: the UNet that low-rank updates are of, kernels in the networks' dtype; empty where all is trained.
+    """
 
     towers: dict[str, Params]
     metric: Any
+    teacher: Params = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -122,8 +135,22 @@ def condition(d: Distillation, frozen: Frozen, batch: Batch) -> Condition:
     return Condition(to_nhwc(drawn), to_nhwc(batch["latents"]), jax.lax.stop_gradient(text), batch["input_ids"])
 
 
-def generate(d: Distillation, params: Params, noise: jax.Array, text: Conditioning) -> jax.Array:
-    """The student: one network call; float32 scaled latents (B, h, w, C)."""
+def generator(d: Distillation, frozen: Frozen, trained: Params) -> Params:
+    """The generator's parameters, given what of it is trained: all, or low-rank updates of the frozen teacher."""
+    return trained if d.generator_scale is None else lora.merge(frozen.teacher, trained, d.generator_scale)
+
+
+def discriminator(d: Distillation, frozen: Frozen, trained: Params) -> Params:
+    """The same for the discriminator, whose new layers are always trained."""
+    if d.discriminator_scale is None:
+        return trained
+    backbone = {name: frozen.teacher[name] for name in d.discriminator.shapes[BACKBONE]}
+    return lora.merge({BACKBONE: backbone}, trained, d.discriminator_scale)
+
+
+def generate(d: Distillation, frozen: Frozen, trained: Params, noise: jax.Array, text: Conditioning) -> jax.Array:
+    """The student: one network call; float32 scaled latents (B, h, w, C). `trained`: see `generator`."""
+    params = generator(d, frozen, trained)
 
     def denoise(latents: jax.Array, t: jax.Array) -> jax.Array:
         return d.unet.apply(params, latents, jnp.broadcast_to(t, latents.shape[:1]), *text)
@@ -145,14 +172,15 @@ def g_step(
     c, keys = condition(d, frozen, batch), d.sample_keys("augmentation", state.step)
 
     def gradient_of(c: Condition, keys: jax.Array) -> tuple[Params, dict[str, jax.Array]]:
-        generated, pull_back = jax.vjp(lambda params: generate(d, params, c.noise, c.text), state.generator)
+        generated, pull_back = jax.vjp(lambda params: generate(d, frozen, params, c.noise, c.text), state.generator)
 
         def regress(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             losses = d.regression(frozen.metric, keys, x, c.target)
             return jnp.sum(losses) / d.batch_size, losses
 
         def convince(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logits = d.discriminator.apply(state.discriminator, x, c.noise, *c.text)
+            params = discriminator(d, frozen, state.discriminator)
+            logits = d.discriminator.apply(params, x, c.noise, *c.text)
             losses = adversarial.generator_loss(logits)
             return jnp.sum(losses) / d.batch_size, losses
 
@@ -225,7 +253,7 @@ def d_step(
         latents, drawn, text = jax.tree.map(_interleave, real, fake)
 
         def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            maps = d.discriminator.apply(params, latents, drawn, *text)
+            maps = d.discriminator.apply(discriminator(d, frozen, params), latents, drawn, *text)
             real_maps, fake_maps = zip(*(_separate(m) for m in maps), strict=True)
             losses = adversarial.discriminator_loss(real_maps, fake_maps)
             real, fake = adversarial.realness(real_maps), adversarial.realness(fake_maps)
@@ -270,7 +298,7 @@ def r1_step(d: Distillation, frozen: Frozen, state: TrainState, batch: Batch) ->
 
     def gradient_of(c: Condition) -> tuple[Params, jax.Array]:
         realness_of = lambda params, x: adversarial.realness(  # noqa: E731
-            d.discriminator_r1.apply(params, x, c.noise, *c.text)
+            d.discriminator_r1.apply(discriminator(d, frozen, params), x, c.noise, *c.text)
         )
         weight = 0.5 * d.r1_gamma * d.r1_interval / d.groups
         return adversarial.r1(realness_of, state.discriminator, c.target, weight)

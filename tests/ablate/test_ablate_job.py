@@ -10,8 +10,10 @@ from tiny import CONFIG
 from d2g_jax import pairs
 from d2g_jax.__main__ import main
 from d2g_jax.ablate import job, table
-from d2g_jax.ablate.rows import DISCRIMINATOR, LOSSES
+from d2g_jax.ablate.rows import ABLATIONS
 from d2g_jax.digits.config import WEIGHTS, get_config
+
+DISCRIMINATOR, LOSSES = map(ABLATIONS.__getitem__, ("discriminator", "losses"))
 
 SMALL = (
     CONFIG,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from d2g_jax.ablate.rows import DISCRIMINATOR, LOSSES
+from d2g_jax.ablate.rows import ABLATIONS
 from d2g_jax.ablate.students import check_config, images_per_second, last_phase, student_config
 from d2g_jax.config.configuration import read_config
 from d2g_jax.digits.config import get_config
@@ -21,6 +21,8 @@ from d2g_jax.train import setup
 from d2g_jax.train.programs import Programs, iteration
 from d2g_jax.train.state import create_state
 from d2g_jax.train.step import d_step
+
+DISCRIMINATOR, LOSSES, LORA = map(ABLATIONS.__getitem__, ("discriminator", "losses", "lora"))
 
 SEED = 7
 
@@ -46,7 +48,7 @@ def test_the_chain_takes_one_thing_less_away_at_every_row():
 
 
 @pytest.mark.parametrize("name", ["digits", "sd15", "sd21", "sdxl"])
-@pytest.mark.parametrize("ablation", [LOSSES, DISCRIMINATOR], ids=lambda a: a.name)
+@pytest.mark.parametrize("ablation", [LOSSES, DISCRIMINATOR, LORA], ids=lambda a: a.name)
 def test_rows_change_what_they_say_and_nothing_else(name, ablation, request):
     config = read_config(request.config.rootpath / "configs" / f"{name}.py")
     check_config(config, ablation)

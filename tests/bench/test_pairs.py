@@ -60,12 +60,12 @@ def test_random_sdxl_has_both_towers_on_both_sides(tiny_sdxl, monkeypatch):
 @pytest.mark.parametrize("model", ["sd15", "sdxl", "nota-ai/bk-sdm-tiny"])
 def test_full_sizes_have_names_and_tokenizers(model):
     assert networks.known(model)
-    pipeline = networks.with_spellers(abstract_pipeline(MODELS.get(model, model)))
-    ids = tokenize_prompts(pipeline, ["a seven", ""])
+    pipeline = abstract_pipeline(MODELS.get(model, model))
+    ids = tokenize_prompts(pipeline, ["a cat", ""])
     assert ids.shape == (2, pipeline.token_length)
     assert ids[:, 0].tolist() == [49406, 49406]
     assert ids[1, 1] == 49407
-    assert len(set(ids[0, 1:7].tolist())) > 3
+    assert ids[0, 1:4].tolist() == [320, 2368, 49407]
 
 
 def test_the_bar_of_a_gpu_is_against_compiled_diffusers(monkeypatch):

@@ -10,7 +10,7 @@ from d2g_jax.__main__ import JOBS, main
 from d2g_jax.config.configuration import read_config
 from d2g_jax.play import server
 
-PAGES = ("docs/hardware.md", "docs/play.md")
+PAGES = ("docs/export.md", "docs/hardware.md", "docs/lora.md", "docs/play.md")
 LAUNCHERS = r"(?:sbatch \S+ launch/slurm\.sh|launch/tpu_pod\.sh run)"
 
 
@@ -26,7 +26,7 @@ def commands():
 
 def test_there_are_commands_of_every_kind():
     jobs = {words[0] for _, words in commands()}
-    assert {"metric", "pairs", "train", "plan", "sample", "play", "export", "evaluate"} <= jobs <= set(JOBS)
+    assert {"metric", "pairs", "train", "plan", "sample", "play", "export", "evaluate", "ablate"} <= jobs <= set(JOBS)
 
 
 def name(value):

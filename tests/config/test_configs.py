@@ -12,7 +12,7 @@ from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.runs import flatten
 
 FOLDER = Path(__file__).parents[2] / "configs"
-TEACHERS = ("sd15", "sd21", "sdxl")
+TEACHERS = ("sd15", "sd15_24gb", "sd21", "sdxl")
 
 
 @pytest.mark.parametrize("name", TEACHERS)

@@ -16,7 +16,7 @@ from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.sample.sampler import Sampler, draw_noise, latent_shape
+from d2g_jax.sample.sampler import Parts, Sampler, draw_noise, latent_shape
 
 PROMPTS = ["the cat", "the dog the cat"]
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -41,7 +41,7 @@ def tiny_lcm(tiny_sd, tmp_path_factory):
 
 def ours(model, system):
     """(latents (2, C, h, w), the noise they were made of)."""
-    sampler = Sampler.load(model, meshes.make_mesh(), system=system)
+    sampler = Sampler.load(model, meshes.make_mesh(), parts=Parts(system=system))
     programs = sampler.programs(meshes.make_mesh())
     noise = draw_noise(0, len(PROMPTS), latent_shape(sampler.pipeline))
     return np.asarray(programs.solve(noise, programs.encode(tokenize_prompts(sampler.pipeline, PROMPTS)))), noise
@@ -177,7 +177,7 @@ def test_bad_flags(flags, message, tiny_sd, tmp_path, capsys):
 
 
 def test_a_latent_consistency_model_needs_its_system(tiny_lcm):
-    sampler = Sampler.load(tiny_lcm, meshes.make_mesh(), system="dmd")
+    sampler = Sampler.load(tiny_lcm, meshes.make_mesh(), parts=Parts(system="dmd"))
     with pytest.raises(UserError, match="system=lcm"):
         sampler.programs(meshes.make_mesh())
 
@@ -186,7 +186,7 @@ def test_a_student_of_ours_says_itself_how_it_is_called(tiny_sd, tmp_path):
     folder = shutil.copytree(tiny_sd, tmp_path / "student")
     (folder / "d2g.json").write_text(json.dumps({"format": "diffusers", "timestep": 999}))
     with pytest.raises(UserError, match="system"):
-        Sampler.load(folder, meshes.make_mesh(), system="dmd")
+        Sampler.load(folder, meshes.make_mesh(), parts=Parts(system="dmd"))
 
 
 def test_a_timestep_beyond_the_schedule(tiny_sd, tmp_path):
@@ -194,7 +194,7 @@ def test_a_timestep_beyond_the_schedule(tiny_sd, tmp_path):
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_train_timesteps": 100}))
     with pytest.raises(UserError, match="timestep 999"):
-        Sampler.load(folder, meshes.make_mesh(), system="dmd").programs(meshes.make_mesh())
+        Sampler.load(folder, meshes.make_mesh(), parts=Parts(system="dmd")).programs(meshes.make_mesh())
 
 
 def test_every_system_of_the_table_is_tested():

@@ -95,6 +95,7 @@ def write_config(folder, **fields):
         ("dtype", "float8", "one of float32, bfloat16, float16"),
         ("dtype", ["float32"], "one of float32, bfloat16, float16"),
         ("tiled", 1, "True or False"),
+        ("lora", "a.safetensors", "a list"),
     ],
 )
 def test_fields_of_another_type_are_refused(name, value, expected, tmp_path):
@@ -109,3 +110,6 @@ def test_fields_of_the_flags_types_are_taken(monkeypatch, tmp_path):
     own = parsed(monkeypatch, [f"--config={write_config(tmp_path, **fields, prompts='a.txt')}", "--out=a.json"])
     assert {name: getattr(own, name) for name in fields} == fields
     assert own.prompts == Path("a.txt")
+    file = write_config(tmp_path, lora=("a.safetensors",), model="m", protocol="digits")
+    own = parsed(monkeypatch, [f"--config={file}", "--lora=b.safetensors:0.5", "--out=a.json"])
+    assert own.lora == ["a.safetensors", "b.safetensors:0.5"]

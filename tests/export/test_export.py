@@ -25,14 +25,14 @@ from d2g_jax.export import export_student, load_flax, to_diffusers
 from d2g_jax.export.to_diffusers import one_step_scheduler
 from d2g_jax.models import attention, layers, platform
 from d2g_jax.pipeline import folder as pipelines
-from d2g_jax.pipeline import tokenizers, weights
+from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.conditioning import tokenize_prompts
-from d2g_jax.pipeline.draw import draw, student_programs
+from d2g_jax.pipeline.draw import draw, one_step_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import exported
-from d2g_jax.sample.sampler import Sampler, draw_noise
+from d2g_jax.sample.sampler import Parts, Sampler, draw_noise
 
 PROMPTS = ["the cat", "the dog the cat"]
 SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -55,9 +55,10 @@ def noise_for(pipeline: Pipeline, count: int) -> np.ndarray:
 
 
 def our_images(sampler: Sampler, noise: np.ndarray, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(latents, images) of `draw.student_programs`."""
+    """(latents, images) of `draw.one_step_programs`."""
     mesh = meshes.make_mesh()
-    programs = student_programs(sampler.pipeline, sampler.pipeline.params["unet"], sampler.timestep, mesh)
+    unet, step = sampler.pipeline.params["unet"], OneStep(sampler.timestep)
+    programs = one_step_programs(sampler.pipeline, unet, step, mesh)
     (drawn,) = draw(programs, mesh, noise, tokenize_prompts(sampler.pipeline, prompts), len(noise), images=True)
     return drawn.latents, drawn.images.astype(int)
 
@@ -159,7 +160,7 @@ def test_untouched_teacher_comes_back_byte_for_byte(teacher: str, dtype: str, re
         loaded, source = Pipeline.load(source), tmp_path / "half"
         configs = {name: getattr(loaded, name).config for name in loaded.params} | {"scheduler": loaded.scheduler}
         names = ("tokenizer", "tokenizer_2")[: len(loaded.tokenizers)]
-        files = {name: tokenizers.read_tokenizer_files(loaded.folder / name) for name in names}
+        files = {name: {file.name: file.read_bytes() for file in (loaded.folder / name).iterdir()} for name in names}
         pipelines.save_pipeline(source, configs, loaded.params, files, np.float16)
     export_student(Sampler(Pipeline.load(source), None), "diffusers", tmp_path / "out", dtype=dtype)
     before, after = files_of(source), files_of(tmp_path / "out")
@@ -239,8 +240,8 @@ def test_flax_folder_comes_back_sharded(flax_sd: Path, tiny_sd: Path):
     description = json.loads((flax_sd / "d2g.json").read_text())
     assert description["latent_shape"] == {"height": 8, "width": 8, "channels": 4}
     assert (description["format"], description["prediction_type"]) == ("flax", "epsilon")
-    assert exported.is_flax(flax_sd)
-    assert not exported.is_flax(tiny_sd)
+    assert exported.read_description(flax_sd)["format"] == "flax"
+    assert exported.read_description(tiny_sd) == {}
 
 
 def test_flax_sdxl_teacher_in_bfloat16(tiny_sdxl: Path, tmp_path: Path):
@@ -384,10 +385,10 @@ def test_weights_are_arguments_and_only_those_that_draw(tiny_sd: Path, tmp_path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"to": "onnx"}, "to=onnx is unknown; choose one of diffusers, flax, stablehlo"),
+        ({"to": "onnx"}, "to=onnx is unknown; choose one of diffusers, single, flax, lora, stablehlo"),
         ({"dtype": "int8"}, "dtype=int8 is unknown"),
         ({"timestep": 1000}, "timestep 1000 is out of range: the teacher's schedule has 0 to 999"),
-        ({"to": "stablehlo", "timestep": None}, "this is a teacher; take diffusers or flax"),
+        ({"to": "stablehlo", "timestep": None}, "this is a teacher; take diffusers, flax or single"),
         ({"to": "stablehlo", "size": (30, None)}, "height=30: give a multiple of 4"),
         ({"size": (64, 64)}, "height and width are for to=stablehlo"),
         ({"out": "full"}, "full: is not empty; give a new place"),
@@ -472,4 +473,4 @@ def test_a_student_without_a_mark_is_asked_about(tiny_sd: Path, tmp_path: Path):
     mesh = meshes.make_mesh()
     with pytest.warns(UserWarning, match="taken for a teacher; if it is a one-step student .*give system=dmd"):
         assert Sampler.load(folder, mesh).one_step is None
-    assert Sampler.load(folder, mesh, system="dmd").one_step == OneStep(marked[STUDENT])
+    assert Sampler.load(folder, mesh, parts=Parts(system="dmd")).one_step == OneStep(marked[STUDENT])

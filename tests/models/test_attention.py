@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from d2g_jax.diffusion.systems import OneStep
 from d2g_jax.models import attention
 from d2g_jax.models.platform import ANY, compiling_for
-from d2g_jax.pipeline.draw import Solution, student_programs, teacher_programs
+from d2g_jax.pipeline.draw import Solution, one_step_programs, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.plan.collectives import parse_collectives
 from d2g_jax.plan.programs import COMPILER_OPTIONS
@@ -112,7 +113,7 @@ def test_samplers_split_the_kernel_of_tpus(tiny_sd):
     drawn = jax.ShapeDtypeStruct((4, 4, 32, 32), jnp.float32, sharding=split)
     ids = jax.ShapeDtypeStruct((4, pipeline.token_length), jnp.int32, sharding=split)
     teacher = teacher_programs(pipeline, mesh, Solution(steps=2))
-    student = student_programs(pipeline, pipeline.params["unet"], 999, mesh)
+    student = one_step_programs(pipeline, pipeline.params["unet"], OneStep(999), mesh)
     condition = jax.eval_shape(student.encode, ids)
     for programs, samples in ((student, 2), (teacher, 4)):
         with compiling_for("tpu"):

@@ -46,7 +46,7 @@ def configs_of(pipeline: Pipeline) -> dict:
 
 def save(pipeline: Pipeline, folder: Path, dtype=np.float32) -> None:
     names = ("tokenizer", "tokenizer_2")[: len(pipeline.tokenizers)]
-    files = {name: tokenizers.read_tokenizer_files(pipeline.folder / name) for name in names}
+    files = {name: {file.name: file.read_bytes() for file in (pipeline.folder / name).iterdir()} for name in names}
     pipelines.save_pipeline(folder, configs_of(pipeline), pipeline.params, files, dtype)
 
 

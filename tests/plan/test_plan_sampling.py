@@ -5,29 +5,25 @@ import json
 
 import jax
 import pytest
+from test_plan_job import VAE
 
 from d2g_jax.__main__ import main
-from d2g_jax.models import unet, vae
 from d2g_jax.plan import architectures, programs
 from d2g_jax.plan.sampling import plan_sampling
 from d2g_jax.plan.targets import CHIPS, Target, parse_topology
 
 H100 = Target("gpu:1xH100", CHIPS["H100"], 1)
-TINY = architectures.Architecture(
-    architectures.SD15.towers,
-    unet.UNetConfig(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=768,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2, mid_block_type=None,
-    ),
-    vae.VaeConfig(),
-)  # fmt: skip
+TINY = {"vae": VAE | {"layers_per_block": 1}, "unet": {
+    "sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 2, "mid_block_type": None,
+}}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(programs.store, "folder", lambda: tmp_path / "store")
-    monkeypatch.setitem(architectures.KNOWN, "tiny/tiny", TINY)
+    monkeypatch.setitem(architectures.KNOWN, "tiny/tiny", ("sd1", TINY))
 
 
 def stored_bytes(params, width):

@@ -143,9 +143,10 @@ def test_seeds_of_others_are_refused_with_the_range(seed, model, tmp_path, capsy
     [
         ("--model=", "an empty path as a model"),
         ("--model=" + "a long prompt " * 40, "no such folder"),
-        ("--model=v1-5.safetensors", "diffusers makes a folder of it: from_single_file"),
+        ("--model=v1-5.safetensors", "v1-5.safetensors: not a whole safetensors file"),
+        ("--model=v1-5.ckpt", "pickles are refused because they can run code"),
         ("--model=student.zip", "an export to StableHLO draws by itself"),
-        ("--model=gs://bucket/sd", "no such folder; pass a local folder"),
+        ("--model=gs://bucket/sd", "no such folder or file; pass a local folder"),
         ("--prompts=" + "a long prompt " * 40, "No such file; .* a prompt itself goes to --prompt"),
         ("--prompts=https://host/a.txt", "an address"),
         ("--guidance=nan", "guidance_scale=nan; give a number from -100 to 100"),
@@ -156,6 +157,7 @@ def test_seeds_of_others_are_refused_with_the_range(seed, model, tmp_path, capsy
 def test_habits_of_strangers(flag, message, model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "v1-5.safetensors").write_bytes(b"x")
+    (tmp_path / "v1-5.ckpt").write_bytes(b"x")
     (tmp_path / "student.zip").write_bytes(b"PK\x05\x06" + bytes(18))
     np.savez(tmp_path / "a.npz", np.zeros(3))
     (tmp_path / "a.npy").write_bytes(b"")

@@ -16,7 +16,7 @@ from d2g_jax.__main__ import main
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import folder_hash
 from d2g_jax.runtime import mesh as meshes
-from d2g_jax.sample.sampler import Sampler
+from d2g_jax.sample.sampler import Parts, Sampler
 from d2g_jax.train.checkpoint import Checkpoints
 from d2g_jax.train.state import UPDATES, TrainState
 
@@ -54,7 +54,7 @@ def refused(capsys, *command):
 
 
 def test_a_moved_teacher_is_named(workdir, teacher, unet):
-    sampler = Sampler.load(workdir, meshes.make_mesh(), pipeline=teacher)
+    sampler = Sampler.load(workdir, meshes.make_mesh(), parts=Parts(pipeline=teacher))
     assert sampler.timestep == 999
     assert sampler.pipeline.folder == teacher
     jax.tree.map(np.testing.assert_array_equal, sampler.pipeline.params["unet"], unet)

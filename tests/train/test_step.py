@@ -122,7 +122,7 @@ def test_g_step_follows_the_gradient_of_the_whole_loss():
 
     def loss(params):
         c = condition(d, frozen, batch)
-        x = generate(d, params, c.noise, c.text)
+        x = generate(d, frozen, params, c.noise, c.text)
         fooling = adversarial.generator_loss(d.discriminator.apply(state.discriminator, x, c.noise, *c.text)).mean()
         return mse(x, c.target).mean() + d.adversarial_weight * fooling
 
