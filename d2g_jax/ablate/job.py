@@ -21,6 +21,7 @@ from d2g_jax.ablate.rows import Ablation, Row
 from d2g_jax.ablate.students import check_config, images_per_second, last_phase, student_config
 from d2g_jax.ablate.table import progress_line, summarize, table
 from d2g_jax.demo.judge import check_evaluation
+from d2g_jax.report.status import read_status
 from d2g_jax.runtime import atomic, runs
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.interrupt import terminating
@@ -150,6 +151,8 @@ def _make(job: Job, row: Row, seed: int) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figures = {} if job.judge is None else job.judge.score(folder)
     figures["images_per_second"] = images_per_second(lines, last_phase(student))
+    if "steps" in (memory := read_status(folder).memory):  # not of a student that an earlier version has trained
+        figures["step_gib"] = memory["steps"]
     made = {
         "config_hash": runs.config_hash(student),
         "figures": {name: float(f"{value:.6g}") for name, value in figures.items()},

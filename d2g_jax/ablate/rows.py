@@ -57,9 +57,13 @@ class Ablation:
     published: str
 
 
+def _changes(settings: dict[str, Any]) -> Changes:
+    return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in settings.items())
+
+
 def _ablation(name: str, table: dict[str, Any]) -> Ablation:
     rows = tuple(
-        Row(row["name"], row["title"], tuple(row["changes"].items()), Published(**row.get("published", {})))
+        Row(row["name"], row["title"], _changes(row["changes"]), Published(**row.get("published", {})))
         for row in table["rows"]
     )
     return Ablation(name, table["title"], rows, tuple(table["switches"].items()), table["published"])
@@ -68,7 +72,8 @@ def _ablation(name: str, table: dict[str, Any]) -> Ablation:
 _TABLES = read_json(Path(__file__).with_name("rows.json"), "install the package again")
 ABLATIONS = {name: _ablation(name, table) for name, table in _TABLES.items()}
 """All of `rows.json`. L1 stands beside perceptual losses alone. The discriminator's chain is cumulative: each row takes
-one thing less away than the row before, and the last is the config itself. "lora", of training less, is ours."""
+one thing less away than the row before, and the last is the config itself. "lora", of training less, and
+"adversary" are ours."""
 
 _LOSSES = ABLATIONS["losses"]
 _PAIR = tuple(row for row in _LOSSES.rows if row.name in ("mse", "e_latent_lpips"))

@@ -15,6 +15,7 @@ MEASURED = {
     "sharpness": ("sharpness", ".2f"),
     "accuracy_all": ("all as asked", ".3f"),
     "images_per_second": ("img/s", ".1f"),
+    "step_gib": ("GiB", ".2f"),
 }
 """The figures that the table shows, where a student has them: heading and format."""
 

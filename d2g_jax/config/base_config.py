@@ -98,6 +98,8 @@ def discriminator() -> ConfigDict:
             "backbone": "trained",  # or frozen
             "lora_rank": 0,  # not 0: trained as low-rank updates of `lora.targets`
             "timestep": 0,  # D sees clean latents, and 0 is where the teacher saw them too
+            # True: real and fake latent of a record are noised alike, to a level drawn for it, which D gets as its time
+            "diffuse": False,
             "head_channels": 256,
             "z_conditioning": True,
             "multiscale_inputs": True,
@@ -113,7 +115,12 @@ def adversarial() -> ConfigDict:
             "weight": 0.1,  # lambda_GAN, not in the paper: aim for 0.1 to 0.5 of the regression's gradient norm
             "start_images": 5_120_000,  # regression alone before D starts: the length of the paper's loss ablation
             "warmup_images": 1_024_000,  # D alone learns for so long before G listens to it; not in the paper
-            "r1_gamma": 0.2,  # not in the paper; the term should be 1 to 10% of D's loss
+            "loss": "non_saturating",  # the paper's; or hinge, relativistic: real against fake of the same record
+            # r1: the paper's, exact, lazy, on one sample of each group. r1_r2: on a generated one too. approximate_r1,
+            # approximate_r1_r2: by differences over noise of size penalty_sigma, on every sample in every update of D.
+            "penalty": "r1",
+            "penalty_sigma": 0.05,  # not in the paper; latents have a deviation of about 1, bfloat16 steps of 0.008
+            "r1_gamma": 0.2,  # of any penalty; not in the paper; the term should be 1 to 10% of D's loss
             "r1_interval": 16,  # the paper's
             "mix_and_match": 0.25,  # share of the fake half that is replaced; not in the paper
         }
@@ -127,6 +134,9 @@ def optimizer() -> ConfigDict:
             "generator": {
                 "learning_rate": 1e-5,  # DMD2's
                 "betas": (0.0, 0.99),  # StyleGAN2's, once a discriminator takes part
+                "regression_beta1": config_dict.placeholder(
+                    float
+                ),  # the first beta until G listens to D; None: as then
                 "weight_decay": 0.01,
                 "warmup_images": 512_000,
                 "gradient_clip": 10.0,

@@ -1,4 +1,4 @@
-"""The conditional GAN objective: non-saturating losses, lazy single-sample R1, mix-and-match.
+"""The conditional GAN objective: three losses, gradient penalties exact or by differences, mix-and-match.
 
 Logits come as one dense map per head. Every loss is a mean over locations, then over heads, then over samples, so that
 its weight does not depend on how many heads there are (paper.md section 8, row 11).
@@ -6,6 +6,7 @@ its weight does not depend on how many heads there are (paper.md section 8, row 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,28 @@ import jax.numpy as jnp
 
 Logits = Sequence[jax.Array]
 """One float32 map (B, h_i, w_i) per head."""
+LOSSES = ("non_saturating", "hinge", "relativistic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Penalty:
+    """What holds D's slope at its inputs down.
+
+    Attributes:
+      exact: by second derivatives, in a lazy update of its own; otherwise by differences within D's own update.
+      fake: of the generated latents too.
+    """
+
+    exact: bool
+    fake: bool
+
+
+PENALTIES = {
+    "r1": Penalty(exact=True, fake=False),
+    "r1_r2": Penalty(exact=True, fake=True),
+    "approximate_r1": Penalty(exact=False, fake=False),
+    "approximate_r1_r2": Penalty(exact=False, fake=True),
+}
 
 
 def _per_sample(maps: Logits, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -26,14 +49,37 @@ def realness(maps: Logits) -> jax.Array:
     return _per_sample(maps, lambda logits: logits)
 
 
-def generator_loss(fake: Logits) -> jax.Array:
-    """-log D(G), softplus form; (B,)."""
-    return _per_sample(fake, lambda logits: jax.nn.softplus(-logits))
+def _pairwise(real: Logits, fake: Logits) -> Logits:
+    """Real minus fake logit of the same record, location by location."""
+    return [r - f for r, f in zip(real, fake, strict=True)]
 
 
-def discriminator_loss(real: Logits, fake: Logits) -> jax.Array:
-    """-log D(real) - log(1 - D(fake)), softplus form; (B,)."""
-    return _per_sample(real, lambda logits: jax.nn.softplus(-logits)) + _per_sample(fake, jax.nn.softplus)
+def generator_loss(loss: str, fake: Logits, real: Logits | None) -> jax.Array:
+    """(B,): -log D(G) in softplus form, -D(G), or softplus(D(real) - D(G)), which alone looks at `real`.
+
+    Those of arXiv 1406.2661, 1705.02894 and 1807.00734.
+    """
+    if loss == "relativistic":
+        return _per_sample(_pairwise(real, fake), jax.nn.softplus)
+    return _per_sample(fake, lambda logits: -logits if loss == "hinge" else jax.nn.softplus(-logits))
+
+
+def discriminator_loss(loss: str, real: Logits, fake: Logits) -> jax.Array:
+    """(B,): -log D(real) - log(1 - D(fake)) in softplus form, max(0, 1 - D(real)) + max(0, 1 + D(fake)), or
+    softplus(D(fake) - D(real))."""
+    if loss == "relativistic":
+        return _per_sample(_pairwise(real, fake), lambda gap: jax.nn.softplus(-gap))
+    cost = (lambda logits: jax.nn.relu(1.0 + logits)) if loss == "hinge" else jax.nn.softplus
+    return _per_sample(real, lambda logits: cost(-logits)) + _per_sample(fake, cost)
+
+
+def slopes(near: Logits, moved: Logits, sigma: float) -> jax.Array:
+    """(B,): the squared difference of realness over sigma^2, for inputs that normal noise of that size has moved.
+
+    For a small sigma its mean over the noise is the penalty of `r1`, ||d realness / d input||^2, so that one weight
+    serves both (the difference of arXiv 2501.08316, section 4.3, which leaves the division to its weight).
+    """
+    return jnp.square((realness(moved) - realness(near)) / sigma)
 
 
 def r1(

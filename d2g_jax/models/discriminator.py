@@ -125,13 +125,17 @@ class Discriminator(nnx.Module):
         noise: jax.Array,
         encoder_hidden_states: jax.Array,
         added: dict[str, jax.Array] | None = None,
+        timesteps: jax.Array | None = None,
     ) -> list[jax.Array]:
         """Latents and noise (B, h, w, C), text states (B, L, D) -> float32 logit maps, each (B, h_i, w_i).
+
+        `timesteps` (B,): of latents that were noised; None: the config's for all.
 
         Positive means real. The maps go from the lowest decoder level to the highest, and within a level: the skip
         tensor of its last resnet, that resnet's whole input, the level's output before upsampling. `added` is SDXL's.
         """
-        timesteps = jnp.full(latents.shape[:1], self.config.timestep)  # (B,)
+        if timesteps is None:
+            timesteps = jnp.full(latents.shape[:1], self.config.timestep)
         temb = self.unet.embed(timesteps, added)
         additions = self._additions(latents, noise)
         hidden, skips = self.unet.encode(latents, temb, encoder_hidden_states, additions)

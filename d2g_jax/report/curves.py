@@ -23,7 +23,7 @@ _GROUPS = (
     ("Gradients", "norms, before clipping"),
     ("Everything else", ""),
 )
-_MEMORY = {"host": "Host, peak", "device": "Fullest device, peak"}
+_MEMORY = {"host": "Host, peak", "device": "Fullest device, peak", "steps": "Largest compiled step"}
 
 
 def curves(inputs: Inputs, bands: Sequence[Band]) -> str:

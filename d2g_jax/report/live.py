@@ -22,11 +22,15 @@ class LivePage:
 
     On leaving by an exception the page says what stopped the job. A page that cannot be written stops nothing: a line
     on stderr tells it once. The last page, of the finished job, is `finish`'s.
+
+    Attributes:
+      memory: GiB by place that the job knows of itself; see `Status`.
     """
 
     def __init__(self, workdir: Path, total: int, unit: str):
         self._workdir, self._total, self._unit = workdir, total, unit
         self._done, self._next, self._failed = 0, 0.0, False
+        self.memory: dict[str, float] = {}
 
     def __enter__(self) -> LivePage:
         return self
@@ -34,13 +38,13 @@ class LivePage:
     def __exit__(self, _: type[BaseException] | None, failure: BaseException | None, __: object) -> None:
         if failure is not None:
             self._failed = True  # what stopped the job is said in any case
-            self._write(Status(STOPPED, _reason(failure), self._done, self._total, self._unit))
+            self._write(Status(STOPPED, _reason(failure), self._done, self._total, self._unit, memory=self.memory))
 
     def update(self, stage: str, done: int, *, at_once: bool = False) -> None:
         """Writes the page unless that would take more than 2% of the time; `at_once` writes it in any case."""
         self._done = done
         if at_once or time.monotonic() >= self._next:
-            self._write(Status(RUNNING, stage, done, self._total, self._unit))
+            self._write(Status(RUNNING, stage, done, self._total, self._unit, memory=self.memory))
 
     def _write(self, status: Status) -> None:
         if not is_first():
@@ -74,5 +78,5 @@ def finish(workdir: Path, total: int, unit: str) -> Path:
     """
     before = read_status(workdir)
     if before is None or before.state != FINISHED or before.total != total:
-        write_status(workdir, Status(FINISHED, "", total, total, unit))
+        write_status(workdir, Status(FINISHED, "", total, total, unit, memory=before.memory if before else {}))
     return write_report(workdir)

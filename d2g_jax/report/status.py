@@ -30,7 +30,8 @@ class Status:
       done, total: units of the whole job; total 0 where there is nothing to count.
       unit: what is counted, "images" or "stages".
       written: when, ISO 8601 in UTC.
-      memory: peak of this process in GiB by place, "host" and, where the device tells, "device" (the fullest of them).
+      memory: peak of this process in GiB by place, "host" and, where the device tells, "device" (the fullest of them);
+        "steps", of training: what the compiler says that a device needs for the largest step.
     """
 
     state: str
@@ -50,7 +51,7 @@ class Status:
 def write_status(workdir: Path, status: Status) -> None:
     """Writes `workdir`/status.json with the time and the memory of now."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    stamped = dataclasses.replace(status, written=now, memory=peak_memory())
+    stamped = dataclasses.replace(status, written=now, memory=status.memory | peak_memory())
     write_text(workdir / FILE, json.dumps(dataclasses.asdict(stamped), indent=1, ensure_ascii=False) + "\n")
 
 

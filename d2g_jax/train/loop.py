@@ -58,6 +58,7 @@ def loop(
     if is_first():
         print(f"train {config.name}: R on {len(kept)} records of {len(source)}; compiling", file=sys.stderr, flush=True)
     programs = compile_programs(config, d, frozen, state, batch, mesh)
+    page.memory["steps"] = programs.memory()
     with (
         StopRequests() as requests,
         maintenance_notices(requests.terminate),

@@ -27,6 +27,15 @@ class Programs:
     d: Any = None
     r1: Any = None
 
+    def memory(self) -> float:
+        """GiB of a device for the largest step: arguments, temporaries and results that are not written over them."""
+        found = [one.memory_analysis() for one in vars(self).values() if one is not None]
+        sizes = (
+            m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+            for m in found
+        )
+        return round(max(sizes) / 2**30, 3)
+
 
 def compile_programs(
     config: ml_collections.ConfigDict,
@@ -75,7 +84,7 @@ def trace_programs(
         steps["g_adversarial"] = (functools.partial(g_step, d, True), (state, batch), (of(state), batch_sharding, None))
     if adversary:
         steps["d"] = (functools.partial(d_step, d), (state, batch, generated), (of(state), None))
-    if adversary and a.r1_gamma:
+    if adversary and d.discriminator_r1 is not None:
         steps["r1"] = (functools.partial(r1_step, d), (state, batch), (of(state), None))
     with meshes.traced_for(mesh):
         return {
@@ -114,7 +123,7 @@ def iteration(
     metrics = {"generator": g_metrics}
     if discriminates:
         state, metrics["discriminator"] = programs.d(frozen, state, batch, generated)
-        if a.r1_gamma and step % a.r1_interval == 0:
+        if programs.r1 is not None and step % a.r1_interval == 0:
             state, metrics["r1"] = programs.r1(frozen, state, batch)
     # Simulated CPU devices abort when the host runs ahead of them; elsewhere the host may run ahead.
     if jax.default_backend() == "cpu":

@@ -13,6 +13,7 @@ import ml_collections
 from d2g_jax import records
 from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.diffusion.schedule import Schedule
+from d2g_jax.losses import adversarial
 from d2g_jax.losses.lpips import LPIPS, DecodedLPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, regression_loss
 from d2g_jax.models import discriminator as discriminators
@@ -84,7 +85,12 @@ def build(
     scales = _scales(config)
     adversary: dict[str, Any] = {"discriminator": None, "discriminator_r1": None, "discriminator_optimizer": None}
     if config.adversarial.weight:
-        c = config.discriminator
+        c, a = config.discriminator, config.adversarial
+        for name, known in (("loss", adversarial.LOSSES), ("penalty", adversarial.PENALTIES)):
+            if a[name] not in known:
+                raise UserError(f"adversarial.{name}={a[name]!r}; choose one of {', '.join(known)}")
+        exact = a.r1_gamma and adversarial.PENALTIES[a.penalty].exact
+        twice = functools.partial(discriminators.build, dtype=jnp.float32, attention="twice", remat=config.train.remat)
         d_config = discriminators.DiscriminatorConfig(
             unet=unet_config,
             timestep=c.timestep,
@@ -95,7 +101,7 @@ def build(
         )
         adversary = {
             "discriminator": discriminators.build(d_config, dtype, remat=config.train.remat),
-            "discriminator_r1": discriminators.build(d_config, jnp.float32, "twice", remat=config.train.remat),
+            "discriminator_r1": twice(d_config) if exact else None,
             "discriminator_optimizer": discriminator_optimizer(config.optimizer.discriminator, config.train.batch_size),
             "discriminator_scale": scales[1],
         }
@@ -111,8 +117,14 @@ def build(
         schedule=schedule,
         timestep=timestep,
         regression=make_regression(config.loss, metric),
-        generator_optimizer=generator_optimizer(config.optimizer.generator, config.train.batch_size),
+        generator_optimizer=generator_optimizer(
+            config.optimizer.generator, config.train.batch_size, _regression_images(config)
+        ),
         adversarial_weight=config.adversarial.weight,
+        adversarial_loss=config.adversarial.loss,
+        diffuse=config.discriminator.diffuse,
+        penalty=adversarial.PENALTIES.get(config.adversarial.penalty),
+        penalty_sigma=config.adversarial.penalty_sigma,
         r1_gamma=config.adversarial.r1_gamma,
         r1_interval=config.adversarial.r1_interval,
         mix_and_match=config.adversarial.mix_and_match,
@@ -131,6 +143,12 @@ def build(
     towers = {} if manifest.text_shapes else pipeline.text_params
     whole = d.generator_scale is None and d.discriminator_scale is None
     return d, Frozen(towers, metric, {} if whole else _narrowed(pipeline.params["unet"], dtype))
+
+
+def _regression_images(config: ml_collections.ConfigDict) -> int:
+    """How many images the generator sees before it listens to D: all, where there is none."""
+    a = config.adversarial
+    return a.start_images + a.warmup_images if a.weight else config.train.images
 
 
 def _scales(config: ml_collections.ConfigDict) -> tuple[float | None, float | None]:

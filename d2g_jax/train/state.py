@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -53,7 +54,13 @@ def _warmup(learning_rate: float, warmup_steps: int) -> optax.Schedule:
     )
 
 
-def _adam(config: ml_collections.ConfigDict, learning_rate: float, batch_size: int) -> optax.GradientTransformation:
+def _adam(
+    config: ml_collections.ConfigDict,
+    learning_rate: float,
+    batch_size: int,
+    first_beta1: tuple[float, int] | None = None,
+) -> optax.GradientTransformation:
+    """`first_beta1`: another first beta, and for how many updates."""
     b1, b2 = config.betas
     # The first update already moves: a schedule that starts at exactly zero wastes a step.
     schedule = _warmup(learning_rate, config.warmup_images // batch_size)
@@ -61,21 +68,33 @@ def _adam(config: ml_collections.ConfigDict, learning_rate: float, batch_size: i
         raise UserError(
             f"moment_dtype={config.moment_dtype!r} of an optimizer; choose one of {', '.join(MOMENT_DTYPES)}"
         )
-    return optax.adamw(
+    make = functools.partial(
+        optax.adamw,
         lambda count: schedule(count + 1),
-        b1,
-        b2,
+        b2=b2,
         weight_decay=config.weight_decay,
         mu_dtype=jnp.dtype(config.moment_dtype),
     )
+    if first_beta1 is None or first_beta1[0] == b1:
+        return make(b1=b1)
+    before, updates = first_beta1
+    by_phase = optax.inject_hyperparams(make, static_args=("mu_dtype",))
+    return by_phase(b1=lambda count: jnp.where(count < updates, before, b1))
 
 
-def generator_optimizer(config: ml_collections.ConfigDict, batch_size: int) -> optax.GradientTransformation:
+def generator_optimizer(
+    config: ml_collections.ConfigDict, batch_size: int, regression_images: int = 0
+) -> optax.GradientTransformation:
     """AdamW with warm-up and a cap on the global gradient norm, from `config.optimizer.generator`.
+
+    `regression_images`: before G listens to D, for which `regression_beta1` is.
 
     Raises `UserError` for an unknown `moment_dtype`.
     """
-    return optax.chain(optax.clip_by_global_norm(config.gradient_clip), _adam(config, config.learning_rate, batch_size))
+    beta1 = config.regression_beta1
+    phase = None if beta1 is None else (beta1, regression_images // batch_size)
+    adam = _adam(config, config.learning_rate, batch_size, phase)
+    return optax.chain(optax.clip_by_global_norm(config.gradient_clip), adam)
 
 
 def discriminator_optimizer(config: ml_collections.ConfigDict, batch_size: int) -> optax.GradientTransformation:

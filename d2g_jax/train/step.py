@@ -41,11 +41,13 @@ class Distillation:
       unet: the generator's network.
       encode_text: (text towers' parameters, input_ids (B, T L)) to `Conditioning`.
       discriminator: D's network; None in a regression-only run.
-      discriminator_r1: D in float32 and with attention to be differentiated twice, for R1.
+      discriminator_r1: D in float32 and with attention to be differentiated twice, for an exact penalty; or None.
       schedule, timestep: where in the noise schedule the generator's one call happens.
       regression: d(generated, target) per sample.
       adversarial_weight: the paper's lambda_GAN.
       r1_gamma, r1_interval, mix_and_match: the discriminator's regularisers.
+      adversarial_loss, penalty, penalty_sigma: of `losses.adversarial`.
+      diffuse: D sees latents noised to random levels of the schedule.
       groups: logical groups of the batch (see mesh.py).
       batch_size: images per step, all processes together.
       micro_batch, r1_micro_batch: samples that a device takes at once (see accumulation.py); None for all.
@@ -76,6 +78,10 @@ class Distillation:
     ema_half_life_images: float
     seed: int
     noise_seed: int
+    adversarial_loss: str = "non_saturating"
+    penalty: adversarial.Penalty = adversarial.PENALTIES["r1"]
+    penalty_sigma: float = 0.0
+    diffuse: bool = False
     generator_scale: float | None = None
     discriminator_scale: float | None = None
     skip_nonfinite: int = 0
@@ -158,6 +164,45 @@ def generate(d: Distillation, frozen: Frozen, trained: Params, noise: jax.Array,
     return one_step(denoise, d.schedule, d.timestep, noise)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """Where D looks at latents from: at that level of noise, for a real and a fake latent the same.
+
+    Attributes:
+      timesteps: int32 (B,).
+      noise: float32 (B, h, w, C), another than the record's, which D may be given.
+    """
+
+    timesteps: jax.Array
+    noise: jax.Array
+
+
+def draw_level(d: Distillation, purpose: str, step: jax.Array, like: jax.Array) -> Level | None:
+    """Of latents (B, h, w, C) drawn uniformly from the schedule; None where D sees them clean."""
+    if not d.diffuse:
+        return None
+    time_key, noise_key = jax.random.split(d.key(purpose, step))
+    timesteps = jax.random.randint(time_key, like.shape[:1], 0, d.schedule.num_train_timesteps)
+    return Level(timesteps, jax.random.normal(noise_key, like.shape))
+
+
+def judge(
+    d: Distillation,
+    network: Network,
+    params: Params,
+    latents: jax.Array,
+    c: tuple[jax.Array, Conditioning, Level | None],
+) -> list[jax.Array]:
+    """D's logit maps of latents (B, h, w, C), given noise, text and level of each."""
+    drawn, text, level = c
+    if level is None:
+        return network.apply(params, latents, drawn, *text)
+    keep = jnp.asarray(d.schedule.alphas_cumprod)[level.timesteps][:, None, None, None]
+    noised = jnp.sqrt(keep) * latents + jnp.sqrt(1.0 - keep) * level.noise
+    return network.apply(params, noised, drawn, *text, timesteps=level.timesteps)
+
+
 def g_step(
     d: Distillation, with_adversary: bool, frozen: Frozen, state: TrainState, batch: Batch
 ) -> tuple[TrainState, jax.Array, Metrics]:
@@ -171,7 +216,9 @@ def g_step(
     """
     c, keys = condition(d, frozen, batch), d.sample_keys("augmentation", state.step)
 
-    def gradient_of(c: Condition, keys: jax.Array) -> tuple[Params, dict[str, jax.Array]]:
+    level = draw_level(d, "generator's level", state.step, c.target) if with_adversary else None
+
+    def gradient_of(c: Condition, keys: jax.Array, level: Level | None) -> tuple[Params, dict[str, jax.Array]]:
         generated, pull_back = jax.vjp(lambda params: generate(d, frozen, params, c.noise, c.text), state.generator)
 
         def regress(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -179,9 +226,10 @@ def g_step(
             return jnp.sum(losses) / d.batch_size, losses
 
         def convince(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            params = discriminator(d, frozen, state.discriminator)
-            logits = d.discriminator.apply(params, x, c.noise, *c.text)
-            losses = adversarial.generator_loss(logits)
+            params, given = discriminator(d, frozen, state.discriminator), (c.noise, c.text, level)
+            paired = d.adversarial_loss == "relativistic"
+            real = judge(d, d.discriminator, params, c.target, given) if paired else None
+            losses = adversarial.generator_loss(d.adversarial_loss, judge(d, d.discriminator, params, x, given), real)
             return jnp.sum(losses) / d.batch_size, losses
 
         output_gradient, losses = jax.grad(regress, has_aux=True)(generated)
@@ -192,7 +240,7 @@ def g_step(
             output_gradient = output_gradient + d.adversarial_weight * fooling_gradient
         return pull_back(output_gradient)[0], values
 
-    gradient, values = accumulate(gradient_of, state.generator, d.batch_size, d.micro_batch, c, keys)
+    gradient, values = accumulate(gradient_of, state.generator, d.batch_size, d.micro_batch, c, keys, level)
     generated = values["generated"]
     metrics = {
         "loss_regression": jnp.mean(values["regression"]),
@@ -247,31 +295,44 @@ def d_step(
         d.key("mix and match", state.step), d.mix_and_match, d.groups, generated, c.target, c.noise, c.text, c.input_ids
     )
 
-    def gradient_of(
-        real: tuple[jax.Array, jax.Array, Conditioning], fake: tuple[jax.Array, jax.Array, Conditioning]
-    ) -> tuple[Params, dict[str, jax.Array]]:
-        latents, drawn, text = jax.tree.map(_interleave, real, fake)
+    level = draw_level(d, "discriminator's level", state.step, c.target)
+    rows = [(c.target, (c.noise, c.text, level)), (fake, (fake_noise, fake_text, level))]
+    differences = bool(d.r1_gamma) and not d.penalty.exact
+    if differences:
+        moved = rows if d.penalty.fake else rows[:1]
+        shift = d.penalty_sigma * jax.random.normal(d.key("penalty", state.step), (len(moved), *c.target.shape))
+        rows += [(latents + by, given) for (latents, given), by in zip(moved, shift, strict=True)]
+
+    def gradient_of(*rows: Any) -> tuple[Params, dict[str, jax.Array]]:
+        latents, given = jax.tree.map(_interleave, *rows)
 
         def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            maps = d.discriminator.apply(discriminator(d, frozen, params), latents, drawn, *text)
-            real_maps, fake_maps = zip(*(_separate(m) for m in maps), strict=True)
-            losses = adversarial.discriminator_loss(real_maps, fake_maps)
-            real, fake = adversarial.realness(real_maps), adversarial.realness(fake_maps)
-            return jnp.sum(losses) / d.batch_size, {"loss": losses, "real": real, "fake": fake}
+            maps = judge(d, d.discriminator, discriminator(d, frozen, params), latents, given)
+            real, fake, *moved = zip(*(_separate(m, len(rows)) for m in maps), strict=True)
+            losses = adversarial.discriminator_loss(d.adversarial_loss, real, fake)
+            values = {"loss": losses, "real": adversarial.realness(real), "fake": adversarial.realness(fake)}
+            if moved:
+                pairs = zip((real, fake), moved, strict=False)
+                values["penalty"] = sum(adversarial.slopes(near, far, d.penalty_sigma) for near, far in pairs)
+                losses = losses + 0.5 * d.r1_gamma * values["penalty"]
+            return jnp.sum(losses) / d.batch_size, values
 
         return jax.grad(loss, has_aux=True)(state.discriminator)
 
-    real, fake = (c.target, c.noise, c.text), (fake, fake_noise, fake_text)
-    gradient, values = accumulate(gradient_of, state.discriminator, d.batch_size, d.micro_batch, real, fake)
+    gradient, values = accumulate(gradient_of, state.discriminator, d.batch_size, d.micro_batch, *rows)
+    real, fake = values["real"], values["fake"]
+    wins = [real > fake] if d.adversarial_loss == "relativistic" else [real > 0.0, fake < 0.0]
     metrics = {
         "loss_discriminator": jnp.mean(values["loss"]),
-        "logit_real": jnp.mean(values["real"]),
-        "logit_fake": jnp.mean(values["fake"]),
-        "discriminator_wins": 0.5 * (jnp.mean(values["real"] > 0.0) + jnp.mean(values["fake"] < 0.0)),
+        "logit_real": jnp.mean(real),
+        "logit_fake": jnp.mean(fake),
+        "discriminator_wins": jnp.mean(jnp.stack(wins)),
         "gradient_discriminator": optax.tree.norm(gradient),
     }
+    if differences:
+        metrics["loss_r1"] = 0.5 * d.r1_gamma * jnp.mean(values["penalty"])
     if d.mix_and_match:
-        gap = values["real"] - values["fake"]
+        gap = real - fake
         metrics |= {
             f"logit_gap_{name}": jnp.stack([jnp.sum(jnp.where(which, gap, 0.0)), jnp.sum(which)])
             for name, which in swapped.items()
@@ -279,30 +340,38 @@ def d_step(
     return _update_discriminator(d, "discriminator", state, gradient, metrics)
 
 
-def _interleave(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """(B, ...) twice to (2B, ...), device by device: a plain concatenation would move half the batch between them."""
-    split = lambda x: x.reshape(shards(), -1, *x.shape[1:])  # noqa: E731
-    return jnp.concatenate([split(real), split(fake)], axis=1).reshape(-1, *real.shape[1:])
+def _interleave(*rows: jax.Array) -> jax.Array:
+    """k times (B, ...) to (k B, ...), device by device: a plain concatenation would move samples between them."""
+    split = [x.reshape(shards(), -1, *x.shape[1:]) for x in rows]
+    return jnp.concatenate(split, axis=1).reshape(-1, *rows[0].shape[1:])
 
 
-def _separate(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _separate(x: jax.Array, count: int) -> list[jax.Array]:
     """The inverse of `_interleave`."""
-    real, fake = jnp.split(x.reshape(shards(), -1, *x.shape[1:]), 2, axis=1)
-    return real.reshape(-1, *x.shape[1:]), fake.reshape(-1, *x.shape[1:])
+    parts = jnp.split(x.reshape(shards(), -1, *x.shape[1:]), count, axis=1)
+    return [part.reshape(-1, *x.shape[1:]) for part in parts]
 
 
 def r1_step(d: Distillation, frozen: Frozen, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """The lazy R1 update: gamma / 2 times the penalty, times the interval, on one real sample of each group."""
+    """The lazy exact penalty: gamma / 2 times it, times the interval, on one real sample of each group.
+
+    With `penalty.fake` on what G draws there too.
+    """
     one = {name: adversarial.first_of_each_group(value, d.groups) for name, value in batch.items()}
     c = condition(d, frozen, one)
 
-    def gradient_of(c: Condition) -> tuple[Params, jax.Array]:
-        realness_of = lambda params, x: adversarial.realness(  # noqa: E731
-            d.discriminator_r1.apply(discriminator(d, frozen, params), x, c.noise, *c.text)
-        )
-        weight = 0.5 * d.r1_gamma * d.r1_interval / d.groups
-        return adversarial.r1(realness_of, state.discriminator, c.target, weight)
+    level = draw_level(d, "penalty's level", state.step, c.target)
 
-    gradient, penalties = accumulate(gradient_of, state.discriminator, d.groups, d.r1_micro_batch, c)
+    def gradient_of(c: Condition, level: Level | None) -> tuple[Params, jax.Array]:
+        def realness_of(params: Params, x: jax.Array) -> jax.Array:
+            params, given = discriminator(d, frozen, params), (c.noise, c.text, level)
+            return adversarial.realness(judge(d, d.discriminator_r1, params, x, given))
+
+        at = [c.target, generate(d, frozen, state.generator, c.noise, c.text)] if d.penalty.fake else [c.target]
+        weight = 0.5 * d.r1_gamma * d.r1_interval / d.groups
+        found = [adversarial.r1(realness_of, state.discriminator, x, weight) for x in at]
+        return jax.tree.map(lambda *x: sum(x), *found)
+
+    gradient, penalties = accumulate(gradient_of, state.discriminator, d.groups, d.r1_micro_batch, c, level)
     metrics = {"loss_r1": 0.5 * d.r1_gamma * jnp.mean(penalties), "gradient_r1": optax.tree.norm(gradient)}
     return _update_discriminator(d, "r1", state, gradient, metrics)

@@ -22,7 +22,7 @@ from d2g_jax.train.programs import Programs, iteration
 from d2g_jax.train.state import create_state
 from d2g_jax.train.step import d_step
 
-DISCRIMINATOR, LOSSES, LORA = map(ABLATIONS.__getitem__, ("discriminator", "losses", "lora"))
+DISCRIMINATOR, LOSSES, LORA, ADVERSARY = map(ABLATIONS.__getitem__, ("discriminator", "losses", "lora", "adversary"))
 
 SEED = 7
 
@@ -48,7 +48,7 @@ def test_the_chain_takes_one_thing_less_away_at_every_row():
 
 
 @pytest.mark.parametrize("name", ["digits", "sd15", "sd21", "sdxl"])
-@pytest.mark.parametrize("ablation", [LOSSES, DISCRIMINATOR, LORA], ids=lambda a: a.name)
+@pytest.mark.parametrize("ablation", [LOSSES, DISCRIMINATOR, LORA, ADVERSARY], ids=lambda a: a.name)
 def test_rows_change_what_they_say_and_nothing_else(name, ablation, request):
     config = read_config(request.config.rootpath / "configs" / f"{name}.py")
     check_config(config, ablation)
@@ -78,7 +78,7 @@ def test_what_the_discriminator_of_each_row_is_made_of():
 PARTS = ("unet", "noise_in", "latent_in", "heads")
 
 
-def updates_of(config):
+def updates_of(config, d, _):
     """The names of the updates of an iteration at the end of training."""
     made = []
 
@@ -90,14 +90,16 @@ def updates_of(config):
         return run
 
     state = create_state({}, SimpleNamespace(init=lambda params: {}))
-    programs = Programs(step("regression", None), step("adversarial", None), step("d"), step("r1"))
+    programs = Programs(
+        step("regression", None), step("adversarial", None), step("d"), d.discriminator_r1 and step("r1")
+    )
     interval = config.train.batch_size * config.adversarial.r1_interval
     iteration(config, programs, None, state, {}, config.train.images // interval * interval)
     return made
 
 
 def test_the_updates_of_each_row():
-    assert [updates_of(built(DISCRIMINATOR, number)[0]) for number in range(6)] == [
+    assert [updates_of(*built(DISCRIMINATOR, number)) for number in range(6)] == [
         ["regression"],
         ["adversarial", "d"],
         ["adversarial", "d"],
@@ -105,7 +107,13 @@ def test_the_updates_of_each_row():
         ["adversarial", "d", "r1"],
         ["adversarial", "d", "r1"],
     ]
-    assert {tuple(updates_of(built(LOSSES, number)[0])) for number in range(5)} == {("regression",)}
+    assert {tuple(updates_of(*built(LOSSES, number))) for number in range(5)} == {("regression",)}
+
+
+def test_approximate_penalties_have_no_second_network():
+    exact = [built(ADVERSARY, number)[1] for number in range(len(ADVERSARY.rows))]
+    lacking = {row.name for row, d in zip(ADVERSARY.rows, exact, strict=True) if d.discriminator_r1 is None}
+    assert lacking == {"relativistic_ar1", "relativistic_ar1_ar2", "ar1", "ar1_ar2"}
 
 
 def test_only_the_last_row_shows_d_mismatched_triples():

@@ -72,7 +72,11 @@ def _compiled_once():
 
 
 def _with_first(frozen, program):
-    return program and (lambda _, *arguments: program(frozen, *arguments))
+    def call(_, *arguments):
+        return program(frozen, *arguments)
+
+    call.memory_analysis = program and program.memory_analysis
+    return program and call
 
 
 def pixels(file):

@@ -46,3 +46,21 @@ def test_an_unknown_moment_dtype_is_refused():
     config.moment_dtype = "float16"
     with pytest.raises(UserError, match=r"moment_dtype='float16'.*bfloat16"):
         generator_optimizer(config, 64)
+
+
+def test_the_first_beta_changes_when_the_adversary_speaks():
+    """As Adam with 0.9 before, and as Adam without momentum after: then the step is gradient over root mean square."""
+    rates = optimizer().generator
+    rates.regression_beta1, rates.warmup_images, rates.gradient_clip = 0.9, 0, 1e9
+    rates.moment_dtype, rates.betas = "float32", (0.0, 0.99)
+    by_phase, whole = generator_optimizer(rates, 4, 12), optax.adam(rates.learning_rate, 0.9, 0.99)
+    gradients = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
+    params = {"w": jnp.zeros(5)}
+    ours, theirs, squares = by_phase.init(params), whole.init(params), np.zeros(5)
+    for count, gradient in enumerate(gradients, start=1):
+        moved, ours = by_phase.update({"w": gradient}, ours, params)
+        expected, theirs = whole.update({"w": gradient}, theirs, params)
+        squares = 0.99 * squares + 0.01 * gradient**2
+        if count > 3:
+            expected = {"w": -rates.learning_rate * gradient / (np.sqrt(squares / (1 - 0.99**count)) + 1e-8)}
+        np.testing.assert_allclose(moved["w"], expected["w"], rtol=1e-4)

@@ -12,6 +12,7 @@ import pytest
 from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.digits.config import optimizer
+from d2g_jax.losses import adversarial
 from d2g_jax.losses.perceptual import mse
 from d2g_jax.models import clip, discriminator, unet
 from d2g_jax.pipeline.conditioning import Conditioning
@@ -20,7 +21,7 @@ from d2g_jax.runtime import sharding
 from d2g_jax.teacher.teacher import SCHEDULER
 from d2g_jax.train import guard
 from d2g_jax.train.state import create_state, discriminator_optimizer, ema_decay, generator_optimizer
-from d2g_jax.train.step import Distillation, Frozen, condition, d_step, g_step, generate, r1_step
+from d2g_jax.train.step import Distillation, Frozen, condition, d_step, draw_level, g_step, generate, judge, r1_step
 
 BATCH, GROUPS = 20, 10
 UNET = unet.UNetConfig(
@@ -90,10 +91,23 @@ def problem(size=BATCH, groups=GROUPS):
     return d, frozen, state, batch
 
 
+VARIANTS = {
+    "paper": {},
+    "today": {
+        "adversarial_loss": "relativistic",
+        "penalty": adversarial.PENALTIES["approximate_r1_r2"],
+        "penalty_sigma": 0.05,
+        "r1_gamma": 2.0,
+        "diffuse": True,
+    },
+    "hinge": {"adversarial_loss": "hinge", "penalty": adversarial.PENALTIES["r1_r2"], "diffuse": True},
+}
+
+
 @functools.cache
-def programs():
+def programs(variant="paper"):
     """The three steps, compiled once for all tests: compilation is what these tests spend their time on."""
-    d = problem()[0]
+    d = dataclasses.replace(problem()[0], **VARIANTS[variant])
     return (
         jax.jit(functools.partial(g_step, d, True)),
         jax.jit(functools.partial(d_step, d)),
@@ -118,12 +132,13 @@ def test_condition_redraws_the_noise_of_the_records():
 def test_g_step_follows_the_gradient_of_the_whole_loss():
     """The output-gradient construction equals plain differentiation of the summed loss."""
     d, frozen, state, batch = problem()
-    from d2g_jax.losses import adversarial
 
     def loss(params):
         c = condition(d, frozen, batch)
         x = generate(d, frozen, params, c.noise, c.text)
-        fooling = adversarial.generator_loss(d.discriminator.apply(state.discriminator, x, c.noise, *c.text)).mean()
+        fooling = adversarial.generator_loss(
+            "non_saturating", d.discriminator.apply(state.discriminator, x, c.noise, *c.text), None
+        ).mean()
         return mse(x, c.target).mean() + d.adversarial_weight * fooling
 
     expected = jax.jit(jax.grad(loss))(state.generator)
@@ -171,11 +186,46 @@ def test_r1_is_finite_positive_and_shrinks_the_penalty():
     assert 0 < values[-1] < values[0]
 
 
+def test_relativistic_steps_on_noised_latents_with_differences():
+    """What G and D minimise, put together by hand from D's maps of every part; and D learns by it."""
+    d, frozen, state, batch = problem()
+    d = dataclasses.replace(d, **VARIANTS["today"], mix_and_match=0.0)
+    c = condition(d, frozen, batch)
+    softplus = jax.nn.softplus
+    maps = jax.jit(lambda params, x, level: judge(d, d.discriminator, params, x, (c.noise, c.text, level)))
+    level = draw_level(d, "generator's level", state.step, c.target)
+    _, generated, metrics = programs("today")[0](frozen, state, batch)
+    gaps = [r - f for r, f in zip(*(maps(state.discriminator, x, level) for x in (c.target, generated)), strict=True)]
+    assert float(metrics["loss_adversarial"]) == pytest.approx(
+        np.mean([float(softplus(gap).mean()) for gap in gaps]), rel=1e-5
+    )
+
+    step = jax.jit(functools.partial(d_step, d))
+    level = draw_level(d, "discriminator's level", state.step, c.target)
+    shift = 0.05 * jax.random.normal(d.key("penalty", state.step), (2, *c.target.shape))
+    seen = [
+        maps(state.discriminator, x, level) for x in (c.target, generated, c.target + shift[0], generated + shift[1])
+    ]
+    gaps = [r - f for r, f in zip(*seen[:2], strict=True)]
+    real, fake, *moved = (adversarial.realness(one) for one in seen)
+    slopes = ((moved[0] - real) ** 2 + (moved[1] - fake) ** 2) / 0.05**2
+    after, metrics = step(frozen, state, batch, generated)
+    loss = np.mean([float(softplus(-gap).mean()) for gap in gaps])
+    assert float(metrics["loss_discriminator"]) == pytest.approx(loss, rel=1e-5)
+    assert float(metrics["loss_r1"]) == pytest.approx(float(slopes.mean()), rel=1e-3)
+    assert float(metrics["discriminator_wins"]) == pytest.approx(float((real > fake).mean()))
+    losses = [float(metrics["loss_discriminator"])]
+    for _ in range(30):
+        after, metrics = step(frozen, after, batch, generated)
+        losses.append(float(metrics["loss_discriminator"]))
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
 @functools.cache
-def one_device():
+def one_device(variant):
     """(state, metrics, what the generator drew) after one update of each kind by the programs of one device."""
     _, frozen, state, batch = problem()
-    g, d, r1 = programs()
+    g, d, r1 = programs(variant)
     after_g, generated, g_metrics = g(frozen, state, batch)
     after_d, d_metrics = d(frozen, state, batch, generated)
     after_r1, r1_metrics = r1(frozen, state, batch)
@@ -185,7 +235,8 @@ def one_device():
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [2, 1])
 @pytest.mark.parametrize("name", ["g", "d", "r1"])
-def test_two_devices_give_the_numbers_of_one(name, fsdp, monkeypatch):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_devices_give_the_numbers_of_one(variant, name, fsdp, monkeypatch):
     """An update of G, D or R1 on a mesh of two, in parts, against one device at once: every metric, 2e-5.
 
     The two gather kernels and reduce gradients, but send each other no activation.
@@ -194,9 +245,9 @@ def test_two_devices_give_the_numbers_of_one(name, fsdp, monkeypatch):
         pytest.skip("needs two devices")
     monkeypatch.setattr(sharding, "_MIN_SHARDED_SIZE", 64)  # the kernels here are small
     static, frozen, state, batch = problem()
-    static = dataclasses.replace(static, micro_batch=5, r1_micro_batch=1)
+    static = dataclasses.replace(static, **VARIANTS[variant], micro_batch=5, r1_micro_batch=1)
     mesh = meshes.make_mesh(fsdp=fsdp)
-    generated, expected = one_device()
+    generated, expected = one_device(variant)
     placed = [meshes.place(frozen, mesh), meshes.place(state, mesh), meshes.place_batch(batch, mesh)]
     if name == "d":
         placed.append(jax.device_put(generated, placed[2]["id"].sharding))
