@@ -77,6 +77,7 @@ def _make(
         resident=resident,
         programs=tuple(programs.values()),
         calls=calls_per_iteration(config, programs),
+        images=config.train.images,
     )
 
 
