@@ -133,8 +133,11 @@ def described(file: Path) -> dict[str, Any]:
 
 
 def kind_settings(kind: str) -> dict[str, Any]:
-    """What is shipped of "sd1", "sd2", "sd2_v" or "sdxl": configs by component."""
-    return text.read_json(KINDS / f"{kind}.json", "install the package again")
+    """What is shipped of "sd1", "sd2", "sd2_v" or "sdxl": configs by component; a kind may say how it differs."""
+    settings = text.read_json(KINDS / f"{kind}.json", "install the package again")
+    if "of" not in settings:
+        return settings
+    return {name: values | settings.get(name, {}) for name, values in kind_settings(settings["of"]).items()}
 
 
 def _settings(file: Path, asked: str | None) -> dict[str, Any]:
