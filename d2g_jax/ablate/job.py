@@ -159,7 +159,7 @@ def _make(job: Job, row: Row, seed: int) -> dict[str, Any]:
         "last_line": lines[-1],
         "environment": {**runs.environment(), "date": datetime.date.today().isoformat()},
     }
-    atomic.write_text(_figures_file(job.workdir, row, seed), json.dumps(made, indent=2) + "\n")
+    atomic.write_json(_figures_file(job.workdir, row, seed), made)
     print(f"d2g ablate: {row.title}, seed {seed}: {progress_line(figures)}", file=sys.stderr, flush=True)
     _forget_programs()
     return made
@@ -197,7 +197,7 @@ def _write_result(job: Job, done: Students) -> dict[str, Any]:
         "published": ablation.published,
         "environments": [one for i, one in enumerate(environments) if one not in environments[:i]],
     }
-    atomic.write_text(job.workdir / "ablation.json", json.dumps(result, indent=2) + "\n")
+    atomic.write_json(job.workdir / "ablation.json", result)
     return result
 
 

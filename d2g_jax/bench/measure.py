@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
 import statistics
 import time
@@ -257,7 +256,7 @@ def _load_average() -> float | None:
 
 def write_report(report: dict[str, Any], file: str | Path) -> None:
     """Writes the report as JSON, whole or not at all; raises `UserError` when it cannot."""
-    atomic.write_text(file, json.dumps(report, indent=2) + "\n")
+    atomic.write_json(file, report)
 
 
 def format_report(report: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ import numpy as np
 
 from d2g_jax.models import clip
 from d2g_jax.models.network import Params
-from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.pipeline.folder import Pipeline, placer
 from d2g_jax.plan.architectures import KNOWN, MODELS, abstract_pipeline, computing_in
-from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
 
-Place = Callable[[tuple[Any, ...], np.ndarray], Any]
+Place = Callable[[tuple[str, ...], np.ndarray], Any]
 """(path, float32 leaf) -> what stands in its place."""
 
 
@@ -49,7 +47,7 @@ def random_pipeline(model: str, dtype: str, storage: str, seed: int, mesh: jax.s
     Raises `UserError` for a model that is none of these.
     """
     pipeline = computing_in(abstract_pipeline(MODELS.get(model, model)), jnp.dtype(dtype))
-    place = functools.partial(place_leaf, mesh, jnp.dtype(storage))
+    place = placer(mesh, jnp.dtype(storage))
     params = {name: random_params(shapes, seed + i, place) for i, (name, shapes) in enumerate(pipeline.params.items())}
     return dataclasses.replace(pipeline, params=params)
 
@@ -64,13 +62,6 @@ def _end_of_text(config: clip.ClipTextConfig) -> int:
     return config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
 
 
-def place_leaf(mesh: jax.sharding.Mesh, storage: Any, path: tuple[Any, ...], leaf: np.ndarray) -> jax.Array:
-    """A drawn leaf on the mesh by the rules of `mesh.leaf_spec`; kernels and embeddings in `storage`."""
-    stored = leaf.astype(storage) if path[-1].key in ("kernel", "embedding") else leaf
-    spec = meshes.leaf_spec("/".join(part.key for part in path), leaf.shape, mesh.shape["fsdp"])
-    return jax.device_put(stored, jax.sharding.NamedSharding(mesh, spec))
-
-
 def random_params(shapes: Params, seed: int, place: Place = lambda path, leaf: leaf) -> Params:
     """float32 parameters for a tree of shapes, drawn by numpy: at full size one second in place of one minute.
 
@@ -80,12 +71,11 @@ def random_params(shapes: Params, seed: int, place: Place = lambda path, leaf: l
     rng = np.random.default_rng(seed)
 
     def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> Any:
-        normal = rng.standard_normal(shape.shape, np.float32)
-        if path[-1].key == "kernel":
-            normal *= np.float32(np.sqrt(2 / np.prod(shape.shape[:-1])))
-            return place(path, normal)
-        centre = 1 if path[-1].key in ("scale", "var") else 0
-        return place(path, centre + np.float32(0.1) * (np.abs(normal) if path[-1].key == "var" else normal))
+        normal, names = rng.standard_normal(shape.shape, np.float32), tuple(part.key for part in path)
+        if names[-1] == "kernel":
+            return place(names, normal * np.float32(np.sqrt(2 / np.prod(shape.shape[:-1]))))
+        centre = 1 if names[-1] in ("scale", "var") else 0
+        return place(names, centre + np.float32(0.1) * (np.abs(normal) if names[-1] == "var" else normal))
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 

@@ -13,8 +13,9 @@ import ml_collections
 import numpy as np
 
 from d2g_jax.bench.measure import Facts, facts_of
-from d2g_jax.bench.networks import place_leaf, random_input_ids, random_params
+from d2g_jax.bench.networks import random_input_ids, random_params
 from d2g_jax.losses.perceptual import LatentLPIPS
+from d2g_jax.pipeline.folder import placer
 from d2g_jax.plan.architectures import MODELS, abstract_pipeline
 from d2g_jax.plan.shapes import Shapes, run_shapes
 from d2g_jax.runtime import mesh as meshes
@@ -152,7 +153,7 @@ class Training:
 
 
 def _random(shapes: Any, mesh: jax.sharding.Mesh, seed: int) -> Any:
-    return random_params(shapes, seed, lambda path, leaf: place_leaf(mesh, np.float32, path, leaf))
+    return random_params(shapes, seed, placer(mesh, np.float32))
 
 
 def _random_metric(metric: LatentLPIPS, seed: int) -> LatentLPIPS:

@@ -87,7 +87,7 @@ def demo(config: ml_collections.ConfigDict, workdir: Path, *, full: bool = False
                     train(student, workdir / "students" / name, pairs_folder)
                 _merge_metrics(workdir)
             result = measure(config, workdir, pairs_folder, clock, full=full)
-        atomic.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
+        atomic.write_json(workdir / "result.json", result)
         report = finish(workdir, stages, "stages")
         return f"{evaluation.table(result)}\n\n{report}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import math
 import platform
 import warnings
@@ -74,7 +73,7 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     _check_finite(result["metrics"])
-    atomic.write_text(out, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    atomic.write_json(out, result, ensure_ascii=False, allow_nan=False)
     return result
 
 

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.export import to_diffusers, to_flax, to_lora, to_single, to_stablehlo
 from d2g_jax.runtime.errors import UserError
@@ -78,13 +75,6 @@ def export_student(
     else:
         to_flax.write(sampler.pipeline, sampler.timestep, out, dtype)
     return out
-
-
-def load_flax(folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: jnp.dtype = jnp.float32) -> Sampler:
-    """A Flax folder as a `Sampler`: `exported.load_pipeline` and the timestep of its description."""
-    folder = Path(folder)
-    pipeline = exported.load_pipeline(folder, dtype, mesh)
-    return Sampler(pipeline, exported.read_description(folder)["timestep"])
 
 
 def _check_out(out: Path, to: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import shutil
@@ -16,8 +15,7 @@ from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import needed_files
 from d2g_jax.pipeline.single_file import as_folder
 from d2g_jax.pipeline.tokenizers import words_of
-from d2g_jax.runtime.atomic import TEMPORARY, replacing, write_bytes
-from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.atomic import TEMPORARY, replacing, writing
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _VARIANT = re.compile(r"\.(?:fp16|bf16)(\.safetensors|\.json)$")
@@ -31,7 +29,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises `UserError` when the disk is full or the place is read-only.
     """
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}{TEMPORARY}")
-    try:
+    with writing(out):
         temporary.mkdir(parents=True)
         try:
             yield temporary
@@ -39,9 +37,6 @@ def new_folder(out: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{out}: cannot be written ({reason}); free space or choose a writable place") from error
 
 
 @contextmanager
@@ -96,11 +91,6 @@ def copy(source: Path, target: Path, names: Iterable[str]) -> None:
     for name in names:
         with replacing(target / _VARIANT.sub(r"\1", name)) as new:
             shutil.copyfile(source / name, new)
-
-
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object, indented."""
-    write_bytes(file, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def filled_in(card: str, description: Mapping[str, Any], fields: Mapping[str, str]) -> str:

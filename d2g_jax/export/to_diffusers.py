@@ -15,7 +15,7 @@ from d2g_jax.models.network import Params
 from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import EXTRAS, NETWORKS
-from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.atomic import write_json, write_text
 from d2g_jax.sample import exported
 
 _BETA_DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
@@ -36,12 +36,12 @@ def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str, anew:
         if timestep is not None:
             index["scheduler"] = ["diffusers", "DDIMScheduler"]
             scheduler = one_step_scheduler(pipeline.scheduler, timestep)
-            folders.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+            write_json(folder / "scheduler" / "scheduler_config.json", scheduler, ensure_ascii=False)
             description = exported.describe(pipeline, timestep, "diffusers", dtype)
-            folders.write_json(folder / exported.DESCRIPTION, description)
+            write_json(folder / exported.DESCRIPTION, description, ensure_ascii=False)
             card = model_card(description, index["_class_name"], out.name, left_out)
             write_text(folder / "README.md", card)
-        folders.write_json(folder / "model_index.json", index)
+        write_json(folder / "model_index.json", index, ensure_ascii=False)
 
 
 def one_step_scheduler(config: Mapping[str, Any], timestep: int) -> dict[str, Any]:

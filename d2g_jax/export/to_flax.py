@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from d2g_jax.export import folders
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import EXTRAS, SETTINGS
+from d2g_jax.runtime.atomic import write_json
 from d2g_jax.sample import exported
 from d2g_jax.train.checkpoint import writing
 
@@ -32,6 +33,6 @@ def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str) -> No
         with writing(out):
             exported.save_params(folder, params)
         description = exported.describe(pipeline, timestep, "flax", dtype)
-        folders.write_json(folder / exported.DESCRIPTION, {**description, "parts": _PARTS})
+        write_json(folder / exported.DESCRIPTION, {**description, "parts": _PARTS}, ensure_ascii=False)
         index = {key: [None, None] if key in EXTRAS else value for key, value in pipeline.index.items()}
-        folders.write_json(folder / "model_index.json", index)
+        write_json(folder / "model_index.json", index, ensure_ascii=False)

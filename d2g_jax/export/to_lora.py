@@ -16,6 +16,7 @@ from d2g_jax.pipeline import lora_files
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
 from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.atomic import write_json
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import exported
 from d2g_jax.sample.model import Model
@@ -47,8 +48,8 @@ def write(sampler: Sampler, out: Path, dtype: str, rank: int | None) -> None:
         for form, file in (("diffusers", lora_files.FOLDERS_FILE), ("kohya", KOHYA_FILE)):
             lora_files.write({"unet": update}, folder / file, form, sampler.pipeline, np.dtype(dtype))
         scheduler = one_step_scheduler(sampler.pipeline.scheduler, sampler.timestep)
-        folders.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-        folders.write_json(folder / REPORT, report)
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler, ensure_ascii=False)
+        write_json(folder / REPORT, report, ensure_ascii=False)
 
 
 def _update(sampler: Sampler, rank: int | None) -> tuple[lora_files.Update, dict[str, float]]:

@@ -17,7 +17,7 @@ from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.original_keys import original_places, prefixes, to_original
 from d2g_jax.pipeline.single_file import HEADER
-from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.atomic import write_json, write_text
 from d2g_jax.sample import exported
 
 
@@ -37,7 +37,7 @@ def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str, *, wh
         if timestep is not None:
             drawn = comfyui.workflow(pipeline, timestep, file, whole=whole)
             if drawn is not None:
-                folders.write_json(folder / f"{out.name}.workflow.json", drawn)
+                write_json(folder / f"{out.name}.workflow.json", drawn, ensure_ascii=False)
             write_text(folder / "README.md", model_card(description, out.name, whole=whole))
 
 

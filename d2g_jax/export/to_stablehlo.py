@@ -18,6 +18,7 @@ from jax import export
 
 from d2g_jax.diffusion.schedule import Schedule, one_step
 from d2g_jax.export import folders
+from d2g_jax.models.lora import flat, nested
 from d2g_jax.models.platform import ANY, compiling_for
 from d2g_jax.pipeline.conditioning import encode_text, size_ids
 from d2g_jax.pipeline.folder import Pipeline, decode
@@ -39,7 +40,7 @@ _NOT_SYMBOLIC = (jax.errors.InconclusiveDimensionOperation, NotImplementedError,
 
 def write(pipeline: Pipeline, timestep: int, out: Path, dtype: str, latent_shape: tuple[int, int, int]) -> None:
     """Writes the zip; `latent_shape` is (C, h, w) of the noise that the program takes."""
-    params = _flat(exported.store(pipeline.params, jnp.dtype(dtype)))
+    params = flat(exported.store(pipeline.params, jnp.dtype(dtype)))
     params = {name: leaf for name, leaf in params.items() if not name.startswith(_UNUSED)}
     with folders.source_of(pipeline) as source:
         # networks that compute in dtype, whatever the sampler's compute in
@@ -105,21 +106,11 @@ def _trace(
         return export.export(draw, platforms=platforms)(shapes, tokens, noise)
 
 
-def _flat(trees: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Leaves under names such as "unet/conv_in/kernel"."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(trees)
-    return {"/".join(part.key for part in path): leaf for path, leaf in leaves}
-
-
-def _trees(pipeline: Pipeline, flat: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """The inverse of `_flat`; leaves that drawing does not use are zeros, and the compiler drops them."""
-    abstract = {name: network.abstract() for name, network in pipeline.networks.items()}
-
-    def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        name = "/".join(part.key for part in path)
-        return jnp.zeros(leaf.shape, leaf.dtype) if name.startswith(_UNUSED) else flat[name]
-
-    return jax.tree_util.tree_map_with_path(fill, abstract)
+def _trees(pipeline: Pipeline, given: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """The inverse of `flat`; leaves that drawing does not use are zeros, and the compiler drops them."""
+    leaves = flat({name: network.abstract() for name, network in pipeline.networks.items()})
+    unused = {name: jnp.zeros(x.shape, x.dtype) for name, x in leaves.items() if name.startswith(_UNUSED)}
+    return nested({**given, **unused})
 
 
 def _meta(

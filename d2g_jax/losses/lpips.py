@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from d2g_jax.losses import perceptual
 from d2g_jax.models import vae, vgg
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline.weights import load_state_dict, save_state_dict, to_params, to_state_dict
-from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.atomic import write_json
 from d2g_jax.runtime.errors import UserError
 
 SHIFT = (-0.030, -0.088, -0.188)
@@ -183,7 +182,7 @@ def save_lpips(folder: str | Path, params: Params, heads: Sequence[Any], config:
     lins = {f"lin{i}": {"model": {"1": {"kernel": np.reshape(head, (1, 1, -1, 1))}}} for i, head in enumerate(heads)}
     save_state_dict(to_state_dict({"net": params, **lins}), folder / "metric.safetensors")
     # Last: a folder with a config.json is whole.
-    write_text(folder / "config.json", json.dumps({"metric": KIND, **config.to_json()}, indent=2) + "\n")
+    write_json(folder / "config.json", {"metric": KIND, **config.to_json()})
 
 
 def _read_config(file: Path) -> vgg.VGGConfig:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from d2g_jax.losses import augment
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline.weights import load_state_dict, save_state_dict, to_params, to_state_dict
-from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.atomic import write_json
 from d2g_jax.runtime.errors import UserError
 
 UNIT_EPS = 1e-8  # inside the root, in float32: it would underflow in half precision
@@ -330,8 +329,7 @@ def save_metric(
     LatentLPIPS.from_params(config, params, heads, space, source=str(folder))
     lins = {f"lin{i}": {"model": {"1": {"kernel": np.reshape(head, (1, 1, -1, 1))}}} for i, head in enumerate(heads)}
     save_state_dict(to_state_dict({"net": params, **lins}), folder / "metric.safetensors")
-    text = json.dumps({**config.to_json(), "latent_space": dataclasses.asdict(space)}, indent=2)
-    write_text(folder / "config.json", text + "\n")
+    write_json(folder / "config.json", {**config.to_json(), "latent_space": dataclasses.asdict(space)})
 
 
 def read_metric_config(file: Path) -> tuple[vgg.VGGConfig, LatentSpace]:

@@ -59,7 +59,7 @@ def build(
     if file.exists():
         check(folder, made_from)
     else:
-        atomic.write_text(file, json.dumps(made_from, indent=2) + "\n")
+        atomic.write_json(file, made_from)
     starts = range(0, count, per_shard)
     missing = [start for start in starts if not _path(folder, start // per_shard, len(starts)).exists()]
     lacking = sum(min(per_shard, count - start) for start in missing)

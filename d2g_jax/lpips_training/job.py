@@ -26,7 +26,7 @@ from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import weights
 from d2g_jax.runtime import runs
-from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.atomic import write_json
 from d2g_jax.runtime.errors import UserError
 
 TRIPLETS_PER_SHARD = 200
@@ -90,7 +90,7 @@ def train_lpips(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, A
         **score(saved, calibrate.uniform_heads(trunk_config), [kind.name for kind in kinds["val"]], seen["val"]),
         "environment": runs.environment(),
     }
-    write_text(scores, json.dumps(result, indent=2) + "\n")
+    write_json(scores, result)
     return result
 
 
@@ -218,7 +218,7 @@ def classification(
     if not measured.exists():
         classifier = classify.Classifier(tree["features"], tree["classifier"])
         value = classify.accuracy(classifier, trunk, head, val, c.batch_size)
-        write_text(measured, json.dumps({"accuracy": value}) + "\n")
+        write_json(measured, {"accuracy": value})
     return tree["features"], json.loads(measured.read_text(encoding="utf-8"))["accuracy"]
 
 

@@ -34,7 +34,7 @@ from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.folder import load_vae, to_uint8
 from d2g_jax.report import write_report
 from d2g_jax.runtime import runs
-from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.atomic import write_json, write_text
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.grid import grid, save_png
 from d2g_jax.runtime.interrupt import StopRequests
@@ -128,7 +128,7 @@ def overfit(config: ml_collections.ConfigDict, workdir: Path) -> str:
     images = {"target": scene.images} | {name: jax.jit(Scene.decode)(scene, fits[name].carry[0]) for name in fits}
     _show(workdir, names, {name: np.asarray(to_uint8(decoded)) for name, decoded in images.items()})
     result = _result(scene, originals, settings, fits)
-    write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
+    write_json(workdir / "result.json", result)
     return f"{table(result)}\n\n{write_report(workdir, finished=True)}"
 
 

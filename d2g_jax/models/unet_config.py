@@ -15,30 +15,15 @@ PerLayer = int | tuple[int | tuple[int, ...], ...]
 # Keys of diffusers' UNet2DConditionModel that change the network in ways we do not implement, and the values at which
 # they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu", "swish"),
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "class_embeddings_concat": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "dropout": (0,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "mid_block_only_cross_attention": (None, False),
-    "num_attention_heads": (None,),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "resnet_out_scale_factor": (1,),
-    "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
-    "time_embedding_type": ("positional",),
+    "act_fn": ("silu", "swish"), "attention_type": ("default",), "center_input_sample": (False,),
+    "class_embed_type": (None,), "class_embeddings_concat": (False,), "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,), "cross_attention_norm": (None,), "dropout": (0,), "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,), "mid_block_only_cross_attention": (None, False),
+    "num_attention_heads": (None,), "num_class_embeds": (None,), "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1,), "resnet_skip_time_act": (False,), "resnet_time_scale_shift": ("default",),
+    "time_embedding_act_fn": (None,), "time_embedding_dim": (None,), "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
-}
+}  # fmt: skip
 # Keys that say nothing once the keys above are neutral; and those of diffusers' moving average, as its trainers leave
 # them in unet_ema/config.json.
 _IGNORED = {

@@ -171,7 +171,7 @@ class Pipeline:
         if unet is not None:
             network = networks["unet"]
             readers["unet"] = single_file.unet_reader(Path(unet), network) or _reader(Path(unet), network)
-        params = {name: read(_placer(mesh, storage)) for name, read in readers.items() if name not in without}
+        params = {name: read(placer(mesh, storage)) for name, read in readers.items() if name not in without}
         return cls(folder=folder, index=index, params=params, scheduler=scheduler, **networks, **tokenizers)
 
 
@@ -290,7 +290,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _placer(mesh: jax.sharding.Mesh | None, storage: jnp.dtype) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
+def placer(mesh: jax.sharding.Mesh | None, storage: jnp.dtype) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
     """Where a loaded leaf goes, and in which dtype."""
 
     def put(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:

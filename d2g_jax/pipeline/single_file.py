@@ -133,8 +133,11 @@ def described(file: Path) -> dict[str, Any]:
 
 
 def kind_settings(kind: str) -> dict[str, Any]:
-    """What is shipped of "sd1", "sd2", "sd2_v" or "sdxl": configs by component."""
-    return text.read_json(KINDS / f"{kind}.json", "install the package again")
+    """What is shipped of "sd1", "sd2", "sd2_v" or "sdxl": configs by component; a kind may say how it differs."""
+    settings = text.read_json(KINDS / f"{kind}.json", "install the package again")
+    if "of" not in settings:
+        return settings
+    return {name: values | settings.get(name, {}) for name, values in kind_settings(settings["of"]).items()}
 
 
 def _settings(file: Path, asked: str | None) -> dict[str, Any]:
@@ -167,19 +170,19 @@ def _kind(file: Path, shapes: Mapping[str, tuple[int, ...]], asked: str | None) 
     if width not in _KINDS:
         raise UserError(f"{file}: a UNet for texts of width {width}, not of SD 1.x (768), 2.x (1024) or SDXL (2048)")
     kind = _KINDS[width]
-    prediction = _prediction(file, kind, shapes, asked)
+    prediction = _prediction(file, width, shapes, asked)
     settings = kind_settings("sd2_v" if (kind, prediction) == ("sd2", "v_prediction") else kind)
     zero_snr = {"rescale_betas_zero_snr": True} if "ztsnr" in shapes else {}
     return {**settings, "scheduler": {**settings["scheduler"], "prediction_type": prediction, **zero_snr}}
 
 
-def _prediction(file: Path, kind: str, shapes: Mapping[str, tuple[int, ...]], asked: str | None) -> str:
+def _prediction(file: Path, width: int, shapes: Mapping[str, tuple[int, ...]], asked: str | None) -> str:
     """What the UNet predicts: shapes do not tell."""
     if asked is not None and asked not in PREDICTIONS:
         raise UserError(f"prediction={asked!r}; choose one of {', '.join(PREDICTIONS)}")
     marked = "v_prediction" if "v_pred" in shapes else None
-    found = asked or _yaml_prediction(file.with_suffix(".yaml")) or marked
-    if found is None and kind == "sd2":
+    found = asked or _yaml_prediction(file.with_suffix(".yaml"), width) or marked
+    if found is None and _KINDS[width] == "sd2":
         raise UserError(
             f"{file}: SD 2.x, whose tensors do not tell what it predicts; say prediction=v_prediction (2.0, 2.1 at 768 "
             "pixels) or prediction=epsilon (base, 512), or put its .yaml beside it"
@@ -187,14 +190,17 @@ def _prediction(file: Path, kind: str, shapes: Mapping[str, tuple[int, ...]], as
     return found or "epsilon"
 
 
-def _yaml_prediction(file: Path) -> str | None:
-    """What an original config says of the prediction; None where there is none."""
+def _yaml_prediction(file: Path, width: int) -> str | None:
+    """What an original config says of the prediction; None where there is none. `UserError` for another kind's."""
     if not file.is_file():
         return None
     import yaml
 
     try:
         params = yaml.safe_load(text.read_text(file, "remove it"))["model"]["params"]
+        network = params.get("unet_config", params.get("network_config", {})).get("params", {})
+        if (theirs := network.get("context_dim", width)) != width:
+            raise UserError(f"{file}: of a UNet for texts of width {theirs}, the file's is for {width}; remove it")
         scaling = params.get("denoiser_config", {}).get("params", {}).get("scaling_config", {}).get("target", "")
         named = params.get("parameterization", "v" if scaling.endswith(".VScaling") else "eps")
         return {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[named]

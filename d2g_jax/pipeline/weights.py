@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes  # noqa: F401  (teaches numpy the bfloat16 that safetensors returns)
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from d2g_jax.inputs.text import check_fetched
 from d2g_jax.models.network import Params
@@ -74,13 +75,13 @@ def to_state_dict(params: Params) -> dict[str, np.ndarray]:
     """A parameter tree as PyTorch tensors under PyTorch names, on the host: the exact inverse of `to_params`."""
     return {
         _torch_key(path): np.ascontiguousarray(_torch_axes(np.asarray(jax.device_get(leaf)), path[-1]))
-        for path, leaf in _leaves(params)
+        for path, leaf in flatten_dict(params).items()
     }
 
 
 def torch_shapes(abstract: Params) -> dict[str, tuple[int, ...]]:
     """PyTorch name -> PyTorch shape of every leaf of a tree (`Network.abstract()`); no array is read."""
-    return {_torch_key(path): _torch_shape(leaf.shape, path[-1]) for path, leaf in _leaves(abstract)}
+    return {_torch_key(path): _torch_shape(leaf.shape, path[-1]) for path, leaf in flatten_dict(abstract).items()}
 
 
 def save_state_dict(
@@ -239,21 +240,6 @@ def _cast(state: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
         return {key: value.astype(dtype, copy=False) if _is_float(value) else value for key, value in state.items()}
 
 
-def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, leaf) in the tree's own order; unlike jax.tree this keeps string keys such as "10" where they stand."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _leaves(value, (*path, str(key)))
-    else:
-        yield path, tree
-
-
-def _put(tree: Params, path: tuple[str, ...], leaf: np.ndarray) -> None:
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = leaf
-
-
 def _torch_key(path: tuple[str, ...]) -> str:
     return ".".join((*path[:-1], _TORCH_LEAF.get(path[-1], path[-1])))
 
@@ -262,7 +248,7 @@ def _matched(
     stored: Mapping[str, Stored], abstract: Params, source: str | Path
 ) -> list[tuple[tuple[str, ...], int, Stored]]:
     """(path, number of axes, stored tensor) of every leaf; `UserError` for a missing, extra or wrongly shaped one."""
-    expected = {_torch_key(path): (path, leaf) for path, leaf in _leaves(abstract)}
+    expected = {_torch_key(path): (path, leaf) for path, leaf in flatten_dict(abstract).items()}
     renamed: dict[str, str] = {}
     surplus: list[str] = []
     for key, tensor in stored.items():
@@ -329,12 +315,12 @@ def _torch_shape(shape: tuple[int, ...], leaf_name: str) -> tuple[int, ...]:
 
 def _tree(matched: list[tuple[tuple[str, ...], int, Stored]], place: Place | None) -> Params:
     """Reads, converts and places one tensor after the other, and keeps no reference to what is done."""
-    params: Params = {}
+    params = {}
     for path, ndim, tensor in matched:
         leaf = _to_leaf(tensor, path, ndim)
-        _put(params, path, leaf if place is None else place(path, leaf))
+        params[path] = leaf if place is None else place(path, leaf)
         del leaf  # or it would live on while the next one is read
-    return params
+    return unflatten_dict(params)
 
 
 def _to_leaf(tensor: Stored, path: tuple[str, ...], ndim: int) -> np.ndarray:

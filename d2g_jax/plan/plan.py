@@ -34,6 +34,7 @@ class Plan:
       resident: bytes that stay from step to step, by what they are.
       programs: the steps.
       calls: how often each runs in one iteration, once the adversary has started.
+      images: of the whole run; 0 in plans that were written without.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Plan:
     resident: Mapping[str, float]
     programs: tuple[Program, ...]
     calls: Mapping[str, float]
+    images: int = 0
 
     @property
     def method(self) -> str:
@@ -198,5 +200,5 @@ def from_json(fields: Mapping[str, Any]) -> Plan:
         )
         for program in fields["programs"]
     )
-    own = {field.name: fields[field.name] for field in dataclasses.fields(Plan)}
+    own = {field.name: fields[field.name] for field in dataclasses.fields(Plan) if field.name in fields}
     return Plan(**{**own, "target": target, "programs": programs, "mesh": tuple(fields["mesh"])})

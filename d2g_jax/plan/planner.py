@@ -23,7 +23,6 @@ from d2g_jax.plan.trace import Cost
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.train.state import MOMENT_DTYPES
 
-METHODS = ("compile", "formula")
 PROBES = (1, 2)
 """Micro-batches that are traced; those between and beyond are interpolated until one is chosen."""
 
@@ -77,6 +76,7 @@ def _make(
         resident=resident,
         programs=tuple(programs.values()),
         calls=calls_per_iteration(config, programs),
+        images=config.train.images,
     )
 
 

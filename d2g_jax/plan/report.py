@@ -85,6 +85,11 @@ def _time_lines(plan: Plan) -> list[str]:
         f"images/s a chip: at most {rate['at most']:.2f}, predicted {rate['predicted']:.2f} with products at "
         f"{ASSUMED_SHARE:.0%} of the peak and links not overlapped",
     ]
+    if plan.images:
+        hours = {name: plan.images / (3600 * plan.target.count * value) for name, value in rate.items()}
+        lines.append(
+            f"{plan.images:,} images: {hours['predicted']:.3g} hours predicted, at least {hours['at most']:.3g}"
+        )
     rows = plan.weak_scaling() or []
     for row in rows:
         lines.append(

@@ -47,7 +47,7 @@ def cached(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str,
     value = make()
     try:
         if file:
-            atomic.write_text(file, json.dumps(value, indent=1) + "\n")
+            atomic.write_json(file, value, indent=1)
     except UserError as error:  # what is only kept for the next time must not lose what is done
         warnings.warn(f"the plan is not kept for the next time: {error}", stacklevel=2)
     return value

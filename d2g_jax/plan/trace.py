@@ -25,26 +25,10 @@ _CUDNN = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wra
 """cuDNN's attention: how many products of T, d and S a kernel has; the second computes the weights again."""
 
 _MATERIALISED = [
-    "dot_general",
-    "conv_general_dilated",
-    "concatenate",
-    "pad",
-    "gather",
-    "scatter",
-    "scatter-add",
-    "dynamic_update_slice",
-    "sort",
-    "cumsum",
-    "argmax",
-    "argmin",
-    "top_k",
-    "iota",
-    "random_bits",
-    "threefry2x32",
-    "select_and_scatter_add",
-    "reduce_window",
-    *_CUDNN,
-]
+    "dot_general", "conv_general_dilated", "concatenate", "pad", "gather", "scatter", "scatter-add",
+    "dynamic_update_slice", "sort", "cumsum", "argmax", "argmin", "top_k", "iota", "random_bits", "threefry2x32",
+    "select_and_scatter_add", "reduce_window", *_CUDNN,
+]  # fmt: skip
 _PRODUCTS = ("dot_general", "conv_general_dilated")
 _RECOMPUTED = ("checkpoint", "remat2")
 """Names of `jax.checkpoint` in a backward pass, in different versions of jax."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from d2g_jax.inputs.text import read_json
 from d2g_jax.pairs import read_prompts
 from d2g_jax.pairs.job import solution as pairs_solution
 from d2g_jax.pipeline import lora_files
@@ -129,7 +129,7 @@ def _pairs_config(workdir: Path) -> dict[str, Any]:
     file = workdir / "config.json"
     if not (workdir / "checkpoints").is_dir() or not file.is_file():
         return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["pairs"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not the config of a training workdir ({error})") from error
+    pairs = read_json(file, "not the config of a training workdir").get("pairs")
+    if not isinstance(pairs, dict):
+        raise UserError(f"{file}: not the config of a training workdir, it has no section pairs")
+    return pairs

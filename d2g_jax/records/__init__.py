@@ -28,27 +28,8 @@ from d2g_jax.records.stream import dataset, record_index
 from d2g_jax.records.verify import Problem, repair, verify, verify_shard
 
 __all__ = [
-    "Manifest",
-    "PairSchema",
-    "PairSource",
-    "Problem",
-    "Rest",
-    "ShardInfo",
-    "SkippingSource",
-    "check_fits",
-    "config_hash",
-    "dataset",
-    "held_out",
-    "is_whole",
-    "library_versions",
-    "missing_shards",
-    "read_shard_info",
-    "record_index",
-    "repair",
-    "shard_name",
-    "shard_range",
-    "verify",
-    "verify_shard",
-    "write_metadata",
+    "Manifest", "PairSchema", "PairSource", "Problem", "Rest", "ShardInfo", "SkippingSource", "check_fits",
+    "config_hash", "dataset", "held_out", "is_whole", "library_versions", "missing_shards", "read_shard_info",
+    "record_index", "repair", "shard_name", "shard_range", "verify", "verify_shard", "write_metadata",
     "write_shard",
-]
+]  # fmt: skip

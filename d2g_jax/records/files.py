@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +34,7 @@ def write_atomic(path: Path, parts: Iterable[bytes]) -> tuple[int, int]:
 
 def write_json(path: Path, value: Any) -> None:
     """A dataclass as a JSON file, atomically; the same value gives the same bytes."""
-    atomic.write_text(path, json.dumps(dataclasses.asdict(value), indent=2, sort_keys=True) + "\n")
+    atomic.write_json(path, dataclasses.asdict(value), sort_keys=True)
 
 
 def read_json(path: Path, cls: type[T]) -> T:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from d2g_jax.inputs.text import read_json
 
 Values = dict[str, float | None]
 
@@ -71,53 +74,10 @@ class Band:
         return "low" if value < self.low else "high" if value > self.high else ""
 
 
-_LISTENING = "loss_adversarial"  # while D warms up alone, it knows nothing yet and has no effect
-
-BANDS = (
-    Band(
-        "latent_std_ratio", 0.8, 1.25,
-        below="the student's latents are flatter than the teacher's: blurry, as after too little training or by a "
-        "regression alone; train on, or raise adversarial.weight",
-        above="the amplitude of the student's latents runs away: a perceptual loss does not hold it; "
-        "raise loss.l1_weight",
-    ),
-    Band(
-        "latent_shift", -0.15, 0.15,
-        below="the student's latents are darker than the teacher's on average; raise loss.l1_weight",
-        above="the student's latents are lighter than the teacher's on average; raise loss.l1_weight",
-    ),
-    Band(
-        "discriminator_wins", 0.4, 0.97, since=_LISTENING,
-        below="D is worse than chance, it lags behind G; raise optimizer.discriminator.learning_rate or lower "
-        "adversarial.r1_gamma",
-        above="D tells all apart and G learns little from it; raise adversarial.r1_gamma or lower "
-        "optimizer.discriminator.learning_rate",
-    ),
-    Band(
-        "logit_gap_latents", -0.02, since=_LISTENING,
-        below="D takes latents of other noise and text for the realer ones; raise adversarial.mix_and_match or give D "
-        "longer (adversarial.warmup_images)",
-    ),
-    Band(
-        "logit_gap_text", -0.02, since=_LISTENING,
-        below="D takes wrong texts for the righter ones, so G is pushed away from the prompt; raise "
-        "adversarial.mix_and_match",
-    ),
-    Band(
-        "logit_gap_noise", -0.02, since=_LISTENING,
-        below="D takes wrong noise for the righter one; raise adversarial.mix_and_match or check "
-        "discriminator.z_conditioning",
-    ),
-    Band(
-        "gradient_ratio", high=1.0,
-        above="the adversary outweighs the regression and may undo it; lower adversarial.weight",
-    ),
-    Band(
-        "r1_share", 0.0, 0.2,
-        above="R1 outweighs D's own loss and holds D down; lower adversarial.r1_gamma",
-    ),
-)  # fmt: skip
-"""Of every line of metrics.jsonl. A metric that a run does not have is not looked at."""
+_FILE = read_json(Path(__file__).with_name("bands.json"), "install the package again")
+BANDS = tuple(Band(**band) for band in _FILE["bands"])
+"""Of every line of metrics.jsonl. A metric that a run does not have is not looked at. Before `loss_adversarial` D warms
+up alone: it knows nothing yet and has no effect."""
 
 
 class Watch:

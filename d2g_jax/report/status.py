@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import resource
 import sys
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from pathlib import Path
 import jax
 
 from d2g_jax.report.files import read_object
-from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.atomic import write_json
 from d2g_jax.runtime.errors import UserError
 
 FILE = "status.json"
@@ -52,7 +51,7 @@ def write_status(workdir: Path, status: Status) -> None:
     """Writes `workdir`/status.json with the time and the memory of now."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     stamped = dataclasses.replace(status, written=now, memory=status.memory | peak_memory())
-    write_text(workdir / FILE, json.dumps(dataclasses.asdict(stamped), indent=1, ensure_ascii=False) + "\n")
+    write_json(workdir / FILE, dataclasses.asdict(stamped), indent=1, ensure_ascii=False)
 
 
 def read_status(workdir: Path) -> Status | None:

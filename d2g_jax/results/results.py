@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from d2g_jax.inputs.text import read_json
 from d2g_jax.results.metrics import DIVERSITY, METRICS, REFERENCE, TEACHER, weights_of
 from d2g_jax.runtime.errors import UserError
 
@@ -39,11 +40,8 @@ _DIVERSITY = {"mean": _NUMBER, "prompts": _COUNT, "seeds": _COUNT}
 
 def read_result(file: str | Path) -> dict[str, Any]:
     """A file of `d2g evaluate`. Raises `UserError` for one that is missing, damaged or of another format."""
-    try:
-        result = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); give a result of `d2g evaluate`") from error
-    if not isinstance(result, dict) or "protocol" not in result or "metrics" not in result:
+    result = read_json(Path(file), "give a result of `d2g evaluate`")
+    if "protocol" not in result or "metrics" not in result:
         raise UserError(f"{file}: no result of `d2g evaluate`")
     if result.get("format") != FORMAT:
         raise UserError(f"{file}: format {result.get('format')!r} is not {FORMAT}; evaluate again")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +76,11 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Writes `text` to `path` as UTF-8, whole or not at all; see `replacing`."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any, **options: Any) -> None:
+    """Writes `value` to `path` as JSON, whole or not at all; `options` are those of `json.dumps`."""
+    write_text(path, json.dumps(value, **{"indent": 2, **options}) + "\n")
 
 
 def write_array(path: str | Path, array: np.ndarray) -> None:

@@ -59,7 +59,7 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
         if not isinstance(theirs, dict):
             raise UserError(f"{file}: holds a {type(theirs).__name__}, not a config; choose another --workdir")
         check_same(mine, theirs, file)
-    atomic.write_text(file, json.dumps({**mine, "environment": environment()}, indent=2) + "\n")
+    atomic.write_json(file, {**mine, "environment": environment()})
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -146,7 +146,8 @@ def load_pipeline(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, storage if _is_wide(path) else leaf.dtype),
         {name: network.abstract() for name, network in pipeline.networks.items()},
     )
-    return replace(pipeline, params=_restore(folder / PARAMS, _placed(shapes, mesh)))
+    mesh = meshes.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    return replace(pipeline, params=_restore(folder / PARAMS, meshes.place(shapes, mesh)))
 
 
 def _restore(folder: Path, like: dict[str, Params]) -> dict[str, Params]:
@@ -158,14 +159,6 @@ def _restore(folder: Path, like: dict[str, Params]) -> dict[str, Params]:
     except (ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: not the parameters of the networks beside it: {reason}") from error
-
-
-def _placed(shapes: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """`shapes` with a sharding for every leaf."""
-    if mesh is not None:
-        return meshes.place(shapes, mesh)
-    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=single), shapes)
 
 
 def _is_wide(path: tuple[Any, ...]) -> bool:

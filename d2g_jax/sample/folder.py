@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def read_description(folder: Path) -> dict[str, Any] | None:
 def claim(folder: Path, described: Mapping[str, Any]) -> None:
     """Makes `folder` that of a drawing. Raises `UserError` as `check` does."""
     if check(folder, described):
-        atomic.write_text(folder / DESCRIPTION, json.dumps(described, indent=2) + "\n")
+        atomic.write_json(folder / DESCRIPTION, described)
 
 
 def check(folder: Path, described: Mapping[str, Any]) -> bool:

@@ -7,7 +7,6 @@ texture of another phase to a flat patch of the right mean.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from d2g_jax.inputs.text import read_json
 from d2g_jax.losses.perceptual import LatentLPIPS, LatentSpace, save_metric
 from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.models import vgg
-from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.atomic import write_json
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.teacher.fit import adamw_recipe, long_recipe
 
@@ -91,5 +90,5 @@ def train_metric(
         "sharp_over_flat": prefers_sharp_textures(trained, encode, 250, heads.seed + 2),
         "sharp_over_flat_without_calibration": prefers_sharp_textures(metric, encode, 250, heads.seed + 2),
     }
-    write_text(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
+    write_json(folder / "scores.json", scores)
     return scores

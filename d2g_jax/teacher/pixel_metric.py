@@ -8,7 +8,6 @@ folded away, because LPIPS has none, and its heads are calibrated on the same di
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from d2g_jax.losses.lpips import LPIPS, SCALE, SHIFT, save_lpips
 from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
-from d2g_jax.runtime.atomic import write_text
+from d2g_jax.runtime.atomic import write_json
 from d2g_jax.teacher.fit import adamw_recipe, long_recipe
 from d2g_jax.teacher.metric import HEAD, chunks_of_triplets
 
@@ -55,7 +54,7 @@ def train_pixel_metric(config: ml_collections.ConfigDict, shown: scenes.Scenes, 
     seen = differences(metric, heads.triplets, heads.seed)
     save_lpips(folder, params, calibrate.calibrate(recipe, seen, label="pixel_metric.heads"), plain)
     scores = score(LPIPS.load(folder), heads)
-    write_text(folder / SCORES, json.dumps(scores, indent=2) + "\n")
+    write_json(folder / SCORES, scores)
     return scores
 
 

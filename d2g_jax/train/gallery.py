@@ -81,7 +81,7 @@ def make_gallery(
             "rows": _rows(queries, neighbours, found, files),
         },
     }
-    atomic.write_text(workdir / SAMPLES / FILE, json.dumps(said, indent=1, ensure_ascii=False) + "\n")
+    atomic.write_json(workdir / SAMPLES / FILE, said, indent=1, ensure_ascii=False)
     return workdir / SAMPLES / FILE
 
 

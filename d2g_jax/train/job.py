@@ -56,8 +56,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
         pipeline = Pipeline.load(config.pipeline, mesh=mesh, without=without)
         check_pairs(pairs_folder, source.manifest, pipeline)
         d, frozen = build(config, pipeline, source.manifest)
+        state, frozen = initial_state(config, d, pipeline, mesh), meshes.place(frozen, mesh)  # refuses ranks too
         first_decides(lambda: runs.claim(workdir, config))
-        state, frozen = initial_state(config, d, pipeline, mesh), meshes.place(frozen, mesh)
         del pipeline.params["unet"]  # in the state, or frozen in half the bytes: nobody else is to hold it
         checkpoints = Checkpoints(workdir / "checkpoints", t.keep_checkpoints, t.keep_best)
         opened.enter_context(checkpoints)

@@ -21,7 +21,7 @@ import pytest
 from d2g_jax.diffusion.schedule import STUDENT, Schedule, may_be_student, one_step, student_timestep
 from d2g_jax.diffusion.systems import OneStep
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.export import export_student, load_flax, to_diffusers
+from d2g_jax.export import export_student, to_diffusers
 from d2g_jax.export.to_diffusers import one_step_scheduler
 from d2g_jax.models import attention, layers, platform
 from d2g_jax.pipeline import folder as pipelines
@@ -229,14 +229,14 @@ def flax_sd(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_flax_folder_comes_back_sharded(flax_sd: Path, tiny_sd: Path):
     ours, mesh = student(tiny_sd, 399), meshes.make_mesh(fsdp=2)
-    again = load_flax(flax_sd, mesh)
+    again = Sampler.load(flax_sd, mesh)
     assert again.timestep == 399
     assert same_bytes(again.pipeline.params, ours.pipeline.params)
     wanted = meshes.tree_shardings(again.pipeline.params, mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, again.pipeline.params) == wanted
     assert any(not sharding.is_fully_replicated for sharding in jax.tree.leaves(wanted))
-    single = load_flax(flax_sd)
-    assert {leaf.sharding.num_devices for leaf in jax.tree.leaves(single.pipeline.params)} == {1}
+    single = exported.load_pipeline(flax_sd)
+    assert {leaf.sharding.num_devices for leaf in jax.tree.leaves(single.params)} == {1}
     description = json.loads((flax_sd / "d2g.json").read_text())
     assert description["latent_shape"] == {"height": 8, "width": 8, "channels": 4}
     assert (description["format"], description["prediction_type"]) == ("flax", "epsilon")
@@ -246,13 +246,13 @@ def test_flax_folder_comes_back_sharded(flax_sd: Path, tiny_sd: Path):
 
 def test_flax_sdxl_teacher_in_bfloat16(tiny_sdxl: Path, tmp_path: Path):
     teacher = Sampler(Pipeline.load(tiny_sdxl, storage=jnp.bfloat16), None)
-    again = load_flax(export_student(teacher, "flax", tmp_path / "out", dtype="bfloat16"))
-    assert again.timestep is None
-    assert same_bytes(again.pipeline.params, teacher.pipeline.params)
+    out = export_student(teacher, "flax", tmp_path / "out", dtype="bfloat16")
+    assert exported.read_description(out)["timestep"] is None
+    assert same_bytes(exported.load_pipeline(out).params, teacher.pipeline.params)
 
 
 def test_flax_to_diffusers(flax_sd: Path, tiny_sd: Path, tmp_path: Path):
-    out = export_student(load_flax(flax_sd), "diffusers", tmp_path / "out")
+    out = export_student(Sampler.load(flax_sd, meshes.make_mesh()), "diffusers", tmp_path / "out")
     again = Sampler.load(out, meshes.make_mesh())
     assert again.timestep == 399
     assert same_bytes(again.pipeline.params, student(tiny_sd, 399).pipeline.params)
@@ -282,10 +282,10 @@ def test_damaged_flax_folder(flax_sd: Path, tmp_path: Path):
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"layers_per_block": 2}))
     with pytest.raises(UserError, match=r"params: not the parameters of the networks beside it"):
-        load_flax(folder)
+        exported.load_pipeline(folder)
     shutil.rmtree(folder / "params")
     with pytest.raises(UserError, match=r"params: folder is missing"):
-        load_flax(folder)
+        exported.load_pipeline(folder)
     for content, words in {
         "{": "cannot be read",
         "[]": "expected a JSON object",
@@ -296,7 +296,7 @@ def test_damaged_flax_folder(flax_sd: Path, tmp_path: Path):
     }.items():
         (folder / "d2g.json").write_text(content)
         with pytest.raises(UserError, match=words):
-            load_flax(folder)
+            exported.load_pipeline(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

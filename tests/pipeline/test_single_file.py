@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -185,11 +186,13 @@ def shipped_tiny(tiny, monkeypatch):
     return only
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_file_of_others(kind, tiny, shipped_tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("sd1", "float16"), ("sd2", "bfloat16"), ("sd2_v", "float32"), ("sdxl", "bfloat16")]
+)
+def test_a_file_of_others(kind, dtype, tiny, shipped_tiny, tmp_path):
     shipped_tiny(kind)
     before = Pipeline.load(tiny[kind])
-    file = strip(export(tiny[kind], tmp_path / "one", dtype="float16"), tmp_path / "theirs.safetensors", **LEFT_BEHIND)
+    file = strip(export(tiny[kind], tmp_path / "one", dtype=dtype), tmp_path / "theirs.safetensors", **LEFT_BEHIND)
     if kind.startswith("sd2"):
         with pytest.raises(UserError, match=r"SD 2.x, whose tensors do not tell what it predicts; say prediction="):
             Pipeline.load(file)
@@ -197,7 +200,7 @@ def test_a_file_of_others(kind, tiny, shipped_tiny, tmp_path):
         file.with_suffix(".yaml").write_text("model:\n  params:\n    parameterization: v\n")
         assert Pipeline.load(file, without=NETWORKS, prediction="sample").scheduler["prediction_type"] == "sample"
     read = Pipeline.load(file, prediction="epsilon" if kind == "sd2" else None)
-    half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16).astype(np.float32), before.params)
+    half = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(dtype)).astype(np.float32), before.params)
     same(read.params, half)
     assert read.scheduler == before.scheduler
     assert len(folder_hash(file)) == 64
@@ -215,6 +218,47 @@ def test_v_prediction_markers_of_xl_are_believed(tiny, shipped_tiny, tmp_path):
     file = strip(export(tiny["sdxl"], tmp_path / "one"), tmp_path / "theirs.safetensors", **marks)
     scheduler = Pipeline.load(file).scheduler
     assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"]) == ("v_prediction", True)
+
+
+NETWORK = "    unet_config:\n      params:\n        context_dim: 1024\n"
+SCALING = (
+    "    denoiser_config:\n      params:\n        scaling_config:\n          target: sgm.modules.diffusionmodules."
+)
+
+
+@pytest.mark.parametrize(
+    ("params", "found"),
+    [
+        (NETWORK, "epsilon"),
+        (f"{NETWORK}    parameterization: v\n", "v_prediction"),
+        ("    parameterization: x0\n", "sample"),
+        (f"{SCALING}VScaling\n", "v_prediction"),
+        (f"{SCALING}EpsScaling\n", "epsilon"),
+        ("    parameterization: w\n", "correct or remove it"),
+        ("    - 1\n", "no config of the original Stable Diffusion"),
+        (NETWORK.replace("1024", "768"), "of a UNet for texts of width 768, the file's is for 1024; remove it"),
+    ],
+)
+def test_what_an_original_config_says(params, found, tmp_path):
+    file = write(tmp_path / "theirs.safetensors", {**UNET, list(UNET)[1]: (320, 1024)})
+    file.with_suffix(".yaml").write_text(f"model:\n  params:\n{params}")
+    if found in single_file.PREDICTIONS:
+        with single_file.settings_folder(file, None) as folder:
+            scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+            unet = json.loads((folder / "unet" / "config.json").read_text())
+        assert scheduler["prediction_type"] == found
+        assert unet["sample_size"] == (96 if found == "v_prediction" else 64)
+    else:
+        with pytest.raises(UserError, match=rf"^{file.with_suffix('.yaml')}: .*{found}"):
+            Pipeline.load(file)
+
+
+def test_another_tokenizer(tiny, tmp_path):
+    """That of a folder in the place of the one that a file says or CLIP's."""
+    own = shutil.copytree(tiny["sd1"] / "tokenizer", tmp_path / "tokenizer") / "tokenizer_config.json"
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"model_max_length": 9}))
+    file = export(tiny["sd1"], tmp_path / "one")
+    assert (Pipeline.load(file).token_length, Pipeline.load(file, tokenizer=own.parent).token_length) == (16, 9)
 
 
 UNET = {
@@ -338,6 +382,46 @@ def test_refused_exports(options, words, tiny, tmp_path):
             Sampler(Pipeline.load(tiny["sd1"]), 999), options.pop("to"), tmp_path / options.pop("out"), **options
         )
     assert list(tmp_path.iterdir()) == []
+
+
+CORE = {
+    "CheckpointLoaderSimple": ("ckpt_name", "MODEL CLIP VAE"),
+    "UNETLoader": ("unet_name weight_dtype", "MODEL"),
+    "CLIPLoader": ("clip_name type", "CLIP"),
+    "DualCLIPLoader": ("clip_name1 clip_name2 type", "CLIP"),
+    "VAELoader": ("vae_name", "VAE"),
+    "ModelSamplingDiscrete": ("model:MODEL sampling zsnr", "MODEL"),
+    "CLIPTextEncode": ("clip:CLIP text", "CONDITIONING"),
+    "EmptyLatentImage": ("width height batch_size", "LATENT"),
+    "KSamplerSelect": ("sampler_name", "SAMPLER"),
+    "BasicScheduler": ("model:MODEL scheduler steps denoise", "SIGMAS"),
+    "SetFirstSigma": ("sigmas:SIGMAS sigma", "SIGMAS"),
+    "RandomNoise": ("noise_seed", "NOISE"),
+    "AddNoise": ("model:MODEL noise:NOISE sigmas:SIGMAS latent_image:LATENT", "LATENT"),
+    "SamplerCustom": (
+        "model:MODEL add_noise noise_seed cfg positive:CONDITIONING negative:CONDITIONING sampler:SAMPLER "
+        "sigmas:SIGMAS latent_image:LATENT",
+        "LATENT LATENT",
+    ),
+    "VAEDecode": ("samples:LATENT vae:VAE", "IMAGE"),
+    "SaveImage": ("images:IMAGE filename_prefix", ""),
+}
+"""Inputs that ComfyUI's core requires of its nodes, with the type of a link, and the types of their outputs."""
+
+
+@pytest.mark.parametrize("timestep", [999, 399])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_every_node_has_what_comfyui_requires(kind, whole, timestep):
+    nodes = comfyui.workflow(of_kind(kind), timestep, "student.safetensors", whole=whole)
+    for node in nodes.values():
+        wanted = dict(word.partition(":")[::2] for word in CORE[node["class_type"]][0].split())
+        assert node["inputs"].keys() == wanted.keys()
+        for name, value in node["inputs"].items():
+            assert isinstance(value, list) == bool(wanted[name])
+            if wanted[name]:
+                outputs = CORE[nodes[value[0]]["class_type"]][1].split()
+                assert outputs[value[1]] == wanted[name]
 
 
 class Comfy:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,10 @@ def test_sd15_by_the_whole_method_fits_24_gb():
     assert {program.name for program in plan.programs} == {"g_adversarial", "d", "r1"}
     assert plan.total_bytes() + 1.5 * 2**30 <= plan.target.chip.memory_bytes
     assert plan.images_per_second_per_chip()["predicted"] > 5
+    text = format_plan(plan)
+    assert "of 22.79: fits" in text
+    assert "train.micro_batch=4" in text
+    assert re.search(r"^5,120,000 images: 1\d\d hours predicted, at least [\d.]+$", text, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -232,7 +237,9 @@ def test_the_command_prints_and_writes(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "by formula, not compiled" in out
     assert "fits" in out
+    predicted, hours = (float(re.search(rf"{before}([\d.e-]+)", out)[1]) for before in ("predicted ", "images: "))
     assert "images/s a chip: at most" in out
+    assert hours * 3600 * 4 * predicted == pytest.approx(read_config().train.images, rel=0.1)
     assert main(["plan", "table", str(file)]) == 0
     row = capsys.readouterr().out.splitlines()[-1]
     assert row.startswith("| digits | gpu:4xL4 | formula |")
