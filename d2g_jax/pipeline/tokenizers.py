@@ -6,6 +6,7 @@ import functools
 import gzip
 import json
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from d2g_jax.pipeline.original_keys import KINDS
 from d2g_jax.pipeline.words import unknown_words
 from d2g_jax.runtime.errors import UserError
 
+_MARKS = re.compile(r"<(lora|lyco|hypernet):|\([^()]+:\d*\.\d+\)")  # "<lora:a:1>" and "(red:1.3)" of A1111, ComfyUI
 _NAMED, _SHOWN = 10, 80  # unknown words in a warning, characters of a text
 
 
@@ -96,7 +98,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
 
 
 def warn_of(tokenizer: Any, prompts: Sequence[str]) -> None:
-    """Warns, a line each, of what `tokenize` cuts off as too long, and of words that a small tokenizer has never seen.
+    """Warns, a line each, of what is cut off as too long, of marks of other programs and of words never seen.
 
     Once for all prompts of a job: they are tokenized batch by batch.
     """
@@ -108,6 +110,9 @@ def warn_of(tokenizer: Any, prompts: Sequence[str]) -> None:
         prompt, lost = cut[0][0], tokenizer.decode(cut[0][1][length - 1 : -1])
         several = f"{len(cut)} of {len(prompts)} prompts are" if len(prompts) > 1 else "prompt"
         warnings.warn(f"{several} longer than {length} tokens, cut off {_short(lost)}: {_short(prompt)}", stacklevel=2)
+    if marked := [prompt for prompt in prompts if _MARKS.search(prompt)]:
+        taken = f"weights and LoRAs that other programs read in a prompt are words here: {_short(marked[0])}"
+        warnings.warn(f"{taken}; --lora=FILE puts a LoRA on the model", stacklevel=2)
     if unknown := unknown_words(tokenizer, prompts):
         more = f" and {len(unknown) - _NAMED} others" if len(unknown) > _NAMED else ""
         warnings.warn(f"words that this model has never seen: {', '.join(unknown[:_NAMED])}{more}", stacklevel=2)

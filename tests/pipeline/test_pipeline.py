@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -344,6 +345,20 @@ def test_long_captions_are_counted_in_one_line(tiny_vocabulary, tmp_path: Path):
     with pytest.warns(UserWarning, match=r"^prompt longer than 16 tokens, cut off 'the") as told:
         tokenizers.warn_of(tokenizer, ["the " * 1000])
     assert len(str(told[0].message)) < 300
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a (red:1.3) cat", "cat <lora:more-detail:0.8>", "<hypernet:a:1> cat", "((a, b:.5))"]
+)
+def test_marks_of_other_programs_are_said_to_be_words(prompt, tiny_vocabulary, tmp_path: Path):
+    for file, good in tokenizers.tokenizer_files(*tiny_vocabulary, 77).items():
+        (tmp_path / file).write_bytes(good)
+    tokenizer = tokenizers.load_tokenizer(tmp_path)
+    with pytest.warns(UserWarning, match=re.escape(f"are words here: {prompt!r}; --lora=FILE")):
+        tokenizers.warn_of(tokenizer, ["cat", prompt])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizers.warn_of(tokenizer, ["a train (at 12:30)", "1 < 2 (a: b)", "[cat]"])
 
 
 def _stub(class_name: str = pipelines.SD, scheduler: dict | None = None, cond: int | None = None) -> SimpleNamespace:
