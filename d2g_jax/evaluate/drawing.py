@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax.diffusion import noise
-from d2g_jax.pipeline.conditioning import tokenize_prompts
+from d2g_jax.pipeline.conditioning import tokenize_prompts, warn_of_prompts
 from d2g_jax.pipeline.draw import Drawn, Programs, Solution, draw
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
@@ -85,6 +85,7 @@ class Painter:
         `pipeline.draw.check_finite` does.
         """
         self.claim(prompts, folder, first_noise=first_noise)
+        warn_of_prompts(self._sampler.pipeline, prompts)
         devices = meshes.batch_shards(self._mesh)
         batch_size = -(-min(self._model.batch_size, len(prompts)) // devices) * devices
         with Progress("draw", len(prompts), "image", beginning="compiling") as progress:

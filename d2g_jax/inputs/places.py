@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 from d2g_jax.runtime.errors import UserError
@@ -62,7 +63,18 @@ def check_new_folder(folder: Path) -> None:
     _check_writable(folder.absolute(), folder)
 
 
+def check_room(folder: Path, size: int, what: str) -> None:
+    """Raises `UserError`, before long work, where a disk has less than `size` bytes free for `what` alone."""
+    if size > (free := shutil.disk_usage(_nearest(folder.absolute())).free):
+        raise UserError(f"{folder}: {what} take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; ask for less")
+
+
 def _check_writable(folder: Path, asked: Path) -> None:
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+    there = _nearest(folder)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"{asked}: {there} cannot be written; choose another folder")
+
+
+def _nearest(path: Path) -> Path:
+    """`path` or the first folder above it that is there."""
+    return next(place for place in (path, *path.parents) if place.exists())

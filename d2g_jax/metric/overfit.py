@@ -159,7 +159,10 @@ def set_up(config: ml_collections.ConfigDict) -> tuple[list[str], Scene, np.ndar
     encode = jax.jit(lambda params, images: network.apply(params, images, method="encode")[0])
     target = vae.scale_latents(vae_config, encode(params, originals))
     scene = Scene(target, target, metric, lpips, params, network)
-    return names, dataclasses.replace(scene, images=jax.jit(Scene.decode)(scene, target)), originals
+    images = jax.jit(Scene.decode)(scene, target)
+    if not jnp.isfinite(images).all():
+        raise UserError(f"{config.pipeline}/vae: makes images of its latents that are not finite; check its weights")
+    return names, dataclasses.replace(scene, images=images), originals
 
 
 def read_targets(settings: ml_collections.ConfigDict, size: int) -> tuple[list[str], np.ndarray]:

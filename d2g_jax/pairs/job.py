@@ -19,7 +19,7 @@ from d2g_jax.diffusion import noise, solvers
 from d2g_jax.pairs.batches import Batch, Teacher, check_batch_size, one_ahead
 from d2g_jax.pairs.claims import Claims
 from d2g_jax.pairs.prompts import Prompts, read_prompts
-from d2g_jax.pipeline.conditioning import text_shapes
+from d2g_jax.pipeline.conditioning import text_shapes, warn_of_prompts
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import folder_hash
@@ -125,6 +125,7 @@ def make_pairs(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     Raises `UserError` when the folder holds pairs of another config, or cannot be written.
     """
     teacher = load_teacher(config)
+    warn_of_prompts(teacher.pipeline, teacher.prompts.lines)
     folder = buckets.as_path(workdir) / FOLDER
     with terminating(), Claims(folder, teacher.manifest, config.pairs.lease_seconds) as claims:
         teacher.manifest.write(folder)

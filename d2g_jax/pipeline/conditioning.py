@@ -11,7 +11,7 @@ import numpy as np
 
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline.folder import Pipeline
-from d2g_jax.pipeline.tokenizers import tokenize
+from d2g_jax.pipeline.tokenizers import tokenize, warn_of
 
 
 class Conditioning(NamedTuple):
@@ -27,6 +27,12 @@ class Conditioning(NamedTuple):
 def tokenize_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> np.ndarray:
     """Prompts as int32 (N, `pipeline.token_length`): what `encode_text` takes."""
     return np.concatenate([tokenize(tokenizer, prompts) for tokenizer in pipeline.tokenizers], axis=1)
+
+
+def warn_of_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> None:
+    """See `tokenizers.warn_of`; of each text tower."""
+    for tokenizer in pipeline.tokenizers:
+        warn_of(tokenizer, prompts)
 
 
 def size_ids(pipeline: Pipeline, size: tuple[int, int] | None = None) -> tuple[int, ...]:
@@ -59,6 +65,7 @@ def encode_negative(
     pipeline: Pipeline, params: Mapping[str, Params], prompt: str, sizes: Sequence[int] | None = None
 ) -> Conditioning:
     """The other half of guidance, one row: an empty prompt is all zeros for SDXL, as in diffusers."""
+    warn_of_prompts(pipeline, [prompt])
     encoded = encode_text(pipeline, params, jnp.asarray(tokenize_prompts(pipeline, [prompt])), sizes)
     if prompt or not pipeline.zeros_for_empty_prompt:
         return encoded

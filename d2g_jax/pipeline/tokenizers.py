@@ -6,6 +6,7 @@ import functools
 import gzip
 import json
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,8 @@ from d2g_jax.pipeline.original_keys import KINDS
 from d2g_jax.pipeline.words import unknown_words
 from d2g_jax.runtime.errors import UserError
 
-_NAMED = 10  # unknown words in a warning
+_MARKS = re.compile(r"<(lora|lyco|hypernet):|\([^()]+:\d*\.\d+\)")  # "<lora:a:1>" and "(red:1.3)" of A1111, ComfyUI
+_NAMED, _SHOWN = 10, 80  # unknown words in a warning, characters of a text
 
 
 def read_component(file: Path) -> dict[str, Any]:
@@ -86,25 +88,38 @@ _TOKENIZING = threading.Lock()
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
-    """Prompts as int32 (N, L) with L = `model_max_length`, padded.
-
-    Warns, a line each, of what is cut off as too long and of words that a tokenizer of few words has never seen.
-    """
+    """Prompts as int32 (N, L) with L = `model_max_length`, padded or cut off: see `warn_of`."""
+    length = tokenizer.model_max_length
     if not prompts:
-        return np.zeros((0, tokenizer.model_max_length), np.int32)
+        return np.zeros((0, length), np.int32)
+    with _TOKENIZING:
+        fitted = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"]
+    return np.asarray(fitted, np.int32)
+
+
+def warn_of(tokenizer: Any, prompts: Sequence[str]) -> None:
+    """Warns, a line each, of what is cut off as too long, of marks of other programs and of words never seen.
+
+    Once for all prompts of a job: they are tokenized batch by batch.
+    """
     length = tokenizer.model_max_length
     with _TOKENIZING:
-        # not verbose: its warning of indexing errors is not true of prompts that are cut off next
+        # not verbose: its warning of indexing errors is not true of prompts that are cut off
         whole = tokenizer(list(prompts), verbose=False)["input_ids"]
-        fitted = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"]
     if cut := [(prompt, ids) for prompt, ids in zip(prompts, whole, strict=True) if len(ids) > length]:
         prompt, lost = cut[0][0], tokenizer.decode(cut[0][1][length - 1 : -1])
         several = f"{len(cut)} of {len(prompts)} prompts are" if len(prompts) > 1 else "prompt"
-        warnings.warn(f"{several} longer than {length} tokens, cut off {lost!r}: {prompt!r}", stacklevel=2)
+        warnings.warn(f"{several} longer than {length} tokens, cut off {_short(lost)}: {_short(prompt)}", stacklevel=2)
+    if marked := [prompt for prompt in prompts if _MARKS.search(prompt)]:
+        taken = f"weights and LoRAs that other programs read in a prompt are words here: {_short(marked[0])}"
+        warnings.warn(f"{taken}; --lora=FILE puts a LoRA on the model", stacklevel=2)
     if unknown := unknown_words(tokenizer, prompts):
         more = f" and {len(unknown) - _NAMED} others" if len(unknown) > _NAMED else ""
         warnings.warn(f"words that this model has never seen: {', '.join(unknown[:_NAMED])}{more}", stacklevel=2)
-    return np.asarray(fitted, np.int32)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def tokenizer_files(

@@ -182,7 +182,8 @@ def _reading(file: str | Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
+        remedy = "fetch it again, or save it again with safetensors where other programs read it"
+        raise UserError(f"{file}: not a whole safetensors file ({error}); {remedy}") from error
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from d2g_jax.inputs.text import as_prompt
-from d2g_jax.pipeline.conditioning import Conditioning, tokenize_prompts
+from d2g_jax.pipeline.conditioning import Conditioning, tokenize_prompts, warn_of_prompts
 from d2g_jax.pipeline.draw import Programs, check_finite
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.play import pad
@@ -151,7 +151,8 @@ class Studio:
             self._texts.popitem(last=False)  # the one that was not asked for longest
         with warnings.catch_warnings(record=True) as caught:  # one prompt a key pressed: to the page, not the terminal
             warnings.simplefilter("always", UserWarning)
-            ids = tokenize_prompts(system.pipeline, [prompt])
+            warn_of_prompts(system.pipeline, [prompt])
+        ids = tokenize_prompts(system.pipeline, [prompt])
         text = jax.block_until_ready(system.programs.encode(meshes.place_batch(ids, self._mesh)))
         notes = tuple(dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning))
         return text, notes

@@ -17,7 +17,9 @@ from PIL import Image
 from d2g_jax.diffusion import noise
 from d2g_jax.inputs.arrays import read_array
 from d2g_jax.inputs.numbers import COUNT
+from d2g_jax.inputs.places import check_room
 from d2g_jax.inputs.text import as_prompt
+from d2g_jax.pipeline.conditioning import warn_of_prompts
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.runtime import atomic
 from d2g_jax.runtime.grid import grid, save_png
@@ -76,8 +78,10 @@ def sample(model: str | Path, request: Request, out: Path) -> dict[str, float]:
     one = prepare(range(1))  # refuses what is wrong with the request
     count = len(request.prompts) * request.images_per_prompt
     COUNT.check("images of all prompts", count)
+    check_room(out, 2 * count * one.noise[0].nbytes, f"noise and latents of {count} images")
     described = _describe(str(model), request, loaded, one.noise, given)
     check(out, described)
+    warn_of_prompts(loaded.sampler.pipeline, request.prompts)
     shape = (count, *one.noise.shape[1:])
     arrays = {name: _Growing(out / name, shape) for name in ("noise.npy", "latents.npy")}
     prepared, compiled, seconds = time.monotonic(), None, {}

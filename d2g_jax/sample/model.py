@@ -15,7 +15,7 @@ from PIL import Image
 
 from d2g_jax.inputs import numbers
 from d2g_jax.inputs.text import as_prompt
-from d2g_jax.pipeline.conditioning import tokenize_prompts
+from d2g_jax.pipeline.conditioning import tokenize_prompts, warn_of_prompts
 from d2g_jax.pipeline.draw import Drawn, Programs, Solution, draw
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
@@ -87,7 +87,9 @@ class Model:
         if unknown := [name for name in solution if name not in known]:
             raise TypeError(f"no option {unknown[0]!r}; a teacher's are {', '.join(known)}")
         size, asked = (height, width), Solution(**solution) if solution else None
-        return self.prepare(prompts, seed, latents, images, size, batch, tiled, asked)
+        drawing = self.prepare(prompts, seed, latents, images, size, batch, tiled, asked)
+        warn_of_prompts(self.sampler.pipeline, drawing.prompts)
+        return drawing
 
     def prepare(
         self,

@@ -15,6 +15,15 @@ def test_modes_that_look_the_same_as_rgb(mode, tmp_path):
     assert (read_rgb(file, file).mode, read_rgb(file, file).size) == ("RGB", (4, 3))
 
 
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_images_are_not_turned_as_exif_says(orientation, tmp_path):
+    """As clean-fid, torchvision's folders and `PIL.Image.open` leave them."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_rgb(tmp_path / "a.jpg", "a").size == (4, 3)
+
+
 def _sixteen_bits(file):
     Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(file)
 

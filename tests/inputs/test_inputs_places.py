@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from d2g_jax.__main__ import main
-from d2g_jax.inputs.places import cache_folder, check_new_folder, check_output, is_there, local_path
+from d2g_jax.inputs.places import cache_folder, check_new_folder, check_output, check_room, is_there, local_path
 from d2g_jax.plan import store
 from d2g_jax.runtime.errors import UserError
 
@@ -71,6 +71,13 @@ def test_outputs_that_cannot_be(tmp_path):
     check_output(tmp_path / "new" / "a.json", "a.json")
     check_new_folder(tmp_path / "new" / "er")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("below", ["", "new", "new/er"])
+def test_what_no_disk_holds_is_not_begun(below, tmp_path):
+    check_room(tmp_path / below, 1000, "images")
+    with pytest.raises(UserError, match=r"images take 1000000000.0 GB, .* GB are free; ask for less"):
+        check_room(tmp_path / below, 10**18, "images")
 
 
 def test_without_a_home_nothing_is_cached(monkeypatch):

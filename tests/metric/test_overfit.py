@@ -220,6 +220,16 @@ def test_other_workdirs_and_broken_states_are_refused(tmp_path):
         job.overfit(config(losses=("mse",)), tmp_path / "run")
 
 
+@pytest.mark.parametrize("bias", [np.nan, np.inf, -np.inf])
+def test_a_vae_whose_images_are_not_finite_is_named(bias, tmp_path, monkeypatch):
+    """Its pictures would be black or white."""
+    decode = job.Scene.decode
+    monkeypatch.setattr(job.Scene, "decode", lambda scene, latents: decode(scene, latents) + bias)
+    with pytest.raises(UserError, match=r"pipeline/vae: makes images of its latents that are not finite; check its"):
+        job.overfit(config(losses=("mse",)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_loss_that_is_not_finite_is_named(tmp_path):
     with pytest.raises(UserError, match=r"mse is not finite after 2 steps; lower overfit\.learning_rate"):
         job.overfit(config(losses=("mse",), learning_rate=1e30), tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -156,7 +157,8 @@ def test_tokenize(loaded: Pipeline):
     assert ids.dtype == np.int32
     np.testing.assert_array_equal(ids, oracle(PROMPTS, padding="max_length", max_length=16).input_ids)
     with pytest.warns(UserWarning, match="longer than 16 tokens, cut off 'dog'"):
-        long = tokenizers.tokenize(loaded.tokenizer, ["the " * 14 + "dog"])
+        tokenizers.warn_of(loaded.tokenizer, ["the " * 14 + "dog"])
+    long = tokenizers.tokenize(loaded.tokenizer, ["the " * 14 + "dog"])
     assert long.shape == (1, 16)
     assert long[0, -1] == oracle.eos_token_id
     assert tokenizers.tokenize(loaded.tokenizer, []).shape == (0, 16)
@@ -300,10 +302,10 @@ def test_words_that_a_small_tokenizer_has_never_seen():
     tokenizer = Pipeline.load(WEIGHTS / "pipeline", without=("text_encoder", "unet", "vae")).tokenizer
     assert {"seven", "bold", "slanted"} <= set(words.known_words(tokenizer))
     with pytest.warns(UserWarning, match="never seen: orange, cow$"):
-        tokenizers.tokenize(tokenizer, ["a bold Orange seven", "a thin cow, 3", "a orange 5"])
+        tokenizers.warn_of(tokenizer, ["a bold Orange seven", "a thin cow, 3", "a orange 5"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tokenizers.tokenize(tokenizer, ["", "a bold seven slanted to the right", "digit 3, thin strokes"])
+        tokenizers.warn_of(tokenizer, ["", "a bold seven slanted to the right", "digit 3, thin strokes"])
 
 
 def test_a_tokenizer_that_spells_has_no_list_of_words(tiny_sd):
@@ -338,8 +340,25 @@ def test_long_captions_are_counted_in_one_line(tiny_vocabulary, tmp_path: Path):
     tokenizer = tokenizers.load_tokenizer(tmp_path)
     long = "the " * 14 + "dog"
     with pytest.warns(UserWarning, match="^2 of 4 prompts are longer than 16 tokens, cut off 'dog': 'the") as told:
-        tokenizers.tokenize(tokenizer, ["cat", long, long, "dog"])
+        tokenizers.warn_of(tokenizer, ["cat", long, long, "dog"])
     assert len(told) == 1
+    with pytest.warns(UserWarning, match=r"^prompt longer than 16 tokens, cut off 'the") as told:
+        tokenizers.warn_of(tokenizer, ["the " * 1000])
+    assert len(str(told[0].message)) < 300
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a (red:1.3) cat", "cat <lora:more-detail:0.8>", "<hypernet:a:1> cat", "((a, b:.5))"]
+)
+def test_marks_of_other_programs_are_said_to_be_words(prompt, tiny_vocabulary, tmp_path: Path):
+    for file, good in tokenizers.tokenizer_files(*tiny_vocabulary, 77).items():
+        (tmp_path / file).write_bytes(good)
+    tokenizer = tokenizers.load_tokenizer(tmp_path)
+    with pytest.warns(UserWarning, match=re.escape(f"are words here: {prompt!r}; --lora=FILE")):
+        tokenizers.warn_of(tokenizer, ["cat", prompt])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizers.warn_of(tokenizer, ["a train (at 12:30)", "1 < 2 (a: b)", "[cat]"])
 
 
 def _stub(class_name: str = pipelines.SD, scheduler: dict | None = None, cond: int | None = None) -> SimpleNamespace:

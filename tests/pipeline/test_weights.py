@@ -309,6 +309,18 @@ def test_both_names_of_one_tensor():
     one_line(error, "final_layer_norm.bias", "keep one")
 
 
+@pytest.mark.parametrize(
+    "change", [lambda whole: whole + b"\0" * 7, lambda whole: whole * 2, lambda _: b"<!DOCTYPE html>" + b" " * 3000]
+)
+def test_bytes_behind_the_tensors_and_pages_of_a_web_server(change, tmp_path: Path):
+    file = tmp_path / "model.safetensors"
+    weights.save_state_dict(torch_state(), file)
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(UserError) as error:
+        weights.load_state_dict(tmp_path)
+    one_line(error, str(file), "fetch it again, or save it again with safetensors where other programs read it")
+
+
 @pytest.mark.parametrize("kept", [4, 200, -1])
 def test_truncated_file(kept: int, tmp_path: Path):
     file = tmp_path / "model.safetensors"

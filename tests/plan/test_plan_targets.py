@@ -113,9 +113,16 @@ def test_a_mesh_that_does_not_divide(capsys):
     assert "mesh.fsdp=3 does not divide the 16 devices" in told
 
 
-def test_a_batch_that_does_not_divide(capsys):
-    told = line(capsys, "--topology=v5e:4x4", "--method=formula", "--config.train.groups=2")
-    assert "train.groups=2 is not a multiple of the 16 devices" in told
+@pytest.mark.parametrize(("topology", "devices"), [("v5e:4x4", 16), ("v5p:2x2x2", 8), ("cpu:6", 6)])
+def test_a_batch_that_does_not_divide(topology, devices, capsys):
+    """The README's own default on more devices: which setting to change, and to what."""
+    told = line(capsys, f"--topology={topology}", "--method=formula")
+    assert f"train.groups=2 is not a multiple of the {devices} devices of the mesh; set it to {devices} or more" in told
+
+
+def test_the_setting_that_is_told_is_the_one(capsys):
+    told = line(capsys, "--topology=v5e:4x4", "--method=formula", "--config.train.groups=24")
+    assert "train.batch_size=64 is not a multiple of train.groups=24; change one of them" in told
 
 
 def test_an_unknown_pipeline(capsys):

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from tiny import CONFIG
+from tiny import CONFIG, get_config
 
 from d2g_jax import pairs, records
 from d2g_jax.train.checkpoint import Checkpoints
@@ -21,6 +21,12 @@ sys.exit(main())
 """
 SMALL_PAIRS = [CONFIG, "--config.pairs.records_per_shard=8", "--config.pairs.steps=3", "--config.pairs.batch_size=8"]
 SMALL_TRAIN = [CONFIG, "--config.train.batch_size=8", "--config.train.log_every=8", "--config.train.checkpoint_every=8"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _networks():
+    """Those of CONFIG, made before a job reads it: one that computes them itself cannot choose its devices any more."""
+    get_config()
 
 
 def interrupted(ready, *arguments, by=signal.SIGINT):

@@ -102,6 +102,20 @@ def test_the_grid_shows_the_first(model, tmp_path, monkeypatch):
     assert np.load(tmp_path / "out" / "noise.npy").shape == (5, 4, 16, 16)
 
 
+@pytest.mark.parametrize("images", [1_000_000_000, 2_000_000_000])
+def test_more_images_than_a_disk_holds_are_refused_at_once(images, model, tmp_path, capsys):
+    line = refused(capsys, "sample", f"--model={model}", "--prompt=a", f"--images={images}", f"--out={tmp_path / 'o'}")
+    assert f"noise and latents of {images} images take " in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_long_prompts_are_counted_once_for_all_batches(model, tmp_path):
+    long = [f"--prompt={word} {'red ' * 40}" for word in ("a", "b", "c")]
+    with pytest.warns(UserWarning, match="longer than") as told:
+        assert sample(model, tmp_path / "out", *long, "--prompt=a", "--images=2") == 0  # 8 images in batches of 2
+    assert [str(one.message)[:14] for one in told] == ["3 of 4 prompts"]
+
+
 @pytest.fixture(scope="module")
 def overflowing(model, tmp_path_factory):
     """Finite latents and finite weights, and a decoder whose images are not finite."""
