@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from d2g_jax import records
-from d2g_jax.bench.measure import Bar, Candidate, make_report, ratio, time_in_turns
+from d2g_jax.bench.measure import Bar, Candidate, check_counts, make_report, ratio, time_in_turns
 from d2g_jax.diffusion import noise
 from d2g_jax.runtime.errors import UserError
 
@@ -32,7 +32,7 @@ _SHUFFLE_BUFFER = 1024  # records, of tf.data
 
 
 @dataclasses.dataclass(frozen=True)
-class InputRequest:
+class Request:
     """What `d2g bench input` is asked for.
 
     Attributes:
@@ -53,12 +53,10 @@ class InputRequest:
         """Raises `UserError` that names the flag."""
         if self.shape not in SHAPES:
             raise UserError(f"--shape={self.shape} is unknown; choose one of {', '.join(SHAPES)}")
-        for flag in ("records", "batch", "repeats"):
-            if getattr(self, flag) < 1:
-                raise UserError(f"--{flag}={getattr(self, flag)}: give 1 or more")
+        check_counts(self, "records", "batch", "repeats")
 
 
-def run_input(request: InputRequest) -> dict[str, Any]:
+def run(request: Request) -> dict[str, Any]:
     """Measures and returns the report; `value` of a row is records per second.
 
     Raises `UserError` for a bad request and a folder without pairs.
@@ -89,7 +87,7 @@ def run_input(request: InputRequest) -> dict[str, Any]:
     return make_report("input", settings, rows, bars)
 
 
-def make_folder(folder: Path, request: InputRequest) -> Path:
+def make_folder(folder: Path, request: Request) -> Path:
     """Random records of the shape asked for, in ten shards or fewer."""
     shape, tokens = SHAPES[request.shape]
     settings = {"shape": shape, "count": request.records}

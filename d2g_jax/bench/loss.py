@@ -8,8 +8,7 @@ All networks have random weights, which take as long as trained ones.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from d2g_jax.bench import torch_metric
 from d2g_jax.bench.measure import (
     Bar,
     Candidate,
+    check_counts,
     compile_candidate,
     flops,
     make_report,
@@ -61,7 +61,7 @@ SD15 = Networks(
 
 
 @dataclasses.dataclass(frozen=True)
-class LossRequest:
+class Request:
     """What `d2g bench loss` is asked for.
 
     Attributes:
@@ -90,9 +90,7 @@ class LossRequest:
         smallest = max(step * 2 ** sum(networks.latent.pools), 2 ** sum(networks.pixels.pools))
         if self.size < smallest or self.size % step:
             raise UserError(f"--size={self.size}: give pixels, a multiple of {step} and {smallest} at least")
-        for flag in ("batch", "repeats"):
-            if getattr(self, flag) < 1:
-                raise UserError(f"--{flag}={getattr(self, flag)}: give 1 or more")
+        check_counts(self, "batch", "repeats")
         if not self.dtypes or not set(self.dtypes) <= set(DTYPES):
             raise UserError(f"--dtype={','.join(self.dtypes)}: give {', '.join(DTYPES)} or both")
         augment.check_preset(self.preset)
@@ -109,7 +107,7 @@ class _Inputs:
     heads: list[np.ndarray]
 
 
-def run_loss(request: LossRequest, networks: Networks = SD15) -> dict[str, Any]:
+def run(request: Request, networks: Networks = SD15) -> dict[str, Any]:
     """Measures and returns the report, a dict for JSON: `measure.format_report` prints it, `write_report` stores it.
 
     Rows as of `measure.time_in_turns`, with `value`, the loss itself. Raises `UserError` for a bad request.
@@ -118,21 +116,17 @@ def run_loss(request: LossRequest, networks: Networks = SD15) -> dict[str, Any]:
     inputs = _inputs(request, networks)
     metrics = {dtype: _latent_metric(networks, inputs, dtype) for dtype in request.dtypes}
     backward = _backward_by_half(metrics[request.dtypes[0]], inputs)
-    programs = [*_light(request, inputs, metrics), *_heavy(request, networks, inputs)]
-    candidates = []
+    programs = [*_in_latents(request, metrics), *(_decoded(request, networks) if request.decode else ())]
+    candidates = [product_candidate(dtype) for dtype in request.dtypes]
     with Progress("compile", len(programs), "programs") as progress:
-        for compiled in progress.over(programs):
-            candidates.append(compiled())
+        candidates += [_compiled(*program, inputs) for program in progress.over(programs)]
     if request.torch:
         latents = (np.asarray(inputs.generated), np.asarray(inputs.target))
         candidates += torch_metric.candidates(
             networks.latent, inputs.trunk, inputs.heads, networks.space, latents, request.dtypes
         )
     rows = time_in_turns(candidates, request.repeats)
-    report = make_report("loss", dataclasses.asdict(request), rows, _bars(rows, request.dtypes, backward))
-    if request.torch:
-        report["environment"]["torch"] = torch_metric.version()
-    return report
+    return make_report("loss", dataclasses.asdict(request), rows, _bars(rows, request.dtypes, backward))
 
 
 def _random_heads(config: vgg.VGGConfig, seed: int) -> list[np.ndarray]:
@@ -140,7 +134,7 @@ def _random_heads(config: vgg.VGGConfig, seed: int) -> list[np.ndarray]:
     return [np.float32(0.1) * rng.random(width, np.float32) for width in config.widths]
 
 
-def _inputs(request: LossRequest, networks: Networks) -> _Inputs:
+def _inputs(request: Request, networks: Networks) -> _Inputs:
     """Scaled latents of unit deviation with correlation 0.8: a student on its way."""
     rng = np.random.default_rng(request.seed)
     side = request.size // networks.autoencoder.downscale
@@ -157,14 +151,18 @@ def _latent_metric(networks: Networks, inputs: _Inputs, dtype: str) -> perceptua
     )
 
 
-# Every loss is (generated, target, key, metric) -> a scalar.
+Loss = Callable[..., jax.Array]
+"""(generated, target, key, metric) -> a scalar."""
+
+Program = tuple[str, str, Loss, Any]
+"""Name and dtype of a row, and its loss with its metric."""
 
 
 def _mse(generated: jax.Array, target: jax.Array, key: jax.Array, metric: Any) -> jax.Array:
     return perceptual.mse(generated, target).mean()
 
 
-def _augmentation(preset: str) -> Callable[..., jax.Array]:
+def _augmentation(preset: str) -> Loss:
     """Both latents through one draw. The product with the target's, held constant, has a gradient like any loss's."""
 
     def loss(generated: jax.Array, target: jax.Array, key: jax.Array, metric: Any) -> jax.Array:
@@ -179,7 +177,7 @@ def _latent_lpips(generated: jax.Array, target: jax.Array, key: jax.Array, metri
     return metric.distance(generated, target, scaled=True).mean()
 
 
-def _e_latent_lpips(preset: str) -> Callable[..., jax.Array]:
+def _e_latent_lpips(preset: str) -> Loss:
     def loss(generated: jax.Array, target: jax.Array, key: jax.Array, metric: Any) -> jax.Array:
         return perceptual.e_latent_lpips(metric, key, generated, target, preset, scaled=True).mean()
 
@@ -197,55 +195,43 @@ def _backward_by_half(metric: perceptual.LatentLPIPS, inputs: _Inputs) -> float:
     return 2 * (both - forward) / forward
 
 
-def _compiled(name: str, dtype: str, loss: Callable[..., jax.Array], inputs: _Inputs, metric: Any) -> Candidate:
+def _compiled(name: str, dtype: str, loss: Loss, metric: Any, inputs: _Inputs) -> Candidate:
     arguments = (inputs.generated, inputs.target, inputs.key, metric)
     value = lambda result: {"value": float(result[0])}  # noqa: E731
     return compile_candidate(name, dtype, jax.value_and_grad(loss), *arguments, describe=value)
 
 
-def _light(
-    request: LossRequest, inputs: _Inputs, metrics: dict[str, perceptual.LatentLPIPS]
-) -> list[Callable[[], Candidate]]:
-    """Compilations of everything in latents, and of the product that the device's peak is measured by."""
-    compilation = functools.partial(functools.partial, _compiled)
-    programs = [functools.partial(product_candidate, dtype) for dtype in request.dtypes]
-    programs.append(compilation("mse", "float32", _mse, inputs, None))
-    programs.append(compilation("augmentation", "float32", _augmentation(request.preset), inputs, None))
+def _in_latents(request: Request, metrics: dict[str, perceptual.LatentLPIPS]) -> Iterator[Program]:
+    yield "mse", "float32", _mse, None
+    yield "augmentation", "float32", _augmentation(request.preset), None
     for dtype, metric in metrics.items():
-        programs.append(compilation("latent_lpips", dtype, _latent_lpips, inputs, metric))
-        programs.append(compilation("e_latent_lpips", dtype, _e_latent_lpips(request.preset), inputs, metric))
-    return programs
+        yield "latent_lpips", dtype, _latent_lpips, metric
+        yield "e_latent_lpips", dtype, _e_latent_lpips(request.preset), metric
 
 
-def _heavy(request: LossRequest, networks: Networks, inputs: _Inputs) -> list[Callable[[], Candidate]]:
-    """Compilations of decoding and pixel LPIPS, one for each dtype."""
-    if not request.decode:
-        return []
+def _decoded(request: Request, networks: Networks) -> Iterator[Program]:
+    """Decoding and pixel LPIPS, of random weights."""
     trunk = random_params(vgg.build(networks.pixels).abstract(), request.seed + 2)
     autoencoder = random_params(vae.build(networks.autoencoder).abstract(), request.seed + 3)
     autoencoder = jax.tree.map(jnp.asarray, autoencoder)
     heads = _random_heads(networks.pixels, request.seed)
-    metrics = {d: lpips.LPIPS.from_params(trunk, heads, networks.pixels, jnp.dtype(d)) for d in request.dtypes}
-    return [
-        functools.partial(_compile_decoded, networks, inputs, dtype, metric, autoencoder)
-        for dtype, metric in metrics.items()
-    ]
+    for dtype in request.dtypes:
+        metric = lpips.LPIPS.from_params(trunk, heads, networks.pixels, jnp.dtype(dtype))
+        yield "decode + lpips", dtype, _decoded_lpips(networks.autoencoder, dtype), (metric, autoencoder)
 
 
-def _compile_decoded(
-    networks: Networks, inputs: _Inputs, dtype: str, metric: lpips.LPIPS, autoencoder: Params
-) -> Candidate:
-    network = vae.build(networks.autoencoder, jnp.dtype(dtype))
+def _decoded_lpips(config: vae.VaeConfig, dtype: str) -> Loss:
+    network = vae.build(config, jnp.dtype(dtype))
 
     def loss(generated: jax.Array, target: jax.Array, key: jax.Array, frozen: Any) -> jax.Array:
         metric, params = frozen
 
         def decode(latents: jax.Array) -> jax.Array:
-            return network.apply(params, vae.unscale_latents(networks.autoencoder, latents), method="decode")
+            return network.apply(params, vae.unscale_latents(config, latents), method="decode")
 
         return lpips.decoded_lpips(metric, decode, generated, target).mean()
 
-    return _compiled("decode + lpips", dtype, loss, inputs, (metric, autoencoder))
+    return loss
 
 
 def _bars(rows: list[dict[str, Any]], dtypes: tuple[str, ...], backward: float) -> list[Bar]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib.metadata
+import importlib.util
 import os
 import statistics
 import time
@@ -20,11 +22,15 @@ import jax.numpy as jnp
 
 from d2g_jax.plan.trace import program_cost
 from d2g_jax.runtime import atomic
+from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.progress import Progress
 from d2g_jax.runtime.runs import environment
 
 PRODUCT = "matrix product"
 """Name of the row whose best rate counts as the device's peak; see `product_candidate` and `peaks`."""
+
+RIVALS = ("torch", "diffusers", "transformers")
+"""What the benches compare with, where it is installed; no dependencies."""
 
 GIB = 2.0**30
 
@@ -69,6 +75,13 @@ class Candidate:
     facts: Facts | None = None
     not_run: str | None = None
     describe: Callable[[Any], dict[str, Any]] = lambda result: {}
+
+
+def check_counts(request: Any, *flags: str) -> None:
+    """Raises `UserError` unless these fields of a bench's request are 1 or more."""
+    for flag in flags:
+        if getattr(request, flag) < 1:
+            raise UserError(f"--{flag}={getattr(request, flag)}: give 1 or more")
 
 
 def compile_candidate(
@@ -233,11 +246,16 @@ def make_report(bench: str, settings: dict[str, Any], rows: list[dict[str, Any]]
     return {
         "bench": bench,
         "date": datetime.date.today().isoformat(),
-        "environment": {**environment(), "processor": _processor(), "load_average": _load_average()},
+        "environment": {**environment(), **_rivals(), "processor": _processor(), "load_average": _load_average()},
         "settings": settings,
         "rows": rows,
         "bars": [dataclasses.asdict(bar) for bar in bars],
     }
+
+
+def _rivals() -> dict[str, str]:
+    """Versions of what is installed to compare with."""
+    return {name: importlib.metadata.version(name) for name in RIVALS if importlib.util.find_spec(name)}
 
 
 def _processor() -> str | None:

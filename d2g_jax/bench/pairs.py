@@ -18,6 +18,7 @@ from d2g_jax.bench import torch_pairs, torch_pipeline
 from d2g_jax.bench.measure import (
     Bar,
     Candidate,
+    check_counts,
     does_not_fit,
     make_report,
     product_candidate,
@@ -27,6 +28,7 @@ from d2g_jax.bench.measure import (
 from d2g_jax.bench.networks import check_dtype, default_dtype, known, random_pipeline
 from d2g_jax.bench.programs import Compiled, together
 from d2g_jax.diffusion import noise
+from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Solution, draw, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
@@ -42,7 +44,7 @@ OF_DIFFUSERS = {"cpu": 1.0, "gpu": 1.3}
 
 
 @dataclasses.dataclass(frozen=True)
-class PairsRequest:
+class Request:
     """What `d2g bench pairs` is asked for.
 
     Attributes:
@@ -58,22 +60,20 @@ class PairsRequest:
       seed: of random weights and noise.
     """
 
-    model: str
+    model: str = str(WEIGHTS / "pipeline")
     prompt: str = "a bold red seven slanted to the right on navy and white stripes"
     batch: int = 64
     steps: int = 50
     guidance_scale: float = 3.0
     dtype: str | None = None
-    repeats: int = 3
+    repeats: int = 5
     torch: bool = True
     compile: bool | None = None
     seed: int = 0
 
-    def resolved(self) -> PairsRequest:
+    def resolved(self) -> Request:
         """The request with this device's defaults; raises `UserError` that names the flag."""
-        for flag in ("batch", "steps", "repeats"):
-            if getattr(self, flag) < 1:
-                raise UserError(f"--{flag}={getattr(self, flag)}: give 1 or more")
+        check_counts(self, "batch", "steps", "repeats")
         if self.batch % jax.device_count():
             raise UserError(f"--batch={self.batch} is not a multiple of the {jax.device_count()} devices")
         dtype = self.dtype or default_dtype()
@@ -81,7 +81,7 @@ class PairsRequest:
         return dataclasses.replace(self, dtype=dtype, compile=torch_pipeline.compiles(self.compile))
 
 
-def run_pairs(request: PairsRequest) -> dict[str, Any]:
+def run(request: Request) -> dict[str, Any]:
     """Measures and returns the report; `value` of a row is images per second.
 
     Raises `UserError` for a bad request, a folder that is no pipeline, and sides that do not draw the same latents.
@@ -101,13 +101,10 @@ def run_pairs(request: PairsRequest) -> dict[str, Any]:
         row["value"] = ratio(request.batch, row["seconds"])
     if request.dtype == "float32" and len(kept) == 2:
         check_same(*kept.values())
-    report = make_report("pairs", dataclasses.asdict(request), rows, bars(request, rows) if request.torch else [])
-    if request.torch:
-        report["environment"].update(torch_pipeline.versions())
-    return report
+    return make_report("pairs", dataclasses.asdict(request), rows, bars(request, rows) if request.torch else [])
 
 
-def load(request: PairsRequest, mesh: jax.sharding.Mesh) -> Pipeline:
+def load(request: Request, mesh: jax.sharding.Mesh) -> Pipeline:
     """The teacher, stored as `d2g pairs` stores it: float32, whatever it computes in.
 
     Raises `UserError` for a model that is neither a name, a folder nor a hub id.
@@ -126,14 +123,14 @@ def check_same(ours: np.ndarray, theirs: np.ndarray) -> None:
         raise UserError(f"the two sides draw different latents (by {error:.3g} of the largest): nothing to compare")
 
 
-def bars(request: PairsRequest, rows: list[dict[str, Any]]) -> list[Bar]:
+def bars(request: Request, rows: list[dict[str, Any]]) -> list[Bar]:
     """The one of this device, for a resolved request; without a figure on a GPU where diffusers is not compiled."""
     _, ours, theirs = rows
     return [torch_pipeline.bar("ours draws", ratio(ours["value"], theirs["value"]), OF_DIFFUSERS, request.compile)]
 
 
 def _ours(
-    request: PairsRequest,
+    request: Request,
     pipeline: Pipeline,
     mesh: jax.sharding.Mesh,
     drawn: np.ndarray,
@@ -157,9 +154,9 @@ def _ours(
     return Candidate("d2g_jax", request.dtype, call, facts, describe=lambda latents: _keep(kept, "d2g_jax", latents))
 
 
-def _diffusers(request: PairsRequest, pipeline: Pipeline, drawn: np.ndarray, kept: dict[str, np.ndarray]) -> Candidate:
+def _diffusers(request: Request, pipeline: Pipeline, drawn: np.ndarray, kept: dict[str, np.ndarray]) -> Candidate:
     """diffusers' own class for the pipeline, on the device that JAX uses."""
-    if reason := torch_pairs.missing():
+    if reason := torch_pipeline.alone_missing():
         return Candidate("diffusers", request.dtype, None, not_run=reason)
     solution = Solution(steps=request.steps, guidance_scale=request.guidance_scale)
     prompts = [request.prompt] * request.batch

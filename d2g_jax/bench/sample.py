@@ -18,6 +18,7 @@ from d2g_jax.bench import torch_pipeline
 from d2g_jax.bench.measure import (
     Bar,
     Candidate,
+    check_counts,
     does_not_fit,
     make_report,
     product_candidate,
@@ -44,7 +45,7 @@ OF_DIFFUSERS = {"cpu": 1.0, "gpu": 1.2}
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleRequest:
+class Request:
     """What `d2g bench sample` is asked for.
 
     Attributes:
@@ -67,7 +68,7 @@ class SampleRequest:
     compile: bool | None = None
     seed: int = 0
 
-    def resolved(self) -> SampleRequest:
+    def resolved(self) -> Request:
         """The request with this device's defaults; raises `UserError` that names the flag."""
         accelerator = jax.default_backend() != "cpu"
         devices = jax.device_count()
@@ -78,15 +79,14 @@ class SampleRequest:
         if not batches or min(batches) < 1 or any(batch % devices for batch in batches):
             listed = ",".join(map(str, batches))
             raise UserError(f"--batches={listed}: give numbers that are multiples of the {devices} devices")
-        if self.repeats < 1:
-            raise UserError(f"--repeats={self.repeats}: give 1 or more")
+        check_counts(self, "repeats")
         if not self.parts or not set(self.parts) <= set(PARTS):
             raise UserError(f"--parts={','.join(self.parts)}: give some of {', '.join(PARTS)}")
         compiles = torch_pipeline.compiles(self.compile)
         return dataclasses.replace(self, batches=batches, dtype=dtype, compile=compiles)
 
 
-def run_sample(request: SampleRequest) -> dict[str, Any]:
+def run(request: Request) -> dict[str, Any]:
     """Measures and returns the report; `value` of a row is images per second.
 
     Raises `UserError` for a bad request, an unknown model, and, in float32, sides that do not draw the same latents.
@@ -115,10 +115,7 @@ def run_sample(request: SampleRequest) -> dict[str, Any]:
         row["value"] = ratio(batch, row["seconds"]) if batch else None
     if request.dtype == "float32":
         _check_all(latents)
-    report = make_report("sample", dataclasses.asdict(request), measured, list(_bars(request, measured)))
-    if request.torch:
-        report["environment"].update(torch_pipeline.versions())
-    return report
+    return make_report("sample", dataclasses.asdict(request), measured, list(_bars(request, measured)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +126,7 @@ class _Inputs:
     noise: np.ndarray
 
 
-def _inputs(request: SampleRequest, pipeline: Pipeline, batch: int) -> _Inputs:
+def _inputs(request: Request, pipeline: Pipeline, batch: int) -> _Inputs:
     height, width, channels = pipeline.latent_shape
     ids = np.arange(batch, dtype=np.uint32)
     drawn = np.asarray(noise.record_noise(request.seed, ids, (channels, height, width)))
@@ -141,7 +138,7 @@ def _name(part: str, batch: int, side: str = "") -> str:
 
 
 def _ours(
-    request: SampleRequest, programs: Programs, mesh: jax.sharding.Mesh, inputs: _Inputs, kept: dict[Any, np.ndarray]
+    request: Request, programs: Programs, mesh: jax.sharding.Mesh, inputs: _Inputs, kept: dict[Any, np.ndarray]
 ) -> dict[str, Candidate]:
     """A candidate for each of `PARTS`; the UNet's latents are kept under (batch, "ours")."""
     batch, placed = len(inputs.noise), meshes.place_batch({"noise": inputs.noise, "ids": inputs.input_ids}, mesh)
@@ -175,7 +172,7 @@ def _ours(
 
 
 def _torch(
-    request: SampleRequest,
+    request: Request,
     theirs: torch_pipeline.TorchPipeline | None,
     reason: str | None,
     inputs: _Inputs,
@@ -208,7 +205,7 @@ def _check_all(latents: dict[Any, np.ndarray]) -> None:
             check_same(drawn, latents[batch, "torch"])
 
 
-def _bars(request: SampleRequest, rows: list[dict[str, Any]]) -> Iterator[Bar]:
+def _bars(request: Request, rows: list[dict[str, Any]]) -> Iterator[Bar]:
     by_name = {row["name"]: row for row in rows}
     backend, first, last = jax.default_backend(), min(request.batches), max(request.batches)
 

@@ -6,16 +6,15 @@ weights of our metric, so that they give its value.
 
 from __future__ import annotations
 
+import functools
 import importlib
-import importlib.util
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from d2g_jax.bench import torch_pipeline
 from d2g_jax.bench.measure import Candidate
 from d2g_jax.losses import perceptual
 from d2g_jax.models import vgg
@@ -48,43 +47,19 @@ def candidates(
     Returns:
       `latent_lpips (torch)` for each dtype and `latent_lpips (elatentlpips)`, with `not_run` where it does not run.
     """
-    reason = _missing("torch") or _wrong_device()
-    rows = []
-    for dtype in dtypes:
-        name = "latent_lpips (torch)"
-        folded = vgg.fold_batch_norm(*vgg.split_statistics(params))
-        build = lambda dtype=dtype, folded=folded: _plain(config, folded, heads, dtype)  # noqa: E731
-        rows.append(Candidate(name, dtype, None, not_run=reason) if reason else _candidate(name, dtype, build, latents))
-    if "float32" in dtypes:
-        name, missing = f"latent_lpips ({OFFICIAL})", reason or _missing(OFFICIAL) or _other_topology(config)
-        build = lambda: _official(params, heads, space)  # noqa: E731
-        rows.append(
-            Candidate(name, "float32", None, not_run=missing)
-            if missing
-            else _candidate(name, "float32", build, latents)
+    folded = vgg.fold_batch_norm(*vgg.split_statistics(params))
+    reason = torch_pipeline.missing(("torch",))
+    rows = [
+        _candidate(
+            "latent_lpips (torch)", dtype, functools.partial(_plain, config, folded, heads, dtype), latents, reason
         )
+        for dtype in dtypes
+    ]
+    if "float32" in dtypes:
+        reason = torch_pipeline.missing(("torch", OFFICIAL)) or _other_topology(config)
+        build = functools.partial(_official, params, heads, space)
+        rows.append(_candidate(f"latent_lpips ({OFFICIAL})", "float32", build, latents, reason))
     return rows
-
-
-def version() -> str | None:
-    """torch's, or None where it is not installed."""
-    if _missing("torch"):
-        return None
-    import torch
-
-    return torch.__version__
-
-
-def _missing(package: str) -> str | None:
-    return None if importlib.util.find_spec(package) else f"{package} is not installed"
-
-
-def _wrong_device() -> str | None:
-    import torch
-
-    if jax.default_backend() == "cpu" or (jax.default_backend() == "gpu" and torch.cuda.is_available()):
-        return None
-    return f"this torch has no {jax.default_backend()}"
 
 
 def _other_topology(config: vgg.VGGConfig) -> str | None:
@@ -93,13 +68,13 @@ def _other_topology(config: vgg.VGGConfig) -> str | None:
 
 
 def _candidate(
-    name: str, dtype: str, build: Callable[[], Distance], latents: tuple[np.ndarray, np.ndarray]
+    name: str, dtype: str, build: Callable[[], Distance], latents: tuple[np.ndarray, np.ndarray], reason: str | None
 ) -> Candidate:
+    if reason:
+        return Candidate(name, dtype, None, not_run=reason)
     import torch
 
-    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    if device == "cpu":
-        torch.set_num_threads(os.cpu_count() or 1)  # as XLA does; torch's own default may leave hyperthreads idle
+    device = torch_pipeline.device()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of another project's code
         try:
@@ -126,7 +101,7 @@ def _plain(config: vgg.VGGConfig, folded: Params, heads: Sequence[np.ndarray], d
     import torch
     import torch.nn.functional as F
 
-    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    device = torch_pipeline.device()
     place = lambda array, dtype: torch.from_numpy(np.array(array)).to(device, dtype)  # noqa: E731
     compute = getattr(torch, dtype)
     state = {key: place(array, compute) for key, array in to_state_dict(folded).items()}
@@ -176,5 +151,5 @@ def _official(params: Params, heads: Sequence[np.ndarray], space: perceptual.Lat
         for name in (f"lin{i}", f"lins.{i}"):
             state[f"{name}.model.1.weight"] = torch.from_numpy(np.array(head)).reshape(1, -1, 1, 1)
     module.load_state_dict(state, strict=True, assign=True)
-    module = module.to("cpu" if jax.default_backend() == "cpu" else "cuda").eval().requires_grad_(False)
+    module = module.to(torch_pipeline.device()).eval().requires_grad_(False)
     return lambda generated, target: module(generated, target, ensembling=False, add_l1_loss=False).flatten()

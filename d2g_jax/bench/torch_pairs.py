@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from d2g_jax.bench import torch_pipeline
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import SDXL, Pipeline
-
-
-def missing() -> str | None:
-    """Why diffusers' pipeline does not run here, or not against all of our devices; None where it does."""
-    several = jax.default_backend() != "cpu" and jax.device_count() > 1
-    return torch_pipeline.missing() or ("it runs on one device, ours on several" if several else None)
 
 
 def solver(
@@ -51,10 +44,7 @@ def solver(
 def _assemble(pipeline: Pipeline, dtype: str) -> Any:
     import diffusers
 
-    networks = pipeline.networks
-    parts = {
-        name: torch_pipeline.module(network, pipeline.params[name], dtype).eval() for name, network in networks.items()
-    }
+    parts = torch_pipeline.modules(pipeline, dtype)
     # Schedules that do not speak of clipping are not clipped by us, but by diffusers' default.
     parts["scheduler"] = diffusers.DDIMScheduler.from_config({"clip_sample": False, **pipeline.scheduler})
     parts["tokenizer"] = pipeline.tokenizer

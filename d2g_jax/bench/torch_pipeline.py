@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from d2g_jax.bench.measure import Bar
+from d2g_jax.bench.measure import RIVALS, Bar
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline.conditioning import size_ids
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.weights import to_state_dict
 
-PACKAGES = ("torch", "diffusers", "transformers")
 
-
-def missing() -> str | None:
-    """Why diffusers' modules cannot run here on the device that JAX uses; None where they can."""
-    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+def missing(packages: Sequence[str] = RIVALS) -> str | None:
+    """Why PyTorch's `packages` cannot run here on the device that JAX uses; None where they can."""
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
     if absent:
         return f"{' and '.join(absent)} not installed"
     import torch
@@ -40,9 +37,10 @@ def missing() -> str | None:
     return f"this torch has no {backend}"
 
 
-def versions() -> dict[str, str]:
-    """Of what is installed."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
+def alone_missing() -> str | None:
+    """As `missing`, of what runs on one device only: it isn't held against several of ours."""
+    several = jax.default_backend() != "cpu" and jax.device_count() > 1
+    return missing() or ("it runs on one device, ours on several" if several else None)
 
 
 def device() -> str:
@@ -119,6 +117,11 @@ def module(network: Network, params: Params, dtype: str) -> Any:
             made.get_submodule(owner).register_buffer(attribute, count, persistent=False)
     # NHWC is what tensor cores take; on a CPU oneDNN lays tensors out by itself
     return made.to(memory_format=torch.channels_last) if device() == "cuda" else made
+
+
+def modules(pipeline: Pipeline, dtype: str) -> dict[str, Any]:
+    """Of all networks of a pipeline, in evaluation."""
+    return {name: module(net, pipeline.params[name], dtype).eval() for name, net in pipeline.networks.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -244,18 +247,17 @@ def build(
         return None, reason
     import torch
 
-    named = pipeline.networks
-    modules = {name: module(network, pipeline.params[name], dtype).eval() for name, network in named.items()}
+    parts = modules(pipeline, dtype)
     if compiles:
         compiled = compiler()
         for name in (*pipeline.towers, "unet"):
-            modules[name] = compiled(modules[name])
-        modules["vae"].decode = compiled(modules["vae"].decode)
+            parts[name] = compiled(parts[name])
+        parts["vae"].decode = compiled(parts["vae"].decode)
     schedule = Schedule.from_config(pipeline.scheduler)
     made = TorchPipeline(
-        text=TorchText.of(pipeline, [modules[name] for name in pipeline.towers]),
-        unet=modules["unet"],
-        vae=modules["vae"],
+        text=TorchText.of(pipeline, [parts[name] for name in pipeline.towers]),
+        unet=parts["unet"],
+        vae=parts["vae"],
         dtype=getattr(torch, dtype),
         timestep=timestep,
         prediction_type=schedule.prediction_type,

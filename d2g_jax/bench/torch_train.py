@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,8 +37,7 @@ def candidate(
     float32 and arithmetic `train.dtype` by autocast, as ours; `compiles`: torch.compile of the UNet.
     """
     dtype = run.config.train.dtype
-    several = jax.default_backend() != "cpu" and jax.device_count() > 1
-    reason = refused or torch_pipeline.missing() or ("it runs on one device, ours on several" if several else None)
+    reason = refused or torch_pipeline.alone_missing()
     if training is None or data is None or reason:
         return Candidate(name, dtype, None, not_run=reason)
     step = _build(run, training, data, compiles=compiles)

@@ -19,6 +19,7 @@ from d2g_jax.bench.measure import (
     PRODUCT,
     Bar,
     Candidate,
+    check_counts,
     does_not_fit,
     make_report,
     peaks,
@@ -53,7 +54,7 @@ Runs = dict[str, Run]
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainRequest:
+class Request:
     """What `d2g bench train` is asked for.
 
     Attributes:
@@ -74,10 +75,9 @@ class TrainRequest:
     compile: bool | None = None
     seed: int = 0
 
-    def resolved(self) -> TrainRequest:
+    def resolved(self) -> Request:
         """The request with the config's batch and this device's default; raises `UserError` that names the flag."""
-        if self.repeats < 1:
-            raise UserError(f"--repeats={self.repeats}: give 1 or more")
+        check_counts(self, "repeats")
         if len(set(self.losses)) < max(1, len(self.losses)):
             raise UserError(f"--losses={','.join(self.losses)}: give names of losses, each once")
         batches = self.batches or (self.config.train.batch_size,)
@@ -93,7 +93,7 @@ class TrainRequest:
         return {**own, "config": self.config.name, **{name: self.config.train[name] for name in names}}
 
 
-def run_train(request: TrainRequest) -> dict[str, Any]:
+def run(request: Request) -> dict[str, Any]:
     """Measures and returns the report; `value` of a row is images per second.
 
     Where state and activations do not fit into memory, the programs are compiled, not run, and the rows say so.
@@ -116,13 +116,10 @@ def run_train(request: TrainRequest) -> dict[str, Any]:
     for row in rows[1:]:
         row["value"] = ratio(row.get("images"), row["seconds"])
     _check_losses(request, rows)
-    report = make_report("train", request.settings(), rows, list(_bars(request, rows)))
-    if request.torch:
-        report["environment"].update(torch_pipeline.versions())
-    return report
+    return make_report("train", request.settings(), rows, list(_bars(request, rows)))
 
 
-def _compile_all(request: TrainRequest, mesh: jax.sharding.Mesh) -> dict[int, Runs]:
+def _compile_all(request: Request, mesh: jax.sharding.Mesh) -> dict[int, Runs]:
     """By batch and loss: of all losses G's steps, of the last one also D's."""
     runs: dict[int, Runs] = {batch: {} for batch in request.batches}
     with Progress("compile", len(request.batches) * len(request.losses), "runs") as progress:
@@ -135,7 +132,7 @@ def _compile_all(request: TrainRequest, mesh: jax.sharding.Mesh) -> dict[int, Ru
 
 
 def _candidates(
-    request: TrainRequest, batch: int, runs: Runs, training: Training | None, refused: str | None
+    request: Request, batch: int, runs: Runs, training: Training | None, refused: str | None
 ) -> Iterator[Candidate]:
     """Every loss' G, PyTorch's behind the one with MSE, D, R1, and the loop."""
     main, dtype = runs[request.losses[-1]], request.config.train.dtype
@@ -205,7 +202,7 @@ def _iteration(config: ml_collections.ConfigDict, loss: str, batch: int, rows: l
     }
 
 
-def _check_losses(request: TrainRequest, rows: list[dict[str, Any]]) -> None:
+def _check_losses(request: Request, rows: list[dict[str, Any]]) -> None:
     """In float32 the two sides' first steps, from the same weights, must have the same loss."""
     by_name, batch = {row["name"]: row for row in rows}, request.batches[0]
     ours, theirs = (by_name.get(f"g, mse x{batch}{side}", {}).get("loss") for side in ("", " (torch)"))
@@ -215,7 +212,7 @@ def _check_losses(request: TrainRequest, rows: list[dict[str, Any]]) -> None:
         raise UserError(f"the two sides' first losses are {ours:.6g} and {theirs:.6g}: nothing to compare")
 
 
-def _bars(request: TrainRequest, rows: list[dict[str, Any]]) -> Iterator[Bar]:
+def _bars(request: Request, rows: list[dict[str, Any]]) -> Iterator[Bar]:
     by_name = {row["name"]: row for row in rows}
     first, last, main = min(request.batches), max(request.batches), request.losses[-1]
     accelerator = jax.default_backend() != "cpu"

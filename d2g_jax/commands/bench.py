@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -52,145 +53,91 @@ def read(arguments: list[str]) -> tuple[Callable[[], dict[str, Any]], Any, Path 
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     parser = common.parser(f"bench {name}", BENCHES[name])
     parser.add_argument("--out", type=common.path, metavar="FILE.json", help="also write the report there")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds; medians are reported")
     parser.add_argument("--cpu-devices", type=int, default=0, help="split the host's CPU into so many devices")
+    # The other flags are fields of the bench's `Request`, whose defaults are theirs.
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("--repeats", type=int, help="rounds; medians are reported; default 5")
+    {"sample": _sample, "train": _train, "loss": _loss, "input": _input, "pairs": _pairs}[name](parser)
     if name == "train":
-        bench, start = _train(parser, rest)
+        own, start = common.parse_with_config(parser, rest)
+        own.config = start
     else:
-        of_name = {"sample": _sample, "loss": _loss, "input": _input, "pairs": _pairs}
-        bench, start = of_name[name](parser, rest), ConfigDict({"mesh": {}})
-    own, _ = parser.parse_known_args(rest)
-    if own.cpu_devices:
-        start.mesh.cpu_devices = own.cpu_devices
-    return bench, start, own.out
+        own, start = parser.parse_args(rest), ConfigDict({"mesh": {}})
+    fields = vars(own)
+    out, devices = fields.pop("out"), fields.pop("cpu_devices")
+    if devices:
+        start.mesh.cpu_devices = devices
+
+    def bench() -> dict[str, Any]:
+        module = importlib.import_module(f"d2g_jax.bench.{name}")
+        return module.run(module.Request(**fields))
+
+    return bench, start, out
 
 
-def _sample(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict[str, Any]]:
-    parser.add_argument("--model", default="sd15", help="digits, sd15, sdxl, a hub id of a known size, or a folder")
+def _sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="digits, sd15 (default), sdxl, a hub id of a known size, or a folder")
     parser.add_argument("--batches", type=common.numbers, help="images in a call, as 1,8: the default on accelerators")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
-    parser.add_argument("--parts", default="text,unet,vae,all", help="what is timed")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, noise and token ids")
-    parser.add_argument("--no-torch", action="store_true", help="leave out diffusers' modules")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; on GPUs the default")
-    own = parser.parse_args(rest)
-
-    def bench() -> dict[str, Any]:
-        from d2g_jax.bench.sample import SampleRequest, run_sample
-
-        parts, with_torch = tuple(own.parts.split(",")), not own.no_torch
-        request = SampleRequest(
-            own.model, own.batches, own.dtype, parts, own.repeats, with_torch, own.compile, own.seed
-        )
-        return run_sample(request)
-
-    return bench
+    parser.add_argument("--parts", type=_names, help="what is timed; default text,unet,vae,all")
+    _add_dtype(parser)
+    _add_torch(parser)
+    parser.add_argument("--seed", type=int, help="of weights, noise and token ids")
 
 
-def _train(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[Callable[[], dict[str, Any]], Any]:
-    from d2g_jax.config.configuration import read_config
-
-    parser.add_argument(
-        "--config", type=common.path, metavar="FILE.py", help="of the run; --config.KEY=VALUE changes it"
-    )
-    parser.add_argument("--losses", default="mse,e_latent_lpips", help="each with programs of its own")
+def _train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--losses", type=_names, help="each with programs of its own; default mse,e_latent_lpips")
     parser.add_argument("--batches", type=common.numbers, help="images in a step, as 32,64; default: the config's")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
-    parser.add_argument("--no-torch", action="store_true", help="leave out the PyTorch counterpart")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; on GPUs the default")
-    overrides = [flag for flag in rest if flag.startswith("--config.")]
-    own = parser.parse_args([flag for flag in rest if flag not in overrides])
-    config = read_config(own.config, overrides)
-
-    def bench() -> dict[str, Any]:
-        from d2g_jax.bench.train import TrainRequest, run_train
-
-        losses, with_torch = tuple(own.losses.split(",")), not own.no_torch
-        request = TrainRequest(config, losses, own.batches, own.repeats, with_torch, own.compile, own.seed)
-        return run_train(request)
-
-    return bench, config
+    _add_torch(parser)
+    parser.add_argument("--seed", type=int, help="of weights and data")
 
 
-def _loss(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict[str, Any]]:
-    parser.add_argument("--size", type=int, default=512, help="pixels of a side; latents are an eighth")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both", help="of the networks")
-    parser.add_argument("--preset", default="bgo", help="of the augmentation")
-    parser.add_argument("--no-decode", action="store_true", help="leave out decode + LPIPS, which takes most memory")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, latents and the augmentation")
-    parser.add_argument("--no-torch", action="store_true", help="leave out the PyTorch counterparts")
-    own = parser.parse_args(rest)
-
-    def bench() -> dict[str, Any]:
-        from d2g_jax.bench.loss import LossRequest, run_loss
-        from d2g_jax.bench.networks import DTYPES
-
-        request = LossRequest(
-            size=own.size,
-            batch=own.batch,
-            repeats=own.repeats,
-            dtypes=DTYPES if own.dtype == "both" else (own.dtype,),
-            preset=own.preset,
-            decode=not own.no_decode,
-            torch=not own.no_torch,
-            seed=own.seed,
-        )
-        return run_loss(request)
-
-    return bench
+def _loss(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=int, help="pixels of a side, default 512; latents are an eighth")
+    parser.add_argument("--batch", type=int, help="default 1")
+    both = lambda text: ("float32", "bfloat16") if text == "both" else (text,)  # noqa: E731
+    parser.add_argument("--dtype", type=both, dest="dtypes", help="float32, bfloat16 or both (default)")
+    parser.add_argument("--preset", help="of the augmentation; default bgo")
+    parser.add_argument(
+        "--no-decode", action="store_false", dest="decode", help="leave out decode + LPIPS, which takes most memory"
+    )
+    _add_no_torch(parser)
+    parser.add_argument("--seed", type=int, help="of weights, latents and the augmentation")
 
 
-def _input(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict[str, Any]]:
+def _input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=common.path, help="a folder of pairs; default is one of random records")
-    parser.add_argument("--shape", default="sd15", help="of random records: digits or sd15")
-    parser.add_argument("--records", type=int, default=4096, help="of random records")
-    parser.add_argument("--batch", type=int, default=64)
-    own = parser.parse_args(rest)
-
-    def bench() -> dict[str, Any]:
-        from d2g_jax.bench.input import InputRequest, run_input
-
-        request = InputRequest(own.pairs, own.shape, own.records, own.batch, own.repeats)
-        return run_input(request)
-
-    return bench
+    parser.add_argument("--shape", help="of random records: digits or sd15 (default)")
+    parser.add_argument("--records", type=int, help="of random records; default 4096")
+    parser.add_argument("--batch", type=int, help="default 64")
 
 
-def _pairs(parser: argparse.ArgumentParser, rest: list[str]) -> Callable[[], dict[str, Any]]:
+def _pairs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         help="sd15, sdxl, digits or a hub id of a known size, with random weights; or a folder, with its own; default "
         "is the digits teacher",
     )
-    parser.add_argument("--prompt", default="a bold red seven slanted to the right on navy and white stripes")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and noise")
-    parser.add_argument("--no-torch", action="store_true", help="leave out diffusers' pipeline")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile of diffusers' UNet; on GPUs the default"
-    )
-    own = parser.parse_args(rest)
+    parser.add_argument("--prompt", help="of every image; default is one of the digits teacher's")
+    parser.add_argument("--batch", type=int, help="default 64")
+    parser.add_argument("--steps", type=int, help="default 50")
+    parser.add_argument("--guidance", type=float, dest="guidance_scale", help="default 3")
+    _add_dtype(parser)
+    _add_torch(parser)
+    parser.add_argument("--seed", type=int, help="of random weights and noise")
 
-    def bench() -> dict[str, Any]:
-        from d2g_jax.bench.pairs import PairsRequest, run_pairs
-        from d2g_jax.digits.config import WEIGHTS
 
-        request = PairsRequest(
-            model=own.model or str(WEIGHTS / "pipeline"),
-            prompt=own.prompt,
-            batch=own.batch,
-            steps=own.steps,
-            guidance_scale=own.guidance,
-            dtype=own.dtype,
-            repeats=own.repeats,
-            torch=not own.no_torch,
-            compile=own.compile,
-            seed=own.seed,
-        )
-        return run_pairs(request)
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
-    return bench
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", help="float32 or bfloat16; default: float32 on a CPU, else bfloat16")
+
+
+def _add_no_torch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-torch", action="store_false", dest="torch", help="leave out the PyTorch counterparts")
+
+
+def _add_torch(parser: argparse.ArgumentParser) -> None:
+    _add_no_torch(parser)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; on GPUs the default")

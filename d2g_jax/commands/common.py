@@ -79,7 +79,7 @@ def place(text: str) -> Any:
 
 def parse_with_config(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, Any]:
     """A job's own flags and the config that its --config flags name and change."""
-    parser.add_argument("--config", type=path, metavar="FILE.py")
+    parser.add_argument("--config", type=path, default=None, metavar="FILE.py")
     own, rest = parser.parse_known_args(arguments)
     overrides = [a for a in rest if a.startswith("--config.")]
     from d2g_jax.config.configuration import read_config

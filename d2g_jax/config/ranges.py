@@ -23,14 +23,17 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("learning_rate", "new_learning_rate"), RATE),
     **dict.fromkeys(("betas", "regression_beta1", "b2", "momentum", "dropout", "ema", "decay"), SHARE),
     **dict.fromkeys(("mix_and_match", "caption_dropout", "images.held_out"), SHARE),
-    **dict.fromkeys(("timestep", "start_images", "warmup_images", "held_out", "skip_nonfinite", "resize"), AMOUNT),
+    **dict.fromkeys(
+        ("timestep", "start_images", "warmup_images", "held_out", "skip_nonfinite", "resize", "pool"), AMOUNT
+    ),
     **dict.fromkeys(("lora.rank", "lora_rank"), AMOUNT),
     "lora.alpha": RATE,
     **dict.fromkeys(("head_channels", "r1_interval", "train.images", "groups", "micro_batch", "r1_micro_batch"), COUNT),
     **dict.fromkeys(("compile_workers", "log_every", "sample_every", "checkpoint_every", "save_every"), COUNT),
-    **dict.fromkeys(("keep_checkpoints", "pool", "size", "views", "widths", "convs", "hidden"), COUNT),
+    **dict.fromkeys(("keep_checkpoints", "size", "views", "widths", "convs", "hidden"), COUNT),
     **dict.fromkeys(("count", "records_per_shard", "pairs_per_prompt", "plain", "triplets", "caption_variants"), COUNT),
-    **dict.fromkeys(("decay_epochs", "calibration.epochs", "classification.epochs"), WEIGHT),
+    **dict.fromkeys(("calibration.epochs", "classification.epochs", "classification.decay_epochs"), RATE),
+    "calibration.decay_epochs": WEIGHT,
 }
 """The longest ending of a setting's name that is here says its range; of a tuple that of each number."""
 

@@ -16,14 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from d2g_jax.inputs.text import read_json
 from d2g_jax.losses import perceptual
 from d2g_jax.models import vae, vgg
 from d2g_jax.models.network import Network, Params
-from d2g_jax.pipeline.weights import load_state_dict, save_state_dict, to_params, to_state_dict
-from d2g_jax.runtime.atomic import write_json
+from d2g_jax.pipeline.weights import load_state_dict, to_params
 from d2g_jax.runtime.errors import UserError
 
 SHIFT = (-0.030, -0.088, -0.188)
@@ -71,11 +69,8 @@ class LPIPS:
         finite or of the wrong length, and for a trunk that is not over three channels or has batch norms.
         """
         _check_config(config, source)
-        for i, (head, width) in enumerate(zip(heads, config.widths, strict=True)):
-            perceptual.check_head(np.asarray(head), width, f"{source}: tensor lin{i}.model.1.weight")
-        return cls(
-            vgg.build(config, dtype), jax.tree.map(jnp.asarray, params), tuple(jnp.asarray(head) for head in heads)
-        )
+        heads = perceptual.checked_heads(heads, config, source)
+        return cls(vgg.build(config, dtype), jax.tree.map(jnp.asarray, params), heads)
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: Any = jnp.float32) -> LPIPS:
@@ -91,21 +86,17 @@ class LPIPS:
         else:
             config, file = vgg.PIXELS, path
         tree = to_params(load_state_dict(file), perceptual.metric_tree(config), source=str(file))
-        heads = [tree[f"lin{i}"]["model"]["1"]["kernel"].reshape(-1) for i in range(len(config.widths))]
-        return cls.from_params(tree["net"], heads, config, dtype, source=str(file))
+        return cls.from_params(tree["net"], perceptual.heads_of(tree), config, dtype, source=str(file))
+
+    def channel_differences(self, a: jax.Array, b: jax.Array) -> list[jax.Array]:
+        """Everything of the metric but its heads, as of `LatentLPIPS`: (B, C_k) by tap."""
+        self._check(a, b)
+        both = (_scaling_layer(x) for x in (a, b))
+        return perceptual.squared_differences(self.network, self.params, *both, _inverse_length)
 
     def layer_distances(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """The terms of `distance` by tap: (B, K)."""
-        self._check(a, b)
-        # As in LatentLPIPS: apart, so that the target has no backward pass; behind a barrier against constant folding.
-        params = jax.lax.optimization_barrier(jax.lax.stop_gradient(self.params))
-        features_a = self.network.apply(params, _scaling_layer(a))
-        features_b = self.network.apply(params, _scaling_layer(jax.lax.stop_gradient(b)))
-        terms = []
-        for x, y, head in zip(features_a, features_b, jax.lax.stop_gradient(self.heads), strict=True):
-            difference = jnp.square(perceptual.unit_difference(x, y, _inverse_length)).mean((1, 2))  # (B, C_k)
-            terms.append((difference * head.astype(difference.dtype)).sum(-1))
-        return jnp.stack(terms, axis=-1)
+        return perceptual.weighted(self.channel_differences(a, b), self.heads)
 
     def distance(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """LPIPS between images (B, H, W, 3) in [-1, 1]: (B,), float32 (float64 for float64), zero for equal inputs.
@@ -177,12 +168,8 @@ def save_lpips(folder: str | Path, params: Params, heads: Sequence[Any], config:
     Raises:
       UserError: as `LPIPS.from_params`, and when the folder cannot be written.
     """
-    folder = Path(folder)
     LPIPS.from_params(params, heads, config, source=str(folder))
-    lins = {f"lin{i}": {"model": {"1": {"kernel": np.reshape(head, (1, 1, -1, 1))}}} for i, head in enumerate(heads)}
-    save_state_dict(to_state_dict({"net": params, **lins}), folder / "metric.safetensors")
-    # Last: a folder with a config.json is whole.
-    write_json(folder / "config.json", {"metric": KIND, **config.to_json()})
+    perceptual.write_folder(Path(folder), params, heads, {"metric": KIND, **config.to_json()})
 
 
 def _read_config(file: Path) -> vgg.VGGConfig:

@@ -100,10 +100,8 @@ class LatentLPIPS:
             raise UserError(
                 f"{source}: in_channels is {config.in_channels} but latent space {space.name} has {space.channels}"
             )
-        for i, (head, width) in enumerate(zip(heads, config.widths, strict=True)):
-            check_head(np.asarray(head), width, f"{source}: tensor lin{i}.model.1.weight")
         folded = jax.tree.map(jnp.asarray, vgg.fold_batch_norm(*vgg.split_statistics(params)))
-        return cls(space, vgg.build(config, dtype), folded, tuple(jnp.asarray(head) for head in heads))
+        return cls(space, vgg.build(config, dtype), folded, checked_heads(heads, config, source))
 
     @classmethod
     def load(cls, path: str | Path, *, space: LatentSpace | None = None, dtype: Any = jnp.float32) -> LatentLPIPS:
@@ -120,8 +118,7 @@ class LatentLPIPS:
         else:
             config, file = vgg.VGGConfig(in_channels=space.channels), path
         tree = to_params(_without_duplicates(load_state_dict(file)), metric_tree(config), source=str(file))
-        heads = [tree[f"lin{i}"]["model"]["1"]["kernel"].reshape(-1) for i in range(len(config.widths))]
-        return cls.from_params(config, tree["net"], heads, space, dtype, source=str(file))
+        return cls.from_params(config, tree["net"], heads_of(tree), space, dtype, source=str(file))
 
     @classmethod
     def abstract(cls, config: vgg.VGGConfig, space: LatentSpace, dtype: Any = jnp.float32) -> LatentLPIPS:
@@ -137,20 +134,11 @@ class LatentLPIPS:
         """
         self._check(a, b)
         a, b = (x if scaled else (x - self.space.shift) * self.space.scale for x in (a, b))
-        # Apart, not concatenated: the target's half then has no backward pass at all.
-        # Behind a barrier, because XLA would fold a closed-over trunk's constants, for minutes at full size.
-        params = jax.lax.optimization_barrier(jax.lax.stop_gradient(self.params))
-        features_a = self.network.apply(params, a)
-        features_b = self.network.apply(params, jax.lax.stop_gradient(b))
-        pairs = zip(features_a, features_b, strict=True)
-        return [jnp.square(unit_difference(x, y, _inverse_length)).mean((1, 2)) for x, y in pairs]
+        return squared_differences(self.network, self.params, a, b, _inverse_length)
 
     def layer_distances(self, a: jax.Array, b: jax.Array, *, scaled: bool) -> jax.Array:
         """The terms of `distance` by tap: (B, K)."""
-        differences = self.channel_differences(a, b, scaled=scaled)
-        heads = jax.lax.stop_gradient(self.heads)
-        terms = [(d * w.astype(d.dtype)).sum(-1) for d, w in zip(differences, heads, strict=True)]
-        return jnp.stack(terms, axis=-1)
+        return weighted(self.channel_differences(a, b, scaled=scaled), self.heads)
 
     def distance(self, a: jax.Array, b: jax.Array, *, scaled: bool) -> jax.Array:
         """LatentLPIPS between latents (B, h, w, C): (B,), float32 (float64 for float64), zero for equal inputs.
@@ -172,6 +160,26 @@ class LatentLPIPS:
             raise UserError(f"latents have shape {a.shape}; this metric needs at least {smallest}x{smallest}")
 
 
+def squared_differences(
+    network: Network, params: Params, a: jax.Array, b: jax.Array, inverse_length: Callable[[jax.Array], jax.Array]
+) -> list[jax.Array]:
+    """Of each tap of a frozen trunk the squared `unit_difference` of two inputs, averaged over locations: (B, C_k).
+
+    Gradients flow to `a` alone.
+    """
+    # Apart, not concatenated: the target's half then has no backward pass at all.
+    # Behind a barrier, because XLA would fold a closed-over trunk's constants, for minutes at full size.
+    params = jax.lax.optimization_barrier(jax.lax.stop_gradient(params))
+    pairs = zip(network.apply(params, a), network.apply(params, jax.lax.stop_gradient(b)), strict=True)
+    return [jnp.square(unit_difference(x, y, inverse_length)).mean((1, 2)) for x, y in pairs]
+
+
+def weighted(differences: Sequence[jax.Array], heads: Sequence[jax.Array]) -> jax.Array:
+    """The terms of a distance by tap, from what each channel differs by: (B, K); no gradient reaches the heads."""
+    heads = jax.lax.stop_gradient(heads)
+    return jnp.stack([(d * w.astype(d.dtype)).sum(-1) for d, w in zip(differences, heads, strict=True)], axis=-1)
+
+
 def unit_difference(x: jax.Array, y: jax.Array, inverse_length: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """The difference of features (B, h, w, C) after each is brought to unit length over channels.
 
@@ -188,8 +196,14 @@ def _inverse_length(x: jax.Array) -> jax.Array:
     return jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + UNIT_EPS)
 
 
-def check_head(head: np.ndarray, width: int, where: str) -> None:
-    """Raises `UserError` that begins with `where` for a head that is not (width,), finite and non-negative."""
+def checked_heads(heads: Sequence[Any], config: vgg.VGGConfig, source: str) -> tuple[jax.Array, ...]:
+    """Heads as arrays; raises `UserError` for one that is not of its tap's width, finite and non-negative."""
+    for i, (head, width) in enumerate(zip(heads, config.widths, strict=True)):
+        _check_head(np.asarray(head), width, f"{source}: tensor lin{i}.model.1.weight")
+    return tuple(jnp.asarray(head) for head in heads)
+
+
+def _check_head(head: np.ndarray, width: int, where: str) -> None:
     if head.shape != (width,):
         raise UserError(f"{where} has {head.size} weights; its tap has {width} channels")
     if not np.isfinite(head).all():
@@ -325,11 +339,21 @@ def save_metric(
     Raises:
       UserError: as `LatentLPIPS.from_params`, and when the folder cannot be written.
     """
-    folder = Path(folder)
     LatentLPIPS.from_params(config, params, heads, space, source=str(folder))
+    write_folder(Path(folder), params, heads, {**config.to_json(), "latent_space": dataclasses.asdict(space)})
+
+
+def write_folder(folder: Path, params: Params, heads: Sequence[Any], config: dict[str, Any]) -> None:
+    """The two files of a metric's folder, with the published tensor names."""
     lins = {f"lin{i}": {"model": {"1": {"kernel": np.reshape(head, (1, 1, -1, 1))}}} for i, head in enumerate(heads)}
     save_state_dict(to_state_dict({"net": params, **lins}), folder / "metric.safetensors")
-    write_json(folder / "config.json", {**config.to_json(), "latent_space": dataclasses.asdict(space)})
+    # Last: a folder with a config.json is whole.
+    write_json(folder / "config.json", config)
+
+
+def heads_of(tree: Params) -> list[np.ndarray]:
+    """The heads (C_k,) of a tree that is like `metric_tree`."""
+    return [tree[f"lin{i}"]["model"]["1"]["kernel"].reshape(-1) for i in range(len(tree) - 1)]
 
 
 def read_metric_config(file: Path) -> tuple[vgg.VGGConfig, LatentSpace]:

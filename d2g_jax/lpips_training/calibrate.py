@@ -7,7 +7,7 @@ variant: the trunk stands still, so everything but the heads is computed once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, LatentSpace
 from d2g_jax.lpips_training.fit import Recipe, fit, sampled_rows
 from d2g_jax.models import vgg
@@ -25,7 +26,7 @@ JUDGE_WIDTH = 32
 
 
 class Triplets(NamedTuple):
-    """Scaled latents (N, h, w, C), and judgements (N,): the share of judges who find `right` closer."""
+    """Scaled latents (N, h, w, C), or images for a pixel metric; judgements (N,): the share who find `right` closer."""
 
     reference: np.ndarray
     left: np.ndarray
@@ -41,6 +42,13 @@ class Differences:
     right: list[np.ndarray]
     judgement: np.ndarray
 
+    @classmethod
+    def together(cls, parts: Iterable[Differences]) -> Differences:
+        """Those of several sets of triplets as one."""
+        sides = zip(*((part.left, part.right, [part.judgement]) for part in parts), strict=True)
+        left, right, (judgement,) = ([np.concatenate(tap) for tap in zip(*side, strict=True)] for side in sides)
+        return cls(left, right, judgement)
+
 
 def uniform_heads(config: vgg.VGGConfig) -> list[np.ndarray]:
     """Heads before calibration: every channel counts 1."""
@@ -52,19 +60,22 @@ def uncalibrated(config: vgg.VGGConfig, trunk: Params, space: LatentSpace) -> La
     return LatentLPIPS.from_params(config, trunk, uniform_heads(config), space)
 
 
-def head_differences(metric: LatentLPIPS, a: np.ndarray, b: np.ndarray, batch_size: int = 250) -> list[np.ndarray]:
-    """`metric.channel_differences` of N pairs of scaled latents: (N, C_k) per tap."""
+def head_differences(
+    metric: LatentLPIPS | LPIPS, a: np.ndarray, b: np.ndarray, batch_size: int = 250
+) -> list[np.ndarray]:
+    """`metric.channel_differences` of N pairs of what it compares: (N, C_k) per tap."""
     slices = [slice(i, i + batch_size) for i in range(0, len(a), batch_size)]
     parts = [jax.device_get(_channel_differences(metric, a[part], b[part])) for part in slices]
     return [np.concatenate(tap) for tap in zip(*parts, strict=True)]
 
 
 @jax.jit
-def _channel_differences(metric: LatentLPIPS, a: jax.Array, b: jax.Array) -> list[jax.Array]:
-    return metric.channel_differences(a, b, scaled=True)
+def _channel_differences(metric: LatentLPIPS | LPIPS, a: jax.Array, b: jax.Array) -> list[jax.Array]:
+    scaled = {"scaled": True} if isinstance(metric, LatentLPIPS) else {}
+    return metric.channel_differences(a, b, **scaled)
 
 
-def differences(metric: LatentLPIPS, triplets: Triplets, batch_size: int = 250) -> Differences:
+def differences(metric: LatentLPIPS | LPIPS, triplets: Triplets, batch_size: int = 250) -> Differences:
     """What calibration and scoring see of `triplets`; the heads of `metric` play no part."""
     return Differences(
         head_differences(metric, triplets.left, triplets.reference, batch_size),
@@ -126,3 +137,12 @@ def two_afc(heads: Sequence[np.ndarray], data: Differences) -> float:
 def two_afc_of_judges(judgement: np.ndarray) -> float:
     """What a metric that always sides with the majority would score: the bound that no metric passes."""
     return float(np.mean(np.maximum(judgement, 1 - judgement)))
+
+
+def scores(heads: Sequence[np.ndarray], data: Differences) -> dict[str, float]:
+    """The 2AFC score of heads, that of uniform ones, and that of the judges' majority."""
+    return {
+        "2afc": two_afc(heads, data),
+        "2afc_without_calibration": two_afc([np.ones(tap.shape[1], np.float32) for tap in data.left], data),
+        "2afc_of_judges": two_afc_of_judges(data.judgement),
+    }

@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from d2g_jax.config.ranges import check_ranges
 from d2g_jax.losses.perceptual import LatentLPIPS, save_metric
 from d2g_jax.lpips_training import cache, calibrate, classify
 from d2g_jax.lpips_training.encoder import Encoder, check_posterior, sha256_of
@@ -32,17 +33,6 @@ from d2g_jax.runtime.errors import UserError
 TRIPLETS_PER_SHARD = 200
 SCORES = "scores.json"
 DTYPES = ("float32", "bfloat16")
-ABOVE_ZERO = (
-    "images.views",
-    "classification.epochs",
-    "classification.decay_epochs",
-    "classification.learning_rate",
-    "classification.save_every",
-    "calibration.epochs",
-    "calibration.learning_rate",
-    "calibration.save_every",
-)
-NOT_BELOW_ZERO = ("seed", "images.resize", "classification.pool", "calibration.decay_epochs")
 
 
 def train_lpips(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -83,36 +73,28 @@ def train_lpips(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, A
     heads = calibration(config, seen["train"], workdir / "calibration")
     save_metric(workdir / "metric", trunk_config, trunk, heads, space)
     saved = LatentLPIPS.load(workdir / "metric").heads
+    scored = {
+        kind.name: {**calibrate.scores(saved, data), "2afc_triplets": len(kind)}
+        for kind, data in zip(kinds["val"], seen["val"], strict=True)
+    }
     result = {
         "accuracy": accuracy,
         "accuracy_images": val.count,
         "classes": val.classes,
-        **score(saved, calibrate.uniform_heads(trunk_config), [kind.name for kind in kinds["val"]], seen["val"]),
+        **{what: {kind: values[what] for kind, values in scored.items()} for what in next(iter(scored.values()))},
         "environment": runs.environment(),
     }
     write_json(scores, result)
     return result
 
 
-def score(
-    heads: Sequence[Any], uniform: Sequence[Any], names: Sequence[str], seen: Sequence[calibrate.Differences]
-) -> dict[str, dict[str, float]]:
-    """By kind: the 2AFC score, that without calibration, the best possible one, and the number of triplets."""
-    rows = {
-        "2afc": [calibrate.two_afc(heads, data) for data in seen],
-        "2afc_without_calibration": [calibrate.two_afc(uniform, data) for data in seen],
-        "2afc_of_judges": [calibrate.two_afc_of_judges(data.judgement) for data in seen],
-        "2afc_triplets": [len(data.judgement) for data in seen],
-    }
-    return {what: dict(zip(names, values, strict=True)) for what, values in rows.items()}
-
-
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises `UserError` for values that no later step would name."""
     if jax.process_count() > 1:
         raise UserError("d2g lpips runs in one process (with all of its devices); start it on one host")
+    check_ranges(config)
     for key in ("encoder", "classification", "calibration"):
-        if config[key].batch_size < 1 or config[key].batch_size % jax.device_count():
+        if config[key].batch_size % jax.device_count():
             raise UserError(
                 f"{key}.batch_size={config[key].batch_size} is not a multiple of the {jax.device_count()} devices"
             )
@@ -121,17 +103,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"{key}.dtype={config[key].dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     check_posterior(config.images.posterior, "images.posterior")
     check_posterior(config.triplets.posterior, "triplets.posterior")
-    values = runs.flatten(config.to_dict())
-    for key in ABOVE_ZERO:
-        if not values[key] > 0:  # NaN is refused too
-            raise UserError(f"{key}={values[key]}; give a number above 0")
-    for key in NOT_BELOW_ZERO:
-        if not values[key] >= 0:
-            raise UserError(f"{key}={values[key]}; give 0 or more")
     if not 0 <= config.classification.dropout < 1:
         raise UserError(f"classification.dropout={config.classification.dropout}; give a share from 0 to below 1")
-    if min(config.classification.hidden, default=1) < 1:
-        raise UserError(f"classification.hidden={config.classification.hidden}; give widths above 0, or none")
 
 
 def read_trunk(config: ml_collections.ConfigDict, encoder: Encoder, *sizes: int) -> vgg.VGGConfig:
@@ -268,11 +241,7 @@ def calibration(
 ) -> list[np.ndarray]:
     """Stage two: the heads, from all kinds of training triplets together."""
     c = config.calibration
-    together = calibrate.Differences(
-        [np.concatenate(tap) for tap in zip(*(part.left for part in seen), strict=True)],
-        [np.concatenate(tap) for tap in zip(*(part.right for part in seen), strict=True)],
-        np.concatenate([part.judgement for part in seen]),
-    )
+    together = calibrate.Differences.together(seen)
     count = len(together.judgement)
     constant, decay = (_steps(epochs, count, c.batch_size) for epochs in (c.epochs, c.decay_epochs))
     rate = optax.join_schedules(

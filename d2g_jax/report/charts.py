@@ -120,26 +120,6 @@ def line_chart(
     )
 
 
-def dot_chart(title: str, values: dict[str, float], floor: float | None = None) -> str:
-    """One dot per name on a common logarithmic axis, a dashed line at `floor`. Returns "" for fewer than two dots."""
-    shown = {name: value for name, value in values.items() if math.isfinite(value) and value > 0}
-    if len(shown) < 2:
-        return ""
-    ends = [*shown.values(), *([floor] if floor else [])]
-    axis = Axis(min(ends) / 1.1, max(ends) * 1.1, 0.0, 100.0, log=True)
-    mark = f'<s style="left:{axis(floor):.1f}%"></s>' if floor else ""
-    items = "".join(
-        f'<li><span>{escape(name)}</span><span class="track">{mark}<i style="left:{axis(value):.1f}%"></i></span>'
-        f"<b>{format_number(value)}</b></li>"
-        for name, value in shown.items()
-    )
-    note = f" The dashed line is the floor, {format_number(floor)}." if floor else ""
-    return (
-        f'<div class="card dots"><h3>{escape(title)}</h3><ul>{items}</ul>'
-        f"<p>Logarithmic axis; further left is better.{note}</p></div>"
-    )
-
-
 def format_band(low: float, high: float) -> str:
     """`0.8 to 1.25`, `above −0.02`, `below 1`."""
     if math.isinf(low):

@@ -5,68 +5,56 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from html import escape
+from typing import Any
 
 from d2g_jax.report.charts import COLOURS, MISSING, Series, format_number, line_chart
 from d2g_jax.report.health import Band
 from d2g_jax.report.inputs import Inputs, Row
-from d2g_jax.report.values import definitions, duration, is_number, label, part
+from d2g_jax.report.values import card, duration, is_number, part
 
-_GROUPS = (
-    ("Health", "shaded: where a healthy run stays, from the image on from which that holds"),
-    (
-        "Unexplained",
-        "R, on records kept out of training: squared error over the variance of the teacher's latents. 0: the "
-        "teacher's own images; 1: no better than their mean. Near 0 squared error does; far from it, it blurs",
-    ),
-    ("Losses", ""),
-    ("Gradients", "norms, before clipping"),
-    ("Everything else", ""),
-)
+_GROUPS = {
+    "Health": "shaded: where a healthy run stays, from the image on from which that holds",
+    "Unexplained": "R, on records kept out of training: squared error over the variance of the teacher's latents. 0: "
+    "the teacher's own images; 1: no better than their mean. Near 0 squared error does; far from it, it blurs",
+    "Losses": "",
+    "Gradients": "norms, before clipping",
+    "Everything else": "",
+}
 _MEMORY = {"host": "Host, peak", "device": "Fullest device, peak", "steps": "Largest compiled step"}
 
 
-def curves(inputs: Inputs, bands: Sequence[Band]) -> str:
+def curves(inputs: Inputs, bands: Sequence[Band]) -> dict[str, Any] | None:
     """Every metric as a panel, every run as a colour; those that have a band first."""
     runs, banded = inputs.metrics.runs, {band.metric: band for band in bands}
     names = list(dict.fromkeys(name for rows in runs.values() for row in rows for name in row.metrics))
-    groups: dict[str, list[str]] = {title: [] for title, _ in _GROUPS}
+    groups: dict[str, dict[str, str]] = {title: {} for title in _GROUPS}
     for name in [*(name for name in banded if name in names), *(name for name in names if name not in banded)]:
-        groups[_group(name, name in banded)].append(_panel(name, runs, banded.get(name)))
-    parts = []
-    for title, remark in _GROUPS:
-        if groups[title]:
-            said = f" <small>{remark}</small>" if remark else ""
-            parts.append(f'<h3 class="sub">{title}{said}</h3><div class="panels">{"".join(groups[title])}</div>')
-    if not parts:
-        return ""
-    lead = '<p class="lead">Over images seen. Lines are means of neighbouring values; behind them, their extremes.</p>'
-    return lead + _legend(inputs) + "".join(parts)
+        groups[_group(name, name in banded)][name] = _panel(name, runs, banded.get(name))
+    if not names:
+        return None
+    shown = [{"title": title, "remark": _GROUPS[title], "panels": of} for title, of in groups.items() if of]
+    return {"runs": _runs(inputs), "groups": shown}
 
 
-def speed(inputs: Inputs) -> str:
+def speed(inputs: Inputs) -> dict[str, Any] | None:
     """Images per second over training, the seconds that each stage took, and the memory."""
     series = [Series(run, colour, *image_rates(rows)) for colour, (run, rows) in enumerate(inputs.metrics.runs.items())]
-    chart = line_chart("images/s", [one for one in series if one.images])
-    stages = part(inputs, "seconds", dict)
-    largest = max((value for value in stages.values() if is_number(value)), default=0) or 1
-    items = "".join(
-        f"<li><span>{escape(label(name))}</span>{_bar(value / largest) if is_number(value) else '<span></span>'}"
-        f"<b>{duration(value) if is_number(value) else MISSING}</b></li>"
-        for name, value in stages.items()
-    )
-    times = f'<div class="card stages"><h3>Time by stage</h3><ul>{items}</ul></div>' if items else ""
-    memory = definitions("Memory, GiB", peak_memory(inputs), format_number)
-    if not chart and not times and not memory:
-        return ""
-    legend = _legend(inputs) if chart else ""
-    side = "".join((times, f'<div class="pairs one">{memory}</div>' if memory else ""))
-    body = (
-        f'<div class="beside"><div>{side}</div>{chart}</div>'
-        if side and chart
-        else side or f'<div class="panels">{chart}</div>'
-    )
-    return f'<div class="gap"></div>{legend}{body}'
+    seconds = part(inputs, "seconds", dict)
+    largest = max((value for value in seconds.values() if is_number(value)), default=0) or 1
+    found = {
+        "chart": line_chart("images/s", [one for one in series if one.images]),
+        "stages": [_stage(name, value, largest) for name, value in seconds.items()],
+        "memory": card("Memory, GiB", peak_memory(inputs), format_number),
+    }
+    return {"runs": _runs(inputs), **found} if any(found.values()) else None
+
+
+def _stage(name: str, seconds: Any, largest: float) -> dict[str, Any]:
+    """`share` is a bar's length in per cent, None where nothing was measured."""
+    if not is_number(seconds):
+        return {"name": name, "share": None, "time": MISSING}
+    share = min(max(seconds / largest, 0.0), 1.0)
+    return {"name": name, "share": f"{100 * share:.1f}", "time": duration(seconds)}
 
 
 def peak_memory(inputs: Inputs) -> dict[str, float]:
@@ -89,7 +77,7 @@ def image_rates(rows: list[Row]) -> tuple[list[float], list[float]]:
 
 
 def _group(name: str, banded: bool) -> str:
-    health, unexplained, losses, gradients, rest = (title for title, _ in _GROUPS)
+    health, unexplained, losses, gradients, rest = _GROUPS
     if banded:
         return health
     if name == "unexplained":
@@ -98,36 +86,24 @@ def _group(name: str, banded: bool) -> str:
 
 
 def _panel(name: str, runs: dict[str, list[Row]], band: Band | None) -> str:
+    """The chart of one metric, "" where none of its values is finite."""
     series = [
         Series(run, colour, [row.images for row in kept], [row.metrics[name] for row in kept])
         for colour, (run, rows) in enumerate(runs.items())
         if (kept := [row for row in rows if name in row.metrics])
     ]
     if band is None:
-        return line_chart(name, series) or _empty_panel(name)
+        return line_chart(name, series)
     since = [
         next((row.images for row in rows if not band.since or band.since in row.metrics), math.inf)
         for rows in runs.values()
     ]
-    return line_chart(name, series, (band.low, band.high), min(since)) or _empty_panel(name)
+    return line_chart(name, series, (band.low, band.high), min(since))
 
 
-def _legend(inputs: Inputs) -> str:
-    names = list(inputs.metrics.runs)
-    if len(names) < 2:
-        return ""
-    entries = "".join(
-        f'<span style="--run:var(--run-{index % COLOURS})"><i{" class=dashed" if index >= COLOURS else ""}></i>'
-        f"{escape(name or 'run')}</span>"
-        for index, name in enumerate(names)
-    )
-    return f'<div class="legend">{entries}</div>'
-
-
-def _empty_panel(name: str) -> str:
-    remark = '<span class="remarks"><span class="bad">no finite value</span></span>'
-    return f'<figure class="panel"><figcaption><h3>{escape(name)}</h3>{remark}</figcaption></figure>'
-
-
-def _bar(share: float) -> str:
-    return f'<span class="bar"><i style="width:{100 * min(max(share, 0.0), 1.0):.1f}%"></i></span>'
+def _runs(inputs: Inputs) -> list[dict[str, Any]]:
+    """The legend: each run's colour, and whether it is dashed because the colours are used again."""
+    return [
+        {"name": name, "colour": index % COLOURS, "dashed": index >= COLOURS}
+        for index, name in enumerate(inputs.metrics.runs)
+    ]

@@ -3,143 +3,107 @@
 from __future__ import annotations
 
 import math
-from html import escape
 from typing import Any
 
-from d2g_jax.report.charts import MISSING, dot_chart, format_number
+from d2g_jax.report.charts import Axis, format_number
 from d2g_jax.report.inputs import Inputs
-from d2g_jax.report.values import definitions, flatten, is_number, label, part
+from d2g_jax.report.values import card, flatten, is_number, part
 
 _SHOWN_ELSEWHERE = ("protocol", "systems", "floors", "checks", "seconds", "environment")
 
 
-def measured(inputs: Inputs) -> str:
+def measured(inputs: Inputs) -> dict[str, Any] | None:
     """The table of systems, the bars that were set beforehand, the floors and the protocol."""
-    result = inputs.result
-    if result is None:
-        return ""
-    parts = [_systems_table(inputs), _distances(inputs), _checks_table(inputs)]
-    rest = {key: value for key, value in result.items() if key not in _SHOWN_ELSEWHERE}
-    cards = [
-        definitions("Protocol", part(inputs, "protocol", dict)),
-        definitions("Floors: two disjoint sets of the same kind", part(inputs, "floors", dict), format_number),
-        definitions("Also in result.json", rest),
-    ]
-    if any(cards):
-        parts.append(f'<div class="gap"></div><div class="pairs">{"".join(cards)}</div>')
-    return "".join(parts)
+    floors = part(inputs, "floors", dict)
+    rest = {key: value for key, value in (inputs.result or {}).items() if key not in _SHOWN_ELSEWHERE}
+    found = {
+        "systems": _systems(inputs),
+        "distances": _distances(inputs),
+        "checks": checks(inputs),
+        "cards": {
+            **card("Protocol", part(inputs, "protocol", dict)),
+            **card("Floors: two disjoint sets of the same kind", floors, format_number),
+            **card("Also in result.json", rest),
+        },
+    }
+    return found if any(found.values()) else None
 
 
-def _systems_table(inputs: Inputs) -> str:
+def _systems(inputs: Inputs) -> dict[str, Any] | None:
     systems = part(inputs, "systems", dict)
     flat = {name: dict(flatten(values)) if isinstance(values, dict) else {} for name, values in systems.items()}
     keys = list(dict.fromkeys(key for values in flat.values() for key in values))
     if not keys:
-        return ""
-    columns = {key: [values.get(key) for values in flat.values()] for key in keys}
-    head = "".join(f'<th scope="col" class="number">{escape(label(key))}</th>' for key in keys)
-    rows = []
-    for index, name in enumerate(flat):
-        cells = "".join(f'<td class="number">{_cell(column, index)}</td>' for column in columns.values())
-        rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
-    return (
-        '<p class="lead">An en dash stands for what was not measured.</p>'
-        '<div class="card scroll"><table class="measured"><thead><tr><th scope="col">System</th>'
-        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+        return None
+    columns = [[values.get(key) for values in flat.values()] for key in keys]
+    return {"columns": keys, "rows": {name: [_cell(c, row) for c in columns] for row, name in enumerate(flat)}}
 
 
-def _distances(inputs: Inputs) -> str:
-    key, floor = "frechet_to_teacher", part(inputs, "floors", dict).get("teacher_vs_teacher")
-    systems = {
-        name: float(values[key])
-        for name, values in part(inputs, "systems", dict).items()
-        if isinstance(values, dict) and is_number(values.get(key))
+def _distances(inputs: Inputs) -> dict[str, Any] | None:
+    """Fréchet distances on a common logarithmic axis, in per cent of its length; None for fewer than two."""
+    values = {
+        name: float(of["frechet_to_teacher"])
+        for name, of in part(inputs, "systems", dict).items()
+        if isinstance(of, dict) and _is_positive(of.get("frechet_to_teacher"))
     }
-    floor = float(floor) if is_number(floor) and math.isfinite(floor) and floor > 0 else None
-    return dot_chart("Fréchet distance to the teacher", systems, floor)
+    if len(values) < 2:
+        return None
+    floor = part(inputs, "floors", dict).get("teacher_vs_teacher")
+    floor = float(floor) if _is_positive(floor) else None
+    ends = [*values.values(), *([floor] if floor else [])]
+    axis = Axis(min(ends) / 1.1, max(ends) * 1.1, 0.0, 100.0, log=True)
+    return {
+        "dots": [{"name": name, "value": value, "left": f"{axis(value):.1f}"} for name, value in values.items()],
+        "floor": floor,
+        "mark": floor and f"{axis(floor):.1f}",
+    }
+
+
+def _is_positive(value: object) -> bool:
+    return is_number(value) and math.isfinite(value) and value > 0
 
 
 def _cell(column: list[Any], index: int) -> str:
     value = column[index]
     numbers = [float(other) for other in column if is_number(other) and math.isfinite(other)]
     if not is_number(value) or not math.isfinite(value) or value in (0, None):
-        return escape(format_number(value))
+        return format_number(value)
     if all(number.is_integer() for number in numbers) and max(numbers) > 1:
-        text = format_number(value)
-    else:  # the same number of decimals down a column, so that the eye can compare
-        smallest = min(abs(number) for number in numbers if number)
-        decimals = min(max(1 - math.floor(math.log10(smallest)), 3), 6) if max(map(abs, numbers)) <= 1 else 2
-        text = f"{value:,.{decimals}f}".replace("-", "−")
-    return text
-
-
-def _checks_table(inputs: Inputs) -> str:
-    verdicts = {True: ("met", "✓ met"), False: ("missed", "✗ missed")}
-    rows = []
-    for check in checks(inputs):
-        met = check.get("met")
-        kind, word = verdicts[met] if isinstance(met, bool) else ("absent", "not measured")
-        rows.append(
-            f'<tr><th scope="row">{escape(str(check.get("name", MISSING)))}</th>'
-            f'<td class="number" data-label="value">{escape(format_number(check.get("value")))}</td>'
-            f'<td class="number" data-label="bar">{escape(format_number(check.get("bar")))}</td>'
-            f'<td class="verdict {kind}">{word}</td></tr>'
-        )
-    if not rows:
-        return ""
-    return (
-        '<h3 class="sub">Bars set beforehand</h3><div class="card scroll"><table class="checks"><thead><tr>'
-        '<th scope="col">What</th><th scope="col" class="number">Value</th><th scope="col" class="number">Bar</th>'
-        f'<th scope="col">Verdict</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    )
+        return format_number(value)
+    # the same number of decimals down a column, so that the eye can compare
+    smallest = min(abs(number) for number in numbers if number)
+    decimals = min(max(1 - math.floor(math.log10(smallest)), 3), 6) if max(map(abs, numbers)) <= 1 else 2
+    return f"{value:,.{decimals}f}".replace("-", "−")
 
 
 def checks(inputs: Inputs) -> list[dict[str, Any]]:
     return [check for check in part(inputs, "checks", list) if isinstance(check, dict)]
 
 
-def evaluated(inputs: Inputs) -> str:
+def evaluated(inputs: Inputs) -> dict[str, Any] | None:
     """Results of `d2g evaluate` in evaluation/, one row each; a column holds only what was measured the same way."""
-    if not inputs.evaluations:
-        return ""
+    results = inputs.evaluations
+    if not results:
+        return None
     from d2g_jax.results.metrics import METRICS
     from d2g_jax.results.table import comparable
 
-    results = inputs.evaluations
     columns: list[tuple[str, dict[str, Any]]] = []
     for metric in METRICS:
         for result in results:
             if metric in result["metrics"] and (metric, comparable(result, metric)) not in columns:
                 columns.append((metric, comparable(result, metric)))
-    head = "".join(
-        f'<th scope="col" class="number">{escape(METRICS[metric].title)} <sup>{number}</sup></th>'
-        for number, (metric, _) in enumerate(columns, 1)
-    )
-    rows = []
-    for result in results:
-        cells = "".join(f'<td class="number">{_measured_cell(result, metric, key)}</td>' for metric, key in columns)
-        name = result["system"] + ("" if result["complete"] else " (incomplete)")
-        rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
-    notes = "".join(f"<li>{escape(_how(key))}</li>" for _, key in columns)
-    return (
-        '<p class="lead">Results of d2g evaluate. A column holds only numbers that were measured the same way; how, '
-        'stands below by its number.</p><div class="card scroll"><table class="measured"><thead><tr>'
-        '<th scope="col">System</th>'
-        f'{head}</tr></thead><tbody>{"".join(rows)}</tbody></table><ol class="how">{notes}</ol></div>'
-    )
 
+    def value(result: dict[str, Any], metric: str, how: dict[str, Any]) -> Any:
+        if metric not in result["metrics"] or comparable(result, metric) != how:
+            return None
+        found = result["metrics"][metric]
+        return found["all" if metric == "accuracy" else "mean"] if isinstance(found, dict) else found
 
-def _measured_cell(result: dict[str, Any], metric: str, key: dict[str, Any]) -> str:
-    from d2g_jax.results.table import comparable
-
-    if metric not in result["metrics"] or comparable(result, metric) != key:
-        return MISSING
-    value = result["metrics"][metric]
-    if isinstance(value, dict):
-        value = value["all"] if metric == "accuracy" else value["mean"]
-    return escape(format_number(value))
-
-
-def _how(key: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in key.items())
+    names = [result["system"] + ("" if result["complete"] else " (incomplete)") for result in results]
+    rows = [[value(result, *column) for column in columns] for result in results]
+    return {
+        "titles": [METRICS[metric].title for metric, _ in columns],
+        "rows": list(zip(names, rows, strict=True)),
+        "how": [", ".join(f"{name} {text}" for name, text in how.items()) for _, how in columns],
+    }

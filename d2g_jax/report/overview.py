@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from datetime import UTC, datetime
-from html import escape
-from typing import Any
 
 from d2g_jax.report.charts import format_number
 from d2g_jax.report.curves import image_rates, peak_memory
 from d2g_jax.report.inputs import Inputs
 from d2g_jax.report.measured import checks
 from d2g_jax.report.status import RUNNING, STOPPED, Status
-from d2g_jax.report.values import definitions, duration, flatten, is_number, part, scalar
+from d2g_jax.report.values import card, duration, flatten, is_number, part, scalar
 
 _LEAST_PATIENCE = 600.0  # seconds without a line after which a page says that its job may be dead
 _LINES_MISSED = 5
@@ -25,20 +23,16 @@ def state(inputs: Inputs, now: Status) -> str:
         return now.state
     running = list(inputs.metrics.runs)[-1:]
     share = f", {now.share:.0%}" if now.total else ""
-    return "running" + (f" {escape(running[0])}" if running and running[0] else "") + share
+    return "running" + (f" {running[0]}" if running and running[0] else "") + share
 
 
 def progress(now: Status) -> str:
-    """What is going on, a bar, and when this was written; a stopped job's reason; "" for a finished one."""
-    if now.state not in (RUNNING, STOPPED):
-        return ""
-    stage = escape(now.stage[:1].upper() + now.stage[1:]) if now.stage else "At work"
-    count = f"{format_number(now.done)} of {format_number(now.total)} {escape(now.unit)}" if now.total else ""
-    bar = f'<progress max="{now.total}" value="{now.done}">{now.share:.0%}</progress>' if now.total else ""
-    text = f"{stage}{' · ' + count if count else ''}"
+    """What is going on and how far it is; a stopped job's reason."""
+    count = f"{format_number(now.done)} of {format_number(now.total)} {now.unit}" if now.total else ""
     if now.state == STOPPED:
-        text = f"Stopped{' after ' + count if count else ''}: {escape(now.stage)}. The same command goes on from here."
-    return f'<div class="now card"><p>{text}</p>{bar}</div>'
+        return f"Stopped{count and f' after {count}'}: {now.stage}. The same command goes on from here."
+    stage = now.stage[:1].upper() + now.stage[1:] if now.stage else "At work"
+    return f"{stage} · {count}" if count else stage
 
 
 def patience(inputs: Inputs) -> int:
@@ -48,30 +42,27 @@ def patience(inputs: Inputs) -> int:
     return round(max(_LEAST_PATIENCE, _LINES_MISSED * each if math.isfinite(each) else 0.0))
 
 
-def facts(inputs: Inputs, now: Status) -> str:
-    """When the job last wrote, on what it runs, with which versions."""
+def written(now: Status) -> dict[str, str]:
+    """When the job last wrote."""
     moment = datetime.fromisoformat(now.written) if now.written else datetime.now(UTC)
-    text = moment.strftime("%d %B %Y, %H:%M UTC").lstrip("0")
-    written = f'<time id="written" datetime="{moment.isoformat(timespec="seconds")}">{text}</time>'
-    word = "Written" if now.state == RUNNING or not now.written else now.state.capitalize()
-    found = [f"<span>{word} <b>{written}</b></span>"]
-    found += [
-        f"<span>{escape(key.replace('_', ' '))} <b>{escape(scalar(value))}</b></span>"
-        for key, value in _environment(inputs).items()
-    ]
-    return "".join(found)
+    return {
+        "word": "Written" if now.state == RUNNING or not now.written else now.state.capitalize(),
+        "moment": moment.isoformat(timespec="seconds"),
+        "text": moment.strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
+    }
 
 
-def _environment(inputs: Inputs) -> dict[str, Any]:
+def environment(inputs: Inputs) -> dict[str, str]:
+    """On what the job runs, with which versions."""
     for data in (inputs.result, inputs.config):
-        environment = (data or {}).get("environment")
-        if isinstance(environment, dict):
-            return dict(flatten(environment, leaves_only=True))
+        found = (data or {}).get("environment")
+        if isinstance(found, dict):
+            return {key.replace("_", " "): scalar(value) for key, value in flatten(found, leaves_only=True)}
     return {}
 
 
-def tiles(inputs: Inputs) -> str:
-    """The few numbers that one looks for first."""
+def tiles(inputs: Inputs) -> list[tuple[str, str, str]]:
+    """The few numbers that one looks for first: of each its name, its value and what that is of."""
     found = []
     runs = inputs.metrics.runs
     if runs:
@@ -93,17 +84,14 @@ def tiles(inputs: Inputs) -> str:
     if bars:
         met = sum(bar.get("met") is True for bar in bars)
         found.append(("Bars met", str(met), f"of {len(bars)}"))
-    cells = "".join(
-        f'<div class="tile card"><dt>{name}</dt><dd>{value}<small>{unit}</small></dd></div>'
-        for name, value, unit in found
-    )
-    return f'<dl class="tiles">{cells}</dl>' if cells else ""
+    return found
 
 
-def settings(inputs: Inputs) -> str:
+def settings(inputs: Inputs) -> dict[str, dict[str, str]]:
     """The resolved config: one card for what stands at the top level and one for each group."""
     config = {key: value for key, value in (inputs.config or {}).items() if key != "environment"}
-    plain = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    cards = [definitions("General", plain)]
-    cards += [definitions(key, value) for key, value in config.items() if isinstance(value, dict)]
-    return f'<div class="gap"></div><div class="pairs">{"".join(cards)}</div>' if any(cards) else ""
+    cards = card("General", {key: value for key, value in config.items() if not isinstance(value, dict)})
+    for key, value in config.items():
+        if isinstance(value, dict):
+            cards |= card(key, value)
+    return cards

@@ -1,24 +1,36 @@
-"""The page: which sections a run has, in which order, and the one file that they end in."""
+"""The page: which sections a run has, in which order, and the one file that they end in.
+
+What a section says is found in the modules beside this one; how it looks stands in sections.html and page.html.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
+
+import jinja2
 
 from d2g_jax.report import curves, health, measured, overview, pictures
 from d2g_jax.report.alarms import alarms
 from d2g_jax.report.charts import format_number
 from d2g_jax.report.inputs import Inputs, read_inputs
 from d2g_jax.report.status import FINISHED, RUNNING, STOPPED, Status
+from d2g_jax.report.values import label
 from d2g_jax.runtime.atomic import write_bytes
 from d2g_jax.runtime.errors import UserError
 
 _REFRESH = 30  # seconds after which an open page of a running job loads itself again
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("d2g_jax", "report"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters |= {"number": format_number, "label": label}
+_TEMPLATES.globals["embedded"] = pictures.embedded
 
 
 def write_report(workdir: Path, *, finished: bool | None = None, bands: Sequence[health.Band] = health.BANDS) -> Path:
@@ -54,26 +66,22 @@ def _page(inputs: Inputs, now: Status, bands: Sequence[health.Band]) -> str:
         ("alarms", "Alarms", alarms(inputs)),
         ("curves", "Curves", curves.curves(inputs, bands)),
         ("time", "Samples over time", pictures.timelines(inputs)),
-        ("walks", "Latent walks", pictures.walks(inputs)),
+        ("walks", "Latent walks", inputs.galleries),
         ("nearest", "Nearest training pairs", pictures.neighbours(inputs)),
         ("speed", "Speed and memory", curves.speed(inputs)),
         ("settings", "Settings", overview.settings(inputs)),
     ]
-    present = [(name, title, body) for name, title, body in made if body]
-    body = "\n".join(f'<section id="{name}">\n<h2>{title}</h2>\n{body}\n</section>' for name, title, body in present)
-    template = resources.files("d2g_jax.report").joinpath("page.html").read_text("utf-8")
-    again = f'<noscript><meta http-equiv="refresh" content="{_REFRESH}"></noscript>'
-    return Template(template).substitute(
-        title=escape(inputs.workdir.resolve().name),
-        again=again if now.state == RUNNING else "",
+    return _TEMPLATES.get_template("page.html").render(
+        title=inputs.workdir.resolve().name,
         refresh=_REFRESH if now.state == RUNNING else 0,
         patience=overview.patience(inputs),
+        now=now,
         state=overview.state(inputs, now),
-        state_class=now.state,
-        now=overview.progress(now),
-        facts=overview.facts(inputs, now),
-        navigation="".join(f'<a href="#{name}">{title}</a>' for name, title, _ in present),
-        sections=overview.tiles(inputs) + "\n" + body,
+        progress=overview.progress(now),
+        written=overview.written(now),
+        environment=overview.environment(inputs),
+        tiles=overview.tiles(inputs),
+        present=[section for section in made if section[2]],
         notes=_notes(inputs),
     )
 
@@ -96,7 +104,7 @@ def _guessed(inputs: Inputs) -> Status:
     return Status(FINISHED if over else RUNNING, name, int(rows[-1].images), total)
 
 
-def _notes(inputs: Inputs) -> str:
+def _notes(inputs: Inputs) -> list[str]:
     metrics = inputs.metrics
     notes = []
     if metrics.broken:
@@ -107,5 +115,4 @@ def _notes(inputs: Inputs) -> str:
         lines = "line was" if metrics.replaced == 1 else "lines were"
         count = format_number(metrics.replaced)
         notes.append(f"metrics.jsonl: {count} {lines} written again after a resume; the later is shown.")
-    notes.append("This page is one file: it loads nothing and sends nothing.")
-    return "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return [*notes, "This page is one file: it loads nothing and sends nothing."]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from html import escape
 from typing import Any
 
 from d2g_jax.report.charts import MISSING, format_number
@@ -58,9 +57,10 @@ def part(inputs: Inputs, key: str, kind: type) -> Any:
     return value
 
 
-def definitions(title: str, data: Mapping[str, Any], write: Callable[[Any], str] = scalar) -> str:
-    items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(write(value))}</dd>" for key, value in flatten(data))
-    return f'<div class="card"><h3>{escape(title)}</h3><dl>{items}</dl></div>' if items else ""
+def card(title: str, data: Mapping[str, Any], write: Callable[[Any], str] = scalar) -> dict[str, dict[str, str]]:
+    """A title and what is listed under it, as text; an empty dict for no data."""
+    items = {key: write(value) for key, value in flatten(data)}
+    return {title: items} if items else {}
 
 
 def duration(seconds: float) -> str:

@@ -84,9 +84,7 @@ def train_metric(
     save_metric(folder, TRUNK, trunk, calibrate.calibrate(recipe, seen, label="metric.heads"), SPACE)
     trained = LatentLPIPS.load(folder)
     scores = {
-        "2afc": calibrate.two_afc(trained.heads, held_out),
-        "2afc_without_calibration": calibrate.two_afc(calibrate.uniform_heads(TRUNK), held_out),
-        "2afc_of_judges": calibrate.two_afc_of_judges(held_out.judgement),
+        **calibrate.scores(trained.heads, held_out),
         "sharp_over_flat": prefers_sharp_textures(trained, encode, 250, heads.seed + 2),
         "sharp_over_flat_without_calibration": prefers_sharp_textures(metric, encode, 250, heads.seed + 2),
     }

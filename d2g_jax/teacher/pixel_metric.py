@@ -8,12 +8,8 @@ folded away, because LPIPS has none, and its heads are calibrated on the same di
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -64,11 +60,7 @@ def score(metric: LPIPS, config: ml_collections.ConfigDict) -> dict[str, float]:
     With the metric's heads, with uniform ones, and of a judge who always sides with the majority.
     """
     held_out = differences(metric, config.triplets // 4, config.seed + 1, test=True)
-    return {
-        "2afc": calibrate.two_afc(metric.heads, held_out),
-        "2afc_without_calibration": calibrate.two_afc(calibrate.uniform_heads(metric.network.config), held_out),
-        "2afc_of_judges": calibrate.two_afc_of_judges(held_out.judgement),
-    }
+    return calibrate.scores(metric.heads, held_out)
 
 
 def normalise(images: np.ndarray) -> np.ndarray:
@@ -94,28 +86,5 @@ def without_batch_norm(config: vgg.VGGConfig, trunk: Params) -> tuple[vgg.VGGCon
 
 def differences(metric: LPIPS, count: int, seed: int, *, test: bool = False) -> calibrate.Differences:
     """What calibration and scoring see of `count` triplets, a multiple of `CHUNK`; `metric`'s heads play no part."""
-    left, right, judgement = [], [], []
-    for made in chunks_of_triplets(count, seed, test=test):
-        left.append(head_differences(metric, made.left, made.reference))
-        right.append(head_differences(metric, made.right, made.reference))
-        judgement.append(made.judgement)
-    by_tap = ([np.concatenate(tap) for tap in zip(*side, strict=True)] for side in (left, right))
-    return calibrate.Differences(*by_tap, np.concatenate(judgement))
-
-
-def head_differences(metric: LPIPS, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
-    """Everything of N distances but the heads: (N, C_k) per tap."""
-    return jax.device_get(_channel_differences(metric, a, b))
-
-
-@jax.jit
-def _channel_differences(metric: LPIPS, a: jax.Array, b: jax.Array) -> list[jax.Array]:
-    """(B, C_k) per tap. A distance is linear in its heads, so the heads that name one channel each give them all."""
-    widths = metric.network.config.widths
-    unit = jnp.eye(max(widths))
-
-    def terms(heads: Sequence[Any]) -> jax.Array:
-        return dataclasses.replace(metric, heads=heads).layer_distances(a, b)
-
-    values = jax.vmap(terms)(tuple(unit[:, :width] for width in widths))  # (C, B, K)
-    return [values[:width, :, k].T for k, width in enumerate(widths)]
+    chunks = chunks_of_triplets(count, seed, test=test)
+    return calibrate.Differences.together(calibrate.differences(metric, chunk) for chunk in chunks)

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from d2g_jax.bench import networks, sample
-from d2g_jax.bench.sample import PARTS, SampleRequest, run_sample
+from d2g_jax.bench.sample import PARTS, Request, run
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 
-SMALL = SampleRequest("digits", batches=(2,), repeats=1)
+SMALL = Request("digits", batches=(2,), repeats=1)
 TORCH = all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "transformers"))
 
 
 @pytest.fixture(scope="module")
 def report():
-    return run_sample(SMALL)
+    return run(SMALL)
 
 
 def test_rows_of_our_side(report):
@@ -53,7 +53,7 @@ def test_the_other_side_draws_the_same_or_says_why_not(report):
 
 def test_sdxl_has_its_second_tower_and_sizes_on_both_sides(tiny_sdxl):
     parts = ("text", "unet")
-    report = run_sample(dataclasses.replace(SMALL, model=str(tiny_sdxl), parts=parts))
+    report = run(dataclasses.replace(SMALL, model=str(tiny_sdxl), parts=parts))
     ours, theirs = report["rows"][2], report["rows"][4]
     assert theirs["latent_std"] == pytest.approx(ours["latent_std"], rel=1e-4)
 
@@ -65,7 +65,7 @@ def test_another_sides_weights_are_found_out(tiny_sd, monkeypatch):
     torch_pipeline_state = torch_pipeline.to_state_dict
     monkeypatch.setattr(torch_pipeline, "to_state_dict", other)
     with pytest.raises(UserError, match="different latents"):
-        run_sample(dataclasses.replace(SMALL, model=str(tiny_sd), parts=("unet",)))
+        run(dataclasses.replace(SMALL, model=str(tiny_sd), parts=("unet",)))
 
 
 @pytest.mark.parametrize(("compiles", "met"), [(True, True), (False, None)])
@@ -79,7 +79,7 @@ def test_a_gpus_bar_is_against_compiled_diffusers_alone(monkeypatch, compiles, m
 
 
 def test_without_torch():
-    report = run_sample(dataclasses.replace(SMALL, torch=False, parts=("text",)))
+    report = run(dataclasses.replace(SMALL, torch=False, parts=("text",)))
     assert [row["name"] for row in report["rows"]] == ["matrix product", "text x2"]
 
 
@@ -109,4 +109,4 @@ def test_random_pipelines_are_stored_as_asked():
 )
 def test_bad_requests(change, flag):
     with pytest.raises(UserError, match=flag):
-        run_sample(dataclasses.replace(SMALL, **change))
+        run(dataclasses.replace(SMALL, **change))

@@ -8,7 +8,7 @@ import pytest
 from tiny import get_config
 
 from d2g_jax.bench import train, training
-from d2g_jax.bench.train import TrainRequest, run_train
+from d2g_jax.bench.train import Request, run
 from d2g_jax.runtime.errors import UserError
 
 TORCH = all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "transformers"))
@@ -37,7 +37,7 @@ def by_name(report):
 
 @pytest.fixture(scope="module")
 def whole():
-    return run_train(TrainRequest(small_config(), ("e_latent_lpips",), repeats=1))
+    return run(Request(small_config(), ("e_latent_lpips",), repeats=1))
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_every_step_trained(whole):
 
 @pytest.mark.slow
 def test_pytorch_begins_with_our_loss():
-    rows = by_name(run_train(TrainRequest(regression_only(), ("mse",), repeats=1)))
+    rows = by_name(run(Request(regression_only(), ("mse",), repeats=1)))
     assert not {"d x8", "r1 x8"} & set(rows)
     assert rows["iteration, mse x8"]["seconds"] == rows["g, mse x8"]["seconds"]
     theirs = rows["g, mse x8 (torch)"]
@@ -84,7 +84,7 @@ def test_pytorch_begins_with_our_loss():
 
 def test_another_loss_is_refused():
     rows = [{"name": "g, mse x8", "loss": 1.0}, {"name": "g, mse x8 (torch)", "loss": 1.1}]
-    request = TrainRequest(regression_only(), ("mse",)).resolved()
+    request = Request(regression_only(), ("mse",)).resolved()
     with pytest.raises(UserError, match=r"first losses are 1 and 1\.1"):
         train._check_losses(request, rows)
     train._check_losses(request, [rows[0], {**rows[1], "loss": 1.001}])
@@ -103,7 +103,7 @@ def test_bars_are_the_corrected_ones(monkeypatch):
     config = small_config()
     with config.unlocked():
         config.name = "sd15"
-    request = TrainRequest(config, torch=False).resolved()
+    request = Request(config, torch=False).resolved()
     row = lambda loss, seconds: {  # noqa: E731
         "name": f"iteration, {loss} x8", "seconds": seconds, "value": 8 / seconds, "share_of_peak": 0.41
     }  # fmt: skip
@@ -118,7 +118,7 @@ def test_bars_are_the_corrected_ones(monkeypatch):
 def test_what_does_not_fit_is_compiled_and_not_run(monkeypatch):
     monkeypatch.setattr(train, "does_not_fit", lambda needed: f"needs {needed:.0f}")
     monkeypatch.setattr(train, "Training", lambda *_: pytest.fail("no state is to be made"))
-    rows = by_name(run_train(TrainRequest(regression_only(), ("mse",), repeats=1, torch=False)))
+    rows = by_name(run(Request(regression_only(), ("mse",), repeats=1, torch=False)))
     row = rows["g, mse x8"]
     assert float(row["not_run"].removeprefix("needs ")) > row["temp_bytes"] > 0
     assert row["flops"] > 0
@@ -147,4 +147,4 @@ def test_pipelines_by_their_short_names():
 )
 def test_bad_requests(change, message):
     with pytest.raises(UserError, match=message):
-        run_train(dataclasses.replace(TrainRequest(small_config()), **change))
+        run(dataclasses.replace(Request(small_config()), **change))

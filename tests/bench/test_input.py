@@ -6,10 +6,10 @@ import pytest
 
 from d2g_jax import records
 from d2g_jax.__main__ import main
-from d2g_jax.bench.input import InputRequest, make_folder, run_input
+from d2g_jax.bench.input import Request, make_folder, run
 from d2g_jax.runtime.errors import UserError
 
-SMALL = InputRequest(shape="digits", records=68, batch=8, repeats=2)
+SMALL = Request(shape="digits", records=68, batch=8, repeats=2)
 
 
 def test_the_random_folder_is_one_of_pairs(tmp_path):
@@ -20,7 +20,7 @@ def test_the_random_folder_is_one_of_pairs(tmp_path):
 
 def test_both_sides_are_measured():
     pytest.importorskip("tensorflow")
-    report = run_input(SMALL)
+    report = run(SMALL)
     ours, theirs = report["rows"]
     assert ours["value"] == pytest.approx(64 / ours["seconds"])
     assert report["bars"][0]["measured"] == pytest.approx(ours["value"] / theirs["value"])
@@ -34,7 +34,7 @@ def test_bad_requests(tmp_path, capsys):
         ({"records": 5, "batch": 8}, "--batch=8"),
     ):
         with pytest.raises(UserError, match=message):
-            run_input(InputRequest(**change))
+            run(Request(**change))
     assert main(["bench", "input", f"--pairs={tmp_path}"]) == 2
     assert "not a folder of pairs" in capsys.readouterr().err
 

@@ -28,7 +28,7 @@ TINY = loss.Networks(
 def report():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "_TURN_CALLS", 1)
-        return loss.run_loss(loss.LossRequest(size=16, batch=2, repeats=1), TINY)
+        return loss.run(loss.Request(size=16, batch=2, repeats=1), TINY)
 
 
 def by_name(report):
@@ -51,7 +51,7 @@ def test_everything_is_measured_in_both_dtypes(report):
 
 
 def test_values_are_those_of_the_losses(report):
-    request, rows = loss.LossRequest(size=16, batch=2), by_name(report)
+    request, rows = loss.Request(size=16, batch=2), by_name(report)
     inputs = loss._inputs(request, TINY)
     np.testing.assert_allclose(
         rows["mse", "float32"]["value"], np.square(inputs.generated - inputs.target).mean(), rtol=1e-5
@@ -75,7 +75,7 @@ def test_torch_counterpart_gives_our_value(report):
 
 def test_torch_counterpart_gives_our_gradient():
     pytest.importorskip("torch")
-    inputs = loss._inputs(loss.LossRequest(size=16, batch=2), TINY)
+    inputs = loss._inputs(loss.Request(size=16, batch=2), TINY)
     metric = loss._latent_metric(TINY, inputs, "float32")
     ours = jax.jit(jax.grad(loss._latent_lpips))(inputs.generated, inputs.target, inputs.key, metric)
     latents = (np.asarray(inputs.generated), np.asarray(inputs.target))
@@ -89,7 +89,7 @@ def test_official_package_gives_our_value():
     if importlib.util.find_spec("elatentlpips") is None:
         pytest.skip("elatentlpips is not installed, and is no dependency")
     networks = dataclasses.replace(TINY, latent=vgg.VGGConfig())
-    inputs = loss._inputs(loss.LossRequest(size=16), networks)
+    inputs = loss._inputs(loss.Request(size=16), networks)
     metric = loss._latent_metric(networks, inputs, "float32")
     latents = (np.asarray(inputs.generated), np.asarray(inputs.target))
     _, theirs = torch_metric.candidates(
@@ -101,17 +101,16 @@ def test_official_package_gives_our_value():
 
 
 def test_absent_torch_is_a_line(monkeypatch):
-    monkeypatch.setattr(torch_metric, "_missing", lambda package: f"{package} is not installed")
-    inputs = loss._inputs(loss.LossRequest(size=16), TINY)
+    monkeypatch.setattr(torch_metric.torch_pipeline, "missing", lambda packages: f"{packages[0]} is not installed")
+    inputs = loss._inputs(loss.Request(size=16), TINY)
     latents = (np.asarray(inputs.generated), np.asarray(inputs.target))
     rows = torch_metric.candidates(TINY.latent, inputs.trunk, inputs.heads, TINY.space, latents, loss.DTYPES)
     assert [(row.call, row.not_run) for row in rows] == [(None, "torch is not installed")] * 3
-    assert torch_metric.version() is None
 
 
 def test_target_half_has_no_backward_pass():
     networks = dataclasses.replace(TINY, latent=vgg.VGGConfig())
-    inputs = loss._inputs(loss.LossRequest(size=16), networks)
+    inputs = loss._inputs(loss.Request(size=16), networks)
     metric = loss._latent_metric(networks, inputs, "float32")
     assert 0.9 < loss._backward_by_half(metric, inputs) < 1.1
     # The figure tells: by both latents it is twice as large.
@@ -150,7 +149,7 @@ def test_bars_of_a_partial_run():
 )
 def test_bad_requests(change, message):
     with pytest.raises(UserError, match="^" + message):
-        loss.run_loss(loss.LossRequest(**change))
+        loss.run(loss.Request(**change))
 
 
 def test_full_size_networks():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from d2g_jax.__main__ import main
-from d2g_jax.bench import networks, pairs, torch_pairs
-from d2g_jax.bench.pairs import PairsRequest, run_pairs
+from d2g_jax.bench import networks, pairs, torch_pipeline
+from d2g_jax.bench.pairs import Request, run
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.pairs.estimate import unet_flops
 from d2g_jax.pipeline.conditioning import tokenize_prompts
@@ -17,12 +17,12 @@ from d2g_jax.plan.architectures import MODELS, abstract_pipeline
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 
-SMALL = PairsRequest(str(WEIGHTS / "pipeline"), batch=4, steps=2, repeats=1)
+SMALL = Request(str(WEIGHTS / "pipeline"), batch=4, steps=2, repeats=1)
 
 
 def test_both_sides_solve_the_same():
     pytest.importorskip("torch")
-    report = run_pairs(SMALL)
+    report = run(SMALL)
     _, ours, theirs = report["rows"]
     assert ours["value"] == pytest.approx(4 / ours["seconds"])
     assert report["bars"][0]["measured"] == pytest.approx(ours["value"] / theirs["value"])
@@ -33,7 +33,7 @@ def test_both_sides_solve_the_same():
 
 
 def test_facts_are_those_of_the_compiled_programs():
-    (_, ours) = run_pairs(dataclasses.replace(SMALL, torch=False))["rows"]
+    (_, ours) = run(dataclasses.replace(SMALL, torch=False))["rows"]
     network = 4 * 4 * unet_flops(abstract_pipeline(SMALL.model))  # images, calls with both halves
     assert 1 < ours["flops"] / network < 1.3  # towers besides, and the padding of convolutions, which XLA leaves out
     assert ours["peak_bytes"] > ours["temp_bytes"] > 0
@@ -53,7 +53,7 @@ def test_a_name_gets_random_weights_on_both_sides(tmp_path):
 
 def test_random_sdxl_has_both_towers_on_both_sides(tiny_sdxl, monkeypatch):
     monkeypatch.setitem(MODELS, "tiny", str(tiny_sdxl))
-    _, ours, theirs = run_pairs(dataclasses.replace(SMALL, model="tiny", prompt="the cat"))["rows"]
+    _, ours, theirs = run(dataclasses.replace(SMALL, model="tiny", prompt="the cat"))["rows"]
     assert theirs["latent_std"] == pytest.approx(ours["latent_std"], rel=1e-3)
 
 
@@ -83,20 +83,20 @@ def test_the_bar_of_a_gpu_is_against_compiled_diffusers(monkeypatch):
 
 def test_one_gpu_is_not_compared_with_several(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(torch_pairs.torch_pipeline, "missing", lambda: None)
-    assert torch_pairs.missing() == "it runs on one device, ours on several"
+    monkeypatch.setattr(torch_pipeline, "missing", lambda: None)
+    assert torch_pipeline.alone_missing() == "it runs on one device, ours on several"
 
 
 def test_what_does_not_fit_is_compiled_and_not_run(monkeypatch):
     monkeypatch.setattr(pairs, "does_not_fit", lambda needed: f"needs {needed:.0f}")
-    row = run_pairs(dataclasses.replace(SMALL, torch=False))["rows"][1]
+    row = run(dataclasses.replace(SMALL, torch=False))["rows"][1]
     assert row["seconds"] is None
     assert row["flops"] > 0
     assert row["not_run"].startswith("needs ")
 
 
 def test_random_weights_are_stored_as_pairs_stores_them():
-    request = PairsRequest("digits", batch=2, dtype="bfloat16").resolved()
+    request = Request("digits", batch=2, dtype="bfloat16").resolved()
     pipeline = pairs.load(request, meshes.make_mesh())
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(pipeline.params)} == {"float32"}
 
@@ -120,4 +120,4 @@ def test_other_latents_are_refused():
 )
 def test_bad_requests(change, flag):
     with pytest.raises(UserError, match=flag):
-        run_pairs(PairsRequest(**{"model": "nowhere", **change}))
+        run(Request(**{"model": "nowhere", **change}))

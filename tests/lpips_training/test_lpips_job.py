@@ -114,10 +114,10 @@ def test_on_the_fly_with_samples(config, class_folders, tmp_path, monkeypatch):
     [
         ("classification.learning_rate", 1e30, r"classification: the loss is nan at step \d of 9; lower class"),
         ("classification.learning_rate", float("nan"), r"classification\.learning_rate=nan; give a number above 0"),
-        ("classification.save_every", 0, r"classification\.save_every=0; give a number above 0"),
+        ("classification.save_every", 0, r"classification\.save_every=0; give a whole number from 1"),
         ("classification.dropout", 1.0, r"classification\.dropout=1\.0; give a share from 0 to below 1"),
-        ("classification.hidden", (0,), r"classification\.hidden=\(0,\); give widths above 0"),
-        ("calibration.decay_epochs", -1.0, r"calibration\.decay_epochs=-1\.0; give 0 or more"),
+        ("classification.hidden", (0,), r"classification\.hidden=0; give a whole number from 1"),
+        ("calibration.decay_epochs", -1.0, r"calibration\.decay_epochs=-1\.0; give a number from 0"),
         ("calibration.batch_size", 5, r"calibration\.batch_size=5 is not a multiple of the 2 devices"),
         ("encoder.dtype", "half", r"encoder\.dtype='half' is unknown; choose one of float32, bfloat16"),
         ("images.posterior", "mode", r"images\.posterior='mode' is unknown; choose one of mean, sample"),
