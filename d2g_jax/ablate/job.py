@@ -151,8 +151,9 @@ def _make(job: Job, row: Row, seed: int) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figures = {} if job.judge is None else job.judge.score(folder)
     figures["images_per_second"] = images_per_second(lines, last_phase(student))
-    if "steps" in (memory := read_status(folder).memory):  # not of a student that an earlier version has trained
-        figures["step_gib"] = memory["steps"]
+    status = read_status(folder)
+    if status is not None and "steps" in status.memory:  # neither of a student that an earlier version has trained
+        figures["step_gib"] = status.memory["steps"]
     made = {
         "config_hash": runs.config_hash(student),
         "figures": {name: float(f"{value:.6g}") for name, value in figures.items()},

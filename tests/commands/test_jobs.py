@@ -420,7 +420,7 @@ def test_a_nan_stops_training_with_the_state_before_it(trained, tmp_path, monkey
     (row,) = metrics_of(tmp_path)
     assert row["images"] == 32
     assert "loss_discriminator" not in row["problem"]
-    assert "stopped: the generator&#x27;s update of step 4" in (tmp_path / "report.html").read_text()
+    assert "stopped: the generator&#39;s update of step 4" in (tmp_path / "report.html").read_text()
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.all() == [24]
 

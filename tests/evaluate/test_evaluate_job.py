@@ -300,7 +300,7 @@ def test_a_table_never_puts_unlike_numbers_into_one_column(drawn, tmp_path, caps
 def test_results_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "a.json").write_text("{}")
     assert "no result of `d2g evaluate`" in refused(capsys, "evaluate", "table", tmp_path / "a.json")
-    assert "cannot be read" in refused(capsys, "evaluate", "table", tmp_path / "b.json")
+    assert "b.json is missing" in refused(capsys, "evaluate", "table", tmp_path / "b.json")
     (tmp_path / "a.json").write_text(json.dumps({"format": 0, "protocol": {}, "metrics": {}}))
     with pytest.raises(UserError, match="format 0"):
         read_result(tmp_path / "a.json")

@@ -113,7 +113,7 @@ def test_a_mesh_that_does_not_divide(capsys):
     assert "mesh.fsdp=3 does not divide the 16 devices" in told
 
 
-@pytest.mark.parametrize(("topology", "devices"), [("v5e:4x4", 16), ("v5p:2x2x2", 8), ("cpu:6", 6)])
+@pytest.mark.parametrize(("topology", "devices"), [("v5e:4x4", 16), ("v5p:2x2x2", 8), ("gpu:8xH100", 8)])
 def test_a_batch_that_does_not_divide(topology, devices, capsys):
     """The README's own default on more devices: which setting to change, and to what."""
     told = line(capsys, f"--topology={topology}", "--method=formula")
