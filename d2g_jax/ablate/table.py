@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2g_jax.ablate.rows import Ablation
+from d2g_jax.results.table import markdown
 
 MEASURED = {
     "frechet_to_teacher": ("Frechet distance to teacher", ".2f"),
@@ -65,12 +66,12 @@ def table(result: Mapping[str, Any]) -> str:
     measured = [name for name in MEASURED if all(name in row["figures"] for row in rows)]
     published = [name for name in PUBLISHED if any(row["published"][name] is not None for row in rows)]
     headings = [result["title"], *(MEASURED[name][0] for name in measured), *(PUBLISHED[name][0] for name in published)]
-    lines = [headings, ["---"] * len(headings)]
+    lines = [headings]
     for row in rows:
         cells = [_with_spread(row["figures"][name], MEASURED[name][1]) for name in measured]
         values = [(row["published"][name], PUBLISHED[name][1]) for name in published]
         lines.append([row["title"], *cells, *("–" if value is None else format(value, form) for value, form in values)])
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", *_notes(result)])
+    return "\n".join([markdown(lines), "", *_notes(result)])
 
 
 def _with_spread(figure: Mapping[str, Any], form: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -126,7 +127,6 @@ def _run(own: argparse.Namespace) -> str:
     from d2g_jax.evaluate.job import evaluate
     from d2g_jax.evaluate.plan import Request
     from d2g_jax.pipeline.draw import Solution
-    from d2g_jax.results.metric_weights import MetricWeights
     from d2g_jax.sample.sampler import Parts
 
     given = common.given_solution(own)
@@ -146,23 +146,16 @@ def _run(own: argparse.Namespace) -> str:
             own.draw_batch,
             own.tiled,
         )
-    request = Request(
-        protocol=own.protocol,
-        images=own.images,
-        model=model,
-        drawn=own.drawn or own.out.parent / f"{own.out.stem}-drawn",
-        reference=own.reference,
-        prompts=own.prompts,
-        prompts_column=own.prompts_column,
-        weights=MetricWeights(**{name: getattr(own, f"weights_{name}") for name in metric_weights.WHERE}),
-        metrics=tuple(filter(None, own.metrics.split(","))),
-        diversity_images=own.diversity_images,
-        teacher_images=own.teacher_images,
-        samples=own.samples,
-        max_corrupt=own.max_corrupt,
-        batch_size=own.batch,
-        name=own.name,
-    )
+    fields = {field.name: getattr(own, field.name) for field in dataclasses.fields(Request) if hasattr(own, field.name)}
+    weights = {name: file for name in metric_weights.WHERE if (file := getattr(own, f"weights_{name}")) is not None}
+    fields |= {
+        "model": model,
+        "drawn": own.drawn or own.out.parent / f"{own.out.stem}-drawn",
+        "weights": weights,
+        "metrics": tuple(filter(None, own.metrics.split(","))),
+        "batch_size": own.batch,
+    }
+    request = Request(**fields)
     result = evaluate(request, own.out)
     shown = {name: result[name] for name in ("system", "samples", "complete", "metrics")}
     return json.dumps({"out": str(own.out), **shown}, indent=2, ensure_ascii=False)

@@ -89,7 +89,8 @@ def make_reference(
     extractor = make_extractor(found, inception)
     if not images.is_dir():
         raise UserError(f"{images}: no such folder; give one of images")
-    made = reference.open_reference(images, found, extractor, max_corrupt=max_corrupt, batch=batch_size)
+    real = survey(images, found, max_corrupt=max_corrupt, mixed=True)
+    made = reference.measure_reference(real, found, extractor, batch_size)
     made.save(out)
     return made.describe()
 

@@ -51,10 +51,9 @@ def open_all(plan: Plan) -> Opened:
     extractor, real = _open_reference(plan)
     if extractor is not None:
         _check_counts(plan, extractor, real)
-    weights = {name: getattr(request.weights, name) for name in (*clip_score.PATCHES, *PAIRWISE)}
-    clips = {name: clip_score.load(name, weights[name]) for name in clip_score.PATCHES if plan.wants(name)}
+    clips = {name: clip_score.load(name, request.weights[name]) for name in clip_score.PATCHES if plan.wants(name)}
     wanted = [name for name in PAIRWISE if plan.wants(f"{name}_diversity", f"{name}_fidelity")]
-    pairs = {name: pairwise.load(name, weights[name], protocol.size) for name in wanted}
+    pairs = {name: pairwise.load(name, request.weights[name], protocol.size) for name in wanted}
     return Opened(extractor, real, clips, pairs, several, teacher)
 
 
@@ -82,7 +81,7 @@ def _open_reference(plan: Plan) -> tuple[Extractor | None, Reference | Survey | 
     if not plan.wants("fid", "kid", "precision", "recall"):
         return None, None
     request, protocol = plan.request, plan.protocol
-    extractor = make_extractor(protocol, request.weights.inception)
+    extractor = make_extractor(protocol, request.weights.get("inception"))
     if request.reference is None:
         return extractor, reference.digits_reference(protocol, extractor)
     if request.reference.is_dir():

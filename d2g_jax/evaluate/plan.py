@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from d2g_jax.evaluate.protocols import DIGITS, DIGITS_PROMPTS_SEED, Protocol, fi
 from d2g_jax.inputs import numbers
 from d2g_jax.pairs.prompts import read_prompts
 from d2g_jax.results import metrics
-from d2g_jax.results.metric_weights import MetricWeights
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample.folder import prompts_digest, read_description
 
@@ -27,7 +27,7 @@ class Request:
       drawn: a folder; what is there already is not drawn again.
       reference: a file of `d2g evaluate reference` or a folder of images.
       prompts: whatever `pairs.prompts.read_prompts` reads, and its column; None with the digits: their own.
-      weights: of the metrics.
+      weights: of the metrics, by their names in `metric_weights.WHERE`.
       metrics: names of `metrics.METRICS`; empty for all that the given files allow.
       diversity_images: several images of each prompt, one prompt after another; `model` draws its own.
       teacher_images: the teacher's for the same prompts and noise.
@@ -44,7 +44,7 @@ class Request:
     reference: Path | None = None
     prompts: Path | None = None
     prompts_column: str = ""
-    weights: MetricWeights = dataclasses.field(default_factory=MetricWeights)
+    weights: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     diversity_images: Path | None = None
     teacher_images: Path | None = None
@@ -129,7 +129,7 @@ def check_counts(batch_size: int, max_corrupt: int) -> None:
 def _check_paths(request: Request) -> None:
     """Raises `UserError` for a file or folder that is not there."""
     given = [request.images, request.reference, request.diversity_images, request.teacher_images]
-    for path in (*given, *dataclasses.astuple(request.weights)):
+    for path in (*given, *request.weights.values()):
         if path is not None and not path.exists():
             raise UserError(f"{path}: no such file or folder")
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from d2g_jax.evaluate.features import Extractor
-from d2g_jax.evaluate.images import Survey, batches, survey
+from d2g_jax.evaluate.images import Survey, batches
 from d2g_jax.evaluate.protocols import Protocol
 from d2g_jax.runtime import atomic
 from d2g_jax.runtime.errors import UserError
@@ -65,17 +65,6 @@ class Reference:
         described = {name: getattr(self, name) for name in _FIELDS}
         with atomic.replacing(file) as temporary, temporary.open("wb") as stream:
             np.savez(stream, features=self.features, described=np.array(json.dumps(described)))
-
-
-def open_reference(path: Path, protocol: Protocol, extractor: Extractor, *, max_corrupt: int, batch: int) -> Reference:
-    """From a file of `Reference.save`, or from a folder of images, whose sizes and formats may differ.
-
-    Raises `UserError` as `read_reference` and `survey`.
-    """
-    if path.is_dir():
-        found = survey(path, protocol, max_corrupt=max_corrupt, mixed=True)
-        return measure_reference(found, protocol, extractor, batch)
-    return read_reference(path, protocol, extractor)
 
 
 def read_reference(path: Path, protocol: Protocol, extractor: Extractor) -> Reference:

@@ -26,7 +26,7 @@ JUDGE_WIDTH = 32
 
 
 class Triplets(NamedTuple):
-    """Scaled latents (N, h, w, C), or images for a pixel metric; judgements (N,): the share who find `right` closer."""
+    """Scaled latents (N, h, w, C), or images of a pixel metric, and judgements (N,): the share that prefers `right`."""
 
     reference: np.ndarray
     left: np.ndarray

@@ -9,6 +9,7 @@ from d2g_jax.plan.plan import ASSUMED_SHARE, EFFICIENCY_BAR, Plan, program_secon
 from d2g_jax.plan.programs import Program
 from d2g_jax.plan.sampling import Floor, SamplingPlan
 from d2g_jax.plan.targets import GIB
+from d2g_jax.results.table import markdown
 
 _FORMULA = "by formula, not compiled"
 
@@ -126,7 +127,7 @@ def format_sampling(plans: Sequence[SamplingPlan]) -> str:
         for plan in plans
     ]
     title = f"one-step sampling, {first.model}, {first.dtype}, one device of {first.target.topology}; {how}"
-    return "\n".join([title, "", _markdown(rows), "", *verdicts])
+    return "\n".join([title, "", markdown(rows), "", *verdicts])
 
 
 def _sampling_rows(plan: SamplingPlan) -> list[tuple[str, ...]]:
@@ -153,25 +154,12 @@ def format_table(plans: Sequence[tuple[Plan, str]]) -> str:
     """Plans, and what each is called, as a Markdown table; below it weak scaling, of those that have it."""
     headings = ("config", "target", "how", "settings", "GiB", "fits", "TFLOP/image", "floor s")
     headings += ("images/s/chip at most", "predicted", "efficiency at 256 chips")
-    table = _markdown([headings, *(_row(plan, name) for plan, name in plans)])
+    table = markdown([headings, *(_row(plan, name) for plan, name in plans)])
     scaling = [row for plan, name in plans for row in _scaling_rows(plan, name)]
     if not scaling:
         return table
-    headings = (
-        "config",
-        "target",
-        "chips",
-        "GB received by each",
-        "links s",
-        "compute s",
-        "efficiency",
-    )
-    return f"{table}\n\n{_markdown([headings, *scaling])}"
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first of them headings, as a table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ("---",) * len(rows[0]), *rows[1:]])
+    headings = ("config", "target", "chips", "GB received by each", "links s", "compute s", "efficiency")
+    return f"{table}\n\n{markdown([headings, *scaling])}"
 
 
 def _scaling_rows(plan: Plan, name: str) -> list[tuple[str, ...]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ class PairSource:
         self._paths = [self.folder / info.name for info in infos]
         self._firsts = np.asarray([shard_range(shard, total, count).start for shard in range(total)], np.int64)
         self._offsets: list[np.ndarray | None] = [None] * total  # indexes are loaded when first needed
-        self._files = _Files(_MAX_OPEN_FILES)
+        self._descriptor = functools.lru_cache(_MAX_OPEN_FILES)(_Descriptor)
 
     def __len__(self) -> int:
         return self.manifest.num_records
@@ -66,7 +65,7 @@ class PairSource:
             raise IndexError(f"record {record_id} of {len(self)}")
         path, start, end = self._place(record_id)
         try:
-            record = self._schema.decode(unframe(self._files.read(path, start, end - start)), ("id", *self._fields))
+            record = self._schema.decode(unframe(self._read(path, start, end - start)), ("id", *self._fields))
             if record["id"] != record_id:
                 raise ValueError(f"holds id {record['id']} where {record_id} belongs")
         except ValueError as error:
@@ -85,6 +84,12 @@ class PairSource:
         place, offsets = record_id - int(self._firsts[shard]), self._index(shard)
         return self._paths[shard], int(offsets[place]), int(offsets[place + 1])
 
+    def _read(self, path: Path | buckets.BucketPath, offset: int, size: int) -> bytes:
+        if not buckets.is_local(path):
+            return path.read_range(offset, size)
+        file = self._descriptor(path)  # a name of its own: it must not close while it is read
+        return os.pread(file.number, size, offset)
+
     def _index(self, shard: int) -> np.ndarray:
         if self._offsets[shard] is None:
             first, path = shard_range(shard, self.manifest.num_shards, self.manifest.num_records), self._paths[shard]
@@ -92,10 +97,10 @@ class PairSource:
         return self._offsets[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": None}  # descriptors stay in their process
+        return self.__dict__ | {"_descriptor": None}  # descriptors stay in their process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _files=_Files(_MAX_OPEN_FILES))
+        self.__dict__.update(state, _descriptor=functools.lru_cache(_MAX_OPEN_FILES)(_Descriptor))
 
 
 class SkippingSource:
@@ -148,26 +153,9 @@ def held_out(count: int, wanted: int) -> list[int]:
     return [(2 * i + 1) * count // (2 * kept) for i in range(kept)]
 
 
-class _Files:
-    """Open files, the least recently used given up first. A descriptor closes when its last reader is done."""
-
-    def __init__(self, limit: int):
-        self._limit = limit
-        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, path: Path, offset: int, size: int) -> bytes:
-        if not buckets.is_local(path):
-            return path.read_range(offset, size)
-        with self._lock:
-            file = self._open.pop(path, None) or _Descriptor(path)
-            self._open[path] = file
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)
-        return os.pread(file.number, size, offset)
-
-
 class _Descriptor:
+    """An open file; closes when it is given up and its last reader is done."""
+
     def __init__(self, path: Path):
         self.number = os.open(path, os.O_RDONLY)
 

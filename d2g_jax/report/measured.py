@@ -85,25 +85,11 @@ def evaluated(inputs: Inputs) -> dict[str, Any] | None:
     results = inputs.evaluations
     if not results:
         return None
-    from d2g_jax.results.metrics import METRICS
-    from d2g_jax.results.table import comparable
+    from d2g_jax.results import table
 
-    columns: list[tuple[str, dict[str, Any]]] = []
-    for metric in METRICS:
-        for result in results:
-            if metric in result["metrics"] and (metric, comparable(result, metric)) not in columns:
-                columns.append((metric, comparable(result, metric)))
-
-    def value(result: dict[str, Any], metric: str, how: dict[str, Any]) -> Any:
-        if metric not in result["metrics"] or comparable(result, metric) != how:
-            return None
-        found = result["metrics"][metric]
-        return found["all" if metric == "accuracy" else "mean"] if isinstance(found, dict) else found
-
-    names = [result["system"] + ("" if result["complete"] else " (incomplete)") for result in results]
-    rows = [[value(result, *column) for column in columns] for result in results]
+    columns = table.columns(results)
     return {
-        "titles": [METRICS[metric].title for metric, _ in columns],
-        "rows": list(zip(names, rows, strict=True)),
-        "how": [", ".join(f"{name} {text}" for name, text in how.items()) for _, how in columns],
+        "titles": [column.title for column in columns],
+        "rows": [(table.system(one), [column.values[i] for column in columns]) for i, one in enumerate(results)],
+        "how": list(map(str, columns)),
     }

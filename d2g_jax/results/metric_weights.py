@@ -2,30 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from pathlib import Path
 
 from d2g_jax.runtime.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class MetricWeights:
-    """Paths of what --weights-NAME named; None is not given.
-
-    Attributes:
-      inception: clean-fid's TorchScript file.
-      clip_b32, clip_g14: CLIP models in transformers' layout.
-      lpips: a metric folder of `d2g metric convert`.
-      dreamsim: the dreamsim package's filled cache_dir.
-    """
-
-    inception: Path | None = None
-    clip_b32: Path | None = None
-    clip_g14: Path | None = None
-    lpips: Path | None = None
-    dreamsim: Path | None = None
-
 
 WHERE = {
     "inception": "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
@@ -34,8 +14,8 @@ WHERE = {
     "lpips": "d2g metric convert VGG16.pth --heads=HEADS.pth --out=FOLDER (docs/metric.md)",
     "dreamsim": "python -c \"from dreamsim import dreamsim; dreamsim(device='cpu', cache_dir='FOLDER')\"",
 }
-"""Where each comes from, for messages and for --help."""
-
+"""Where each comes from, for messages and for --help: clean-fid's TorchScript file, CLIP models in transformers'
+layout, a metric folder of `d2g metric convert`, and the dreamsim package's filled cache_dir."""
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 _SETTINGS = (".json", ".txt")  # tokenizer, preprocessor and sizes: they decide a number as the weights do

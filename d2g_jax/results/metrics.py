@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from d2g_jax.results import metric_weights
-from d2g_jax.results.metric_weights import MetricWeights
 from d2g_jax.runtime.errors import UserError
 
 REFERENCE, PROMPTS, LABELS, DIVERSITY, TEACHER = "reference", "prompts", "labels", "diversity", "teacher"
@@ -19,7 +19,7 @@ class Metric:
     Attributes:
       title: with an arrow to where better is.
       needs: one of the inputs above.
-      weights: a field of `MetricWeights`; None where the protocol brings them.
+      weights: a name of `metric_weights.WHERE`; None where the protocol brings them.
     """
 
     title: str
@@ -58,14 +58,14 @@ _REMEDIES = {
 
 
 def choose(
-    asked: Sequence[str], have: Callable[[str], bool], weights: MetricWeights, *, own_features: bool
+    asked: Sequence[str], have: Callable[[str], bool], weights: Mapping[str, Path], *, own_features: bool
 ) -> list[str]:
     """The metrics to measure, in the order of `METRICS`.
 
     Args:
       asked: names; empty for all that the given files allow.
       have: whether an input (`REFERENCE`, ...) is there.
-      weights: what was given.
+      weights: what was given, by its name in `metric_weights.WHERE`.
       own_features: whether the protocol's features need no weights.
 
     Raises:
@@ -77,7 +77,7 @@ def choose(
     chosen = []
     for name, metric in METRICS.items():
         needed = "inception" if metric.needs == REFERENCE and not own_features else metric.weights
-        lacking = needed is not None and getattr(weights, needed) is None
+        lacking = needed is not None and needed not in weights
         if name in asked and lacking:
             raise metric_weights.missing(name, needed)
         if name in asked and not have(metric.needs):

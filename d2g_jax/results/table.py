@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,36 +39,61 @@ def comparable(result: dict[str, Any], metric: str) -> dict[str, Any]:
     return key
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table, one system a row; what was measured differently never shares a column.
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A metric, how its numbers were measured (`comparable`), and of each result its number; None where it has none."""
 
-    Below it stands, for each column, how it was measured.
-    """
-    columns: list[tuple[str, dict[str, Any]]] = []
+    metric: str
+    how: dict[str, Any]
+    values: list[float | None]
+
+    @property
+    def title(self) -> str:
+        return METRICS[self.metric].title
+
+    def __str__(self) -> str:
+        """How it was measured, in words."""
+        return ", ".join(f"{name} {value}" for name, value in self.how.items())
+
+
+def columns(results: Sequence[dict[str, Any]]) -> list[Column]:
+    """All numbers of several results: what was measured differently never shares a column."""
+    found = []
     for metric in METRICS:
-        for result in results:
-            if metric in result["metrics"] and (metric, comparable(result, metric)) not in columns:
-                columns.append((metric, comparable(result, metric)))
-    titles = [f"{METRICS[metric].title} ({number})" for number, (metric, _) in enumerate(columns, 1)]
-    rows = [["system", "calls", *titles], ["---"] * (len(columns) + 2)]
-    for result in results:
-        cells = [_cell(result, metric) if _belongs(result, metric, key) else "–" for metric, key in columns]
+        hows = [comparable(result, metric) if metric in result["metrics"] else None for result in results]
+        for how in (how for i, how in enumerate(hows) if how is not None and how not in hows[:i]):
+            values = [
+                _number(result, metric) if own == how else None for result, own in zip(results, hows, strict=True)
+            ]
+            found.append(Column(metric, how, values))
+    return found
+
+
+def system(result: dict[str, Any]) -> str:
+    """What a table calls it."""
+    return result["system"] + ("" if result["complete"] else " (incomplete)")
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of `columns`, one system a row; below it stands, for each column, how it was measured."""
+    found = columns(results)
+    rows = [["system", "calls", *(f"{column.title} ({number})" for number, column in enumerate(found, 1))]]
+    for i, result in enumerate(results):
         calls = (result["drawing"] or {}).get("network_calls", "–")
-        rows.append([result["system"] + ("" if result["complete"] else " (incomplete)"), str(calls), *cells])
-    notes = [f"({number}) {_words(key)}" for number, (_, key) in enumerate(columns, 1)]
-    return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", *notes])
+        rows.append([system(result), str(calls), *(_cell(column, i) for column in found)])
+    return "\n".join([markdown(rows), "", *(f"({number}) {column}" for number, column in enumerate(found, 1))])
 
 
-def _belongs(result: dict[str, Any], metric: str, key: dict[str, Any]) -> bool:
-    return metric in result["metrics"] and comparable(result, metric) == key
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the first of them headings, as a table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ("---",) * len(rows[0]), *rows[1:]])
 
 
-def _cell(result: dict[str, Any], metric: str) -> str:
+def _number(result: dict[str, Any], metric: str) -> float:
     value = result["metrics"][metric]
-    if isinstance(value, dict):
-        value = value["all"] if metric == "accuracy" else value["mean"]
-    return f"{value:.2f}" if metric == "fid" else f"{value:.4f}"
+    return value["all" if metric == "accuracy" else "mean"] if isinstance(value, dict) else value
 
 
-def _words(key: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in key.items())
+def _cell(column: Column, row: int) -> str:
+    value = column.values[row]
+    return "–" if value is None else f"{value:.2f}" if column.metric == "fid" else f"{value:.4f}"
