@@ -99,7 +99,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def _writing(self) -> AbstractContextManager[None]:
-        return writing(self.folder, lambda: f"whole ones: {', '.join(map(str, self.all())) or 'none'}. ")
+        return writing(self.folder, lambda: f"; whole ones: {', '.join(map(str, self.all())) or 'none'}")
 
     @contextmanager
     def _reading(self, images: int) -> Iterator[None]:
@@ -175,10 +175,10 @@ def writing(place: Path, whole: Callable[[], str] = str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # TensorStore's are ValueErrors; JAX's own say that a process is lost
-        remedy = f"{whole()}Make room, then give the same command again"
+        remedy = f"{whole()}; make room, then give the same command again"
         code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's own text is a page about one array
         reason = os.strerror(int(code[1])) if code else _first_line(error)
-        raise UserError(f"{place}: a checkpoint cannot be written ({reason}); {remedy}") from error
+        raise UserError(f"{place}: a checkpoint cannot be written ({reason}){remedy}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -228,10 +228,14 @@ def test_config_survives_json_and_diffusers_takes_it():
     assert UNetConfig.from_json(theirs, source=SOURCE) == config
 
 
-def test_the_moving_average_of_diffusers_trainers_is_the_same_network():
+EMA = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 7, "power": 2 / 3}
+
+
+@pytest.mark.parametrize(
+    "ema", [EMA | {"update_after_step": 0, "use_ema_warmup": False}, EMA, {"use_ema_warmup": True}]
+)
+def test_the_moving_average_of_diffusers_trainers_is_the_same_network(ema):
     own = UNetConfig(**SDXL).to_json()
-    ema = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 7, "power": 2 / 3}
-    ema |= {"update_after_step": 0, "use_ema_warmup": False}
     assert UNetConfig.from_json({**own, **ema}, source=SOURCE) == UNetConfig.from_json(own, source=SOURCE)
 
 

@@ -140,7 +140,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_harms_no_other(tmp_
         [sys.executable, "-c", FULL, str(tmp_path), str(request.path.parent)], capture_output=True, text=True
     )
     assert done.returncode == 1
-    reason = f"{tmp_path}: a checkpoint cannot be written (File too large); whole ones: 8. Make room"
+    reason = f"{tmp_path}: a checkpoint cannot be written (File too large); whole ones: 8; make room"
     assert done.stderr == f"{reason}, then give the same command again\n"
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.metadata() == {"images": 8}
