@@ -35,6 +35,17 @@ UNET = dataclasses.replace(
     cross_attention_dim=16,
     norm_num_groups=4,
 )
+LEAST_UNET = unet.UNetConfig(
+    sample_size=4,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(8, 8),
+    layers_per_block=1,
+    attention_head_dim=2,
+    cross_attention_dim=8,
+    norm_num_groups=4,
+)
+"""One block a level, for tests of steps and of trees, which compile it many times."""
 VAE = dataclasses.replace(teacher.VAE, block_out_channels=(8, 8, 8), norm_num_groups=4)
 TRUNK = vgg.VGGConfig(in_channels=4, widths=(4, 4, 4, 4, 4), convs=(1,) * 5)
 PIXELS = dataclasses.replace(vgg.PIXELS, widths=(4, 4, 4, 4, 4), convs=(1,) * 5)

@@ -23,6 +23,7 @@ from d2g_jax.runtime.errors import UserError
 
 _MARKS = re.compile(r"<(lora|lyco|hypernet):|\([^()]+:\d*\.\d+\)")  # "<lora:a:1>" and "(red:1.3)" of A1111, ComfyUI
 _NAMED, _SHOWN = 10, 80  # unknown words in a warning, characters of a text
+_AT_ONCE = 10_000  # prompts tokenized to see which are too long
 
 
 def read_component(file: Path) -> dict[str, Any]:
@@ -100,15 +101,22 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
 def warn_of(tokenizer: Any, prompts: Sequence[str]) -> None:
     """Warns, a line each, of what is cut off as too long, of marks of other programs and of words never seen.
 
-    Once for all prompts of a job: they are tokenized batch by batch.
+    Once for all prompts of a job, which may be millions: those that may be too long are looked at a few at a time.
     """
     length = tokenizer.model_max_length
-    with _TOKENIZING:
-        # not verbose: its warning of indexing errors is not true of prompts that are cut off
-        whole = tokenizer(list(prompts), verbose=False)["input_ids"]
-    if cut := [(prompt, ids) for prompt, ids in zip(prompts, whole, strict=True) if len(ids) > length]:
-        prompt, lost = cut[0][0], tokenizer.decode(cut[0][1][length - 1 : -1])
-        several = f"{len(cut)} of {len(prompts)} prompts are" if len(prompts) > 1 else "prompt"
+    # a token is a letter at least, and two are the ends; letters of other scripts may become several when normalised
+    suspects = [prompt for prompt in prompts if len(prompt) > length - 2 or not prompt.isascii()]
+    count, first = 0, None
+    for start in range(0, len(suspects), _AT_ONCE):
+        part = suspects[start : start + _AT_ONCE]
+        with _TOKENIZING:
+            # not verbose: its warning of indexing errors is not true of prompts that are cut off
+            whole = tokenizer(part, verbose=False)["input_ids"]
+        cut = [(prompt, ids) for prompt, ids in zip(part, whole, strict=True) if len(ids) > length]
+        count, first = count + len(cut), first or next(iter(cut), None)
+    if first:
+        prompt, lost = first[0], tokenizer.decode(first[1][length - 1 : -1])
+        several = f"{count} of {len(prompts)} prompts are" if len(prompts) > 1 else "prompt"
         warnings.warn(f"{several} longer than {length} tokens, cut off {_short(lost)}: {_short(prompt)}", stacklevel=2)
     if marked := [prompt for prompt in prompts if _MARKS.search(prompt)]:
         taken = f"weights and LoRAs that other programs read in a prompt are words here: {_short(marked[0])}"

@@ -38,19 +38,20 @@ class LivePage:
     def __exit__(self, _: type[BaseException] | None, failure: BaseException | None, __: object) -> None:
         if failure is not None:
             self._failed = True  # what stopped the job is said in any case
-            self._write(Status(STOPPED, _reason(failure), self._done, self._total, self._unit, memory=self.memory))
+            self._write(STOPPED, _reason(failure))
 
     def update(self, stage: str, done: int, *, at_once: bool = False) -> None:
         """Writes the page unless that would take more than 2% of the time; `at_once` writes it in any case."""
         self._done = done
         if at_once or time.monotonic() >= self._next:
-            self._write(Status(RUNNING, stage, done, self._total, self._unit, memory=self.memory))
+            self._write(RUNNING, stage)
 
-    def _write(self, status: Status) -> None:
+    def _write(self, state: str, stage: str) -> None:
         if not is_first():
             return
         start = time.monotonic()
         try:
+            status = Status(state, stage, self._done, self._total, self._unit, memory=self.memory)
             write_status(self._workdir, status)
             write_report(self._workdir)
         except Terminated:  # raised by a signal while the page was written, and not about the page

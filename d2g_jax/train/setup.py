@@ -38,6 +38,7 @@ Metric = LatentLPIPS | DecodedLPIPS
 
 _FIELDS = ("id", "input_ids", "latents")
 TOWERS = ("text_encoder", "text_encoder_2")
+_NO_ADVERSARY = dict.fromkeys(("discriminator", "discriminator_r1", "discriminator_optimizer"))
 
 
 def open_pairs(config: ml_collections.ConfigDict, folder: Path) -> records.PairSource | records.SkippingSource:
@@ -82,29 +83,8 @@ def build(
     dtype = compute_dtype("train.dtype", config.train.dtype)
     check_remat(config.train.remat)
     unet_config = pipeline.unet.config
-    scales = _scales(config)
-    adversary: dict[str, Any] = {"discriminator": None, "discriminator_r1": None, "discriminator_optimizer": None}
-    if config.adversarial.weight:
-        c, a = config.discriminator, config.adversarial
-        for name, known in (("loss", adversarial.LOSSES), ("penalty", adversarial.PENALTIES)):
-            if a[name] not in known:
-                raise UserError(f"adversarial.{name}={a[name]!r}; choose one of {', '.join(known)}")
-        exact = a.r1_gamma and adversarial.PENALTIES[a.penalty].exact
-        twice = functools.partial(discriminators.build, dtype=jnp.float32, attention="twice", remat=config.train.remat)
-        d_config = discriminators.DiscriminatorConfig(
-            unet=unet_config,
-            timestep=c.timestep,
-            head_channels=c.head_channels,
-            z_conditioning=c.z_conditioning,
-            multiscale_inputs=c.multiscale_inputs,
-            multiscale_heads=c.multiscale_heads,
-        )
-        adversary = {
-            "discriminator": discriminators.build(d_config, dtype, remat=config.train.remat),
-            "discriminator_r1": twice(d_config) if exact else None,
-            "discriminator_optimizer": discriminator_optimizer(config.optimizer.discriminator, config.train.batch_size),
-            "discriminator_scale": scales[1],
-        }
+    generator_scale, scale = _scales(config)
+    adversary = _adversary(config, unet_config, dtype, scale) if config.adversarial.weight else _NO_ADVERSARY
     if metric is None:
         metric = load_metric(config.loss, pipeline)
     schedule = Schedule.from_config(pipeline.scheduler)
@@ -121,10 +101,6 @@ def build(
             config.optimizer.generator, config.train.batch_size, _regression_images(config)
         ),
         adversarial_weight=config.adversarial.weight,
-        adversarial_loss=config.adversarial.loss,
-        diffuse=config.discriminator.diffuse,
-        penalty=adversarial.PENALTIES.get(config.adversarial.penalty),
-        penalty_sigma=config.adversarial.penalty_sigma,
         r1_gamma=config.adversarial.r1_gamma,
         r1_interval=config.adversarial.r1_interval,
         mix_and_match=config.adversarial.mix_and_match,
@@ -135,7 +111,7 @@ def build(
         ema_half_life_images=config.train.ema_half_life_images,
         seed=config.seed,
         noise_seed=manifest.seed,
-        generator_scale=scales[0],
+        generator_scale=generator_scale,
         skip_nonfinite=config.train.skip_nonfinite,
         stored_text=functools.partial(from_text_fields, pipeline) if manifest.text_shapes else None,
         **adversary,
@@ -143,6 +119,36 @@ def build(
     towers = {} if manifest.text_shapes else pipeline.text_params
     whole = d.generator_scale is None and d.discriminator_scale is None
     return d, Frozen(towers, metric, {} if whole else _narrowed(pipeline.params["unet"], dtype))
+
+
+def _adversary(
+    config: ml_collections.ConfigDict, unet: unets.UNetConfig, dtype: Any, scale: float | None
+) -> dict[str, Any]:
+    """What a `Distillation` has of its discriminator; `UserError` for an unknown loss or penalty."""
+    c, a, t = config.discriminator, config.adversarial, config.train
+    for name, known in (("loss", adversarial.LOSSES), ("penalty", adversarial.PENALTIES)):
+        if a[name] not in known:
+            raise UserError(f"adversarial.{name}={a[name]!r}; choose one of {', '.join(known)}")
+    penalty = adversarial.PENALTIES[a.penalty]
+    network = discriminators.DiscriminatorConfig(
+        unet=unet,
+        timestep=c.timestep,
+        head_channels=c.head_channels,
+        z_conditioning=c.z_conditioning,
+        multiscale_inputs=c.multiscale_inputs,
+        multiscale_heads=c.multiscale_heads,
+    )
+    twice = discriminators.build(network, jnp.float32, "twice", remat=t.remat) if a.r1_gamma and penalty.exact else None
+    return {
+        "discriminator": discriminators.build(network, dtype, remat=t.remat),
+        "discriminator_r1": twice,
+        "discriminator_scale": scale,
+        "discriminator_optimizer": discriminator_optimizer(config.optimizer.discriminator, t.batch_size),
+        "adversarial_loss": a.loss,
+        "penalty": penalty,
+        "penalty_sigma": a.penalty_sigma,
+        "diffuse": c.diffuse,
+    }
 
 
 def _regression_images(config: ml_collections.ConfigDict) -> int:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from d2g_jax.diffusion import noise
-from d2g_jax.diffusion.schedule import Schedule, one_step
+from d2g_jax.diffusion.schedule import Schedule, add_noise, one_step
 from d2g_jax.losses import adversarial
 from d2g_jax.models import lora
 from d2g_jax.models.discriminator import BACKBONE
@@ -199,7 +199,7 @@ def judge(
     if level is None:
         return network.apply(params, latents, drawn, *text)
     keep = jnp.asarray(d.schedule.alphas_cumprod)[level.timesteps][:, None, None, None]
-    noised = jnp.sqrt(keep) * latents + jnp.sqrt(1.0 - keep) * level.noise
+    noised = add_noise(latents, level.noise, keep)
     return network.apply(params, noised, drawn, *text, timesteps=level.timesteps)
 
 

@@ -4,20 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import LEAST_UNET as UNET
 
 from d2g_jax.models import lora, unet
 from d2g_jax.runtime.errors import UserError
-
-UNET = unet.UNetConfig(
-    sample_size=4,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(8, 8),
-    layers_per_block=1,
-    attention_head_dim=2,
-    cross_attention_dim=8,
-    norm_num_groups=4,
-)
 
 
 def base(dtype=np.float32):

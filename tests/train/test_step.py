@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import LEAST_UNET as UNET
 
 from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.schedule import Schedule
@@ -24,16 +25,6 @@ from d2g_jax.train.state import create_state, discriminator_optimizer, ema_decay
 from d2g_jax.train.step import Distillation, Frozen, condition, d_step, draw_level, g_step, generate, judge, r1_step
 
 BATCH, GROUPS = 20, 10
-UNET = unet.UNetConfig(
-    sample_size=4,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(8, 8),
-    layers_per_block=1,
-    attention_head_dim=2,
-    cross_attention_dim=8,
-    norm_num_groups=4,
-)
 TEXT = clip.ClipTextConfig(
     vocab_size=16,
     hidden_size=8,
