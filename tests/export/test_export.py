@@ -244,6 +244,23 @@ def test_flax_folder_comes_back_sharded(flax_sd: Path, tiny_sd: Path):
     assert exported.read_description(tiny_sd) == {}
 
 
+FULL = """
+import resource, sys
+from d2g_jax.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
+sys.exit(main(["export", f"--model={sys.argv[1]}", "--to=flax", f"--out={sys.argv[2]}"]))
+"""
+
+
+def test_flax_export_to_a_full_disk_is_one_line_and_leaves_nothing(tiny_sd: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", FULL, str(tiny_sd), str(out)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"{out}: a checkpoint cannot be written (File too large); make room" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_flax_sdxl_teacher_in_bfloat16(tiny_sdxl: Path, tmp_path: Path):
     teacher = Sampler(Pipeline.load(tiny_sdxl, storage=jnp.bfloat16), None)
     out = export_student(teacher, "flax", tmp_path / "out", dtype="bfloat16")
