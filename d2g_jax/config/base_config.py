@@ -65,7 +65,7 @@ def pairs() -> ConfigDict:
             "batch_size": 256,  # all devices of a worker together
             "dtype": "bfloat16",
             # What a record holds: docs/pairs.md has the bytes of each choice.
-            "latent_dtype": "float16",  # or bfloat16; of stored text embeddings too
+            "latent_dtype": "float16",  # or bfloat16, float32; of stored text embeddings too
             "store_noise": False,  # False: drawn again from seed and record id, bit for bit
             "store_text": False,  # True: training reads the prompts' embeddings and runs no text tower
             # Workers that share a folder claim shards; a claim not renewed for so long is taken over. 0: no claims.

@@ -59,7 +59,7 @@ class Painter:
         self._shape = latent_shape(self._sampler.pipeline, model.size)
         factor = self._sampler.pipeline.vae.config.downscale
         size = factor * self._shape[1], factor * self._shape[2]
-        solution = None if one_step is not None else model.solution or Solution()
+        solution = None if one_step is not None else model.solution or Solution.default(self._sampler.pipeline)
         self._programs: Programs = self._sampler.programs(self._mesh, solution, size, tiled=model.tiled)
         self.network_calls = self._programs.network_calls
         self.description: dict[str, Any] = {

@@ -57,12 +57,21 @@ class Solution:
         if not isinstance(self.negative_prompt, str):
             raise UserError(f"negative_prompt={self.negative_prompt!r}; give one text, empty for none")
 
+    @classmethod
+    def default(cls, pipeline: Pipeline) -> Solution:
+        """Of a teacher that nothing is said of: one of images is told its class, and is not guided."""
+        return cls() if pipeline.classes is None else cls(guidance_scale=1.0)
+
     def schedule(self, pipeline: Pipeline) -> Schedule:
         """The pipeline's schedule; raises `UserError` for a spacing or for noise levels that are not implemented.
 
         A file without a spacing means leading to diffusers' DDIM and linspace to its other solvers; so it does here.
         """
         check_teacher(pipeline)
+        if pipeline.classes is not None and self.guidance_scale > 1.0:
+            raise UserError(
+                f"guidance_scale={self.guidance_scale}: {pipeline.folder} has no empty prompt to be guided from; give 1"
+            )
         source = str(pipeline.folder / "scheduler" / "scheduler_config.json")
         config = {"timestep_spacing": "leading" if self.solver == "ddim" else "linspace", **pipeline.scheduler}
         if self.spacing is not None:
@@ -71,8 +80,11 @@ class Solution:
             if self.solver != "ddim" and config.get(key):
                 raise UserError(f"{source}: {key}=true is not implemented; set it to false or take the solver ddim")
         schedule = Schedule.from_config(config, source=source)
+        if schedule.karras is not None and self.spacing not in (None, "linspace"):
+            raise UserError(f"spacing={self.spacing!r}: {source} has levels of EDM, which are spaced by themselves")
         if (
             self.solver == "ddim"
+            and schedule.karras is None
             and schedule.timestep_spacing == "linspace"
             and self.steps < schedule.num_train_timesteps
         ):
@@ -170,8 +182,11 @@ def teacher_programs(
 
     @jax.jit
     def solve(towers: dict[str, Params], unet: Params, drawn: jax.Array, condition: Conditioning) -> jax.Array:
-        one = encode_negative(pipeline, towers, solution.negative_prompt, sizes)
-        negative = jax.tree.map(lambda row, like: jnp.broadcast_to(row, like.shape).astype(like.dtype), one, condition)
+        negative = None
+        if solution.guidance_scale > 1.0:
+            one = encode_negative(pipeline, towers, solution.negative_prompt, sizes)
+            spread = lambda row, like: jnp.broadcast_to(row, like.shape).astype(like.dtype)  # noqa: E731
+            negative = jax.tree.map(spread, one, condition)
         denoise = guided(
             lambda x, t, c: pipeline.unet.apply(unet, x, t, *c),
             condition,

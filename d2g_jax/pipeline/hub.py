@@ -59,6 +59,9 @@ def needed_files(names: Sequence[str], with_extras: bool = False) -> list[str]:
     checkpoints. A network that has no safetensors gets its config only (see `pickled_networks`).
     """
     chosen = {_INDEX}
+    if not any(name.startswith("unet/") for name in names):  # a teacher of images may have its UNet at the root
+        root = [name for name in names if "/" not in name]
+        chosen |= {"config.json", "scheduler_config.json", *_weight_files(root)}
     for folder in (*NETWORKS, *SETTINGS, *(EXTRAS if with_extras else ())):
         inside = [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
         settings = [

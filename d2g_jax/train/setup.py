@@ -15,9 +15,8 @@ from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.losses.lpips import LPIPS, DecodedLPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, regression_loss
+from d2g_jax.models import denoisers, lora
 from d2g_jax.models import discriminator as discriminators
-from d2g_jax.models import lora
-from d2g_jax.models import unet as unets
 from d2g_jax.models.layers import check_remat
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline.conditioning import encode_text, from_text_fields
@@ -106,7 +105,7 @@ def build(
     if not 0 <= timestep < schedule.num_train_timesteps:
         raise UserError(f"generator.timestep={timestep}; the schedule has 0 to {schedule.num_train_timesteps - 1}")
     d = Distillation(
-        unet=unets.build(unet_config, dtype, remat=config.train.remat),
+        unet=denoisers.build(unet_config, dtype, remat=config.train.remat),
         encode_text=functools.partial(encode_text, pipeline),
         schedule=schedule,
         timestep=timestep,
