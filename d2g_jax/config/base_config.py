@@ -50,7 +50,9 @@ def pairs() -> ConfigDict:
     """Prompts x noise -> the teacher's guided 50-step DDIM solutions."""
     return ConfigDict(
         {
-            "prompts": "",  # .txt, .csv, .tsv, .json, .jsonl, .parquet, a folder of parquet files or of TFDS
+            # .txt, .csv, .tsv, .json, .jsonl, .parquet, a folder of parquet files or of TFDS; a class a line for a
+            # teacher of images, or empty: each of its classes in turn.
+            "prompts": "",
             "prompts_column": "",  # or key; the text feature of a TFDS folder
             "skip_empty": False,  # True: rows without a prompt are left out; False: they are counted and refused
             "pairs_per_prompt": 1,
@@ -78,9 +80,10 @@ def loss() -> ConfigDict:
     """The regression term."""
     return ConfigDict(
         {
-            "name": "e_latent_lpips",  # mse, pseudo_huber, lpips, latent_lpips, e_latent_lpips
+            "name": "e_latent_lpips",  # mse, pseudo_huber, lpips, e_lpips, latent_lpips, e_latent_lpips
             "metric": "",  # a folder made by `d2g metric convert` or `d2g lpips`
-            "lpips": "",  # pixel LPIPS, for the loss `lpips`, which decodes both latents
+            "lpips": "",  # pixel LPIPS, for the losses `lpips` and `e_lpips`, which decode both latents
+            "size": 0,  # pixels that smaller images are enlarged to for them; 224 for CIFAR-10
             "dtype": "float32",  # or bfloat16: the metric's convolutions; docs/metric.md says what that changes
             # Geometric transforms and cutout, the paper's main text; the release has b, g, c, o, co, bg, bgc, bgco.
             "preset": "bgo",

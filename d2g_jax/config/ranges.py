@@ -23,7 +23,9 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("learning_rate", "new_learning_rate"), RATE),
     **dict.fromkeys(("betas", "b2", "momentum", "dropout", "ema", "decay"), SHARE),
     **dict.fromkeys(("mix_and_match", "caption_dropout", "images.held_out"), SHARE),
-    **dict.fromkeys(("timestep", "start_images", "warmup_images", "held_out", "skip_nonfinite", "resize"), AMOUNT),
+    **dict.fromkeys(
+        ("timestep", "start_images", "warmup_images", "held_out", "skip_nonfinite", "resize", "loss.size"), AMOUNT
+    ),
     **dict.fromkeys(("lora.rank", "lora_rank"), AMOUNT),
     "lora.alpha": RATE,
     **dict.fromkeys(("head_channels", "r1_interval", "train.images", "groups", "micro_batch", "r1_micro_batch"), COUNT),

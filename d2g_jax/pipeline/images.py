@@ -12,7 +12,7 @@ from d2g_jax.diffusion.karras import TIME_SCALES
 from d2g_jax.models import pixels
 from d2g_jax.models.image_unet_config import ImageUNetConfig
 from d2g_jax.models.network import Network, Params
-from d2g_jax.pipeline.tokenizers import json_bytes
+from d2g_jax.pipeline.tokenizers import json_bytes, read_component
 from d2g_jax.pipeline.weights import save_state_dict, to_state_dict
 from d2g_jax.runtime.atomic import write_bytes
 from d2g_jax.runtime.errors import UserError
@@ -28,6 +28,17 @@ NO_CLASS = -1
 def component(folder: Path, name: str) -> Path:
     """Where a component lies: in a folder of its name, or, as of old, beside model_index.json."""
     return folder / name if (folder / name).is_dir() else folder
+
+
+def is_of_images(folder: Path) -> bool:
+    """Whether a pipeline's folder is one of these."""
+    file = folder / "model_index.json"
+    return file.is_file() and read_component(file).get("_class_name") in PIPELINES
+
+
+def all_classes(classes: int) -> tuple[str, ...]:
+    """A prompt for each class; the empty one where there are none."""
+    return tuple(map(str, range(classes))) or ("",)
 
 
 def decoder(config: ImageUNetConfig) -> Network:

@@ -158,10 +158,11 @@ def load_metric(config: ml_collections.ConfigDict, pipeline: Pipeline) -> Metric
     Raises `UserError` for a missing or damaged folder, and for another `loss.dtype` than float32 and bfloat16.
     """
     dtype = compute_dtype("loss.dtype", config.dtype)
-    if config.name == "lpips":
+    if config.name in ("lpips", "e_lpips"):
         if not config.lpips:
             raise UserError("loss.lpips is empty; give a folder of pixel LPIPS, as `d2g metric convert` writes it")
-        return DecodedLPIPS(LPIPS.load(config.lpips, dtype=dtype), pipeline.params["vae"], pipeline.vae)
+        lpips = LPIPS.load(config.lpips, dtype=dtype)
+        return DecodedLPIPS(lpips, pipeline.params["vae"], pipeline.vae, config.get("size", 0))
     return LatentLPIPS.load(config.metric, dtype=dtype) if config.name in PERCEPTUAL else None
 
 
