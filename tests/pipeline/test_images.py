@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import tiny_images
 
 from d2g_jax import __main__ as cli
@@ -139,8 +142,6 @@ def test_prompts_that_are_no_classes_are_refused(teacher, tmp_path, monkeypatch,
 
 
 def test_classes_for_a_teacher_of_text_are_refused(tmp_path, capsys):
-    import tiny
-
     (tmp_path / "prompts.txt").write_text("0\n1\n")
     flags = [f"--workdir={tmp_path}", f"--config.pairs.prompts={tmp_path / 'prompts.txt'}"]
     assert cli.main(["pairs", tiny.CONFIG, *flags]) == 2
@@ -157,4 +158,12 @@ def test_folders_that_do_not_fit_are_refused(teacher, tmp_path):
         Pipeline.load(folder)
     file.write_text(json.dumps({"_class_name": "UNet2DConditionModel", "sample_size": 8}))
     with pytest.raises(UserError, match="its network is none of a DDIMPipeline"):
+        Pipeline.load(folder)
+
+
+def test_levels_of_edm_are_refused_where_latents_are_solved(tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny.make(Path(os.environ["D2G_JAX_TINY"])) / "pipeline", folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(tiny_images.EDM))
+    with pytest.raises(UserError, match=r"scheduler_config.json: EDMEulerScheduler is no schedule of betas"):
         Pipeline.load(folder)
