@@ -31,6 +31,8 @@ from d2g_jax.train.step import Distillation, Frozen
 
 PERCEPTUAL = ("latent_lpips", "e_latent_lpips")
 """Losses that take a `LatentLPIPS`."""
+DECODED = ("lpips", "e_lpips")
+"""Losses that take a `DecodedLPIPS`."""
 
 Metric = LatentLPIPS | DecodedLPIPS
 
@@ -158,7 +160,7 @@ def load_metric(config: ml_collections.ConfigDict, pipeline: Pipeline) -> Metric
     Raises `UserError` for a missing or damaged folder, and for another `loss.dtype` than float32 and bfloat16.
     """
     dtype = compute_dtype("loss.dtype", config.dtype)
-    if config.name in ("lpips", "e_lpips"):
+    if config.name in DECODED:
         if not config.lpips:
             raise UserError("loss.lpips is empty; give a folder of pixel LPIPS, as `d2g metric convert` writes it")
         lpips = LPIPS.load(config.lpips, dtype=dtype)
