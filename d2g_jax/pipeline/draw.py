@@ -59,8 +59,11 @@ class Solution:
 
     @classmethod
     def default(cls, pipeline: Pipeline) -> Solution:
-        """Of a teacher that nothing is said of: one of images is told its class, and is not guided."""
-        return cls() if pipeline.classes is None else cls(guidance_scale=1.0)
+        """Of a teacher that nothing is said of: one of images is not guided, and EDM's is solved as they do."""
+        if pipeline.classes is None:
+            return cls()
+        edm = Schedule.from_config(pipeline.scheduler).karras is not None
+        return cls(steps=18, solver="heun", guidance_scale=1.0) if edm else cls(guidance_scale=1.0)
 
     def schedule(self, pipeline: Pipeline) -> Schedule:
         """The pipeline's schedule; raises `UserError` for a spacing or for noise levels that are not implemented.
@@ -80,11 +83,10 @@ class Solution:
             if self.solver != "ddim" and config.get(key):
                 raise UserError(f"{source}: {key}=true is not implemented; set it to false or take the solver ddim")
         schedule = Schedule.from_config(config, source=source)
-        if schedule.karras is not None and self.spacing not in (None, "linspace"):
-            raise UserError(f"spacing={self.spacing!r}: {source} has levels of EDM, which are spaced by themselves")
+        if schedule.karras is not None and (self.solver == "ddim" or self.spacing is not None):
+            raise UserError(f"{source}: has EDM's levels; take solver=heun, euler or dpmpp_2m and leave out spacing")
         if (
             self.solver == "ddim"
-            and schedule.karras is None
             and schedule.timestep_spacing == "linspace"
             and self.steps < schedule.num_train_timesteps
         ):

@@ -153,9 +153,10 @@ def _is_whole(folder: Path) -> bool:
         index = text.read_json(folder / _INDEX, "fetch it again")
     except UserError:
         return False
+    at_root = (folder / "config.json").is_file()
     for name in (*NETWORKS, *SETTINGS):
-        kind = "*.safetensors" if name in NETWORKS else "*"
-        if (index.get(name) or [None])[0] is not None and not any((folder / name).glob(kind)):
+        kind, place = "*.safetensors" if name in NETWORKS else "*", folder if at_root else folder / name
+        if (index.get(name) or [None])[0] is not None and not any(place.glob(kind)):
             return False
     return True
 

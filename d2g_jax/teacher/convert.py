@@ -37,10 +37,15 @@ def convert(source: Path, out: Path) -> Path:
     check_new_folder(out)
     if source.suffix == ".pkl":
         raise UserError(f"{source}: {_PLAIN}")
-    if source.suffix in (".pt", ".pth"):
-        config, state = edm.from_nvidia(read_torch(source), source)
-    else:
-        config, state = edm.from_openai(_read_msgpack(source), source)
+    try:
+        if source.suffix in (".pt", ".pth"):
+            config, state = edm.from_nvidia(read_torch(source), source)
+        else:
+            config, state = edm.from_openai(_read_msgpack(source), source)
+    except KeyError as error:
+        raise UserError(
+            f"{source}: {error} is missing, which tells how large the network is; fetch it again"
+        ) from error
     params = to_params(state, image_unet.build(config).abstract(), source=source)
     save_images_pipeline(out, config, params, SCHEDULER)
     return out

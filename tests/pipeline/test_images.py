@@ -19,6 +19,7 @@ from d2g_jax.diffusion.schedule import student_timestep
 from d2g_jax.export import export_student
 from d2g_jax.models import discriminator
 from d2g_jax.pipeline.conditioning import encode_text, tokenize_prompts
+from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime.errors import UserError
 
@@ -50,6 +51,10 @@ def test_a_solution_equals_diffusers_ddim(tmp_path, at_root):
             x = scheduler.step(pipe.unet(x, t).sample, t, x, eta=0.0).prev_sample
     np.testing.assert_allclose(ours.latents, x.numpy(), atol=2e-4)
     assert ours.images.shape == (2, 8, 8, 3)
+    for form in ("diffusers", "flax"):
+        export_student(model.sampler, form, tmp_path / form)
+        again = load(tmp_path / form).latents(["", ""], latents=noise, steps=4, guidance_scale=1.0)
+        np.testing.assert_allclose(again, ours.latents, atol=1e-6)
 
 
 def test_classes_and_no_classes_are_told_as_they_are(teacher, tmp_path):
@@ -65,6 +70,10 @@ def test_classes_and_no_classes_are_told_as_they_are(teacher, tmp_path):
         tokenize_prompts(nothing, ["1"])
     with pytest.raises(UserError, match="has no empty prompt to be guided from; give 1"):
         load(teacher)(["1"], steps=2, guidance_scale=3.0)
+    song = load(tiny_images.make(tmp_path / "song", tiny_images.SONG, tiny_images.EDM))
+    assert Solution.default(song.sampler.pipeline).network_calls == 35
+    with pytest.raises(UserError, match="has EDM's levels; take solver=heun, euler or dpmpp_2m"):
+        song(["1"], steps=4, guidance_scale=1.0)
 
 
 @pytest.mark.parametrize("kind", ["CLASSES", "NOTHING", "SONG"])

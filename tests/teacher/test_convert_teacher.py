@@ -149,15 +149,16 @@ class Code:
         ("edm-cifar10-32x32-cond-vp.pkl", b"\x80\x04", r"a pickle of NVIDIA's holds code.*state_dict\(\)"),
         ("teacher.pt", pickle.dumps({"ema": Code()}), "refused, it is damaged or holds Python objects"),
         ("teacher.pt", None, "no network of EDM; give a state dict of its SongUNet or DhariwalUNet"),
+        ("teacher.pt", ["model.enc.8x8_conv.bias", "out_norm.weight", "map_layer0.weight"], "is missing, which tells"),
         ("edm_cifar10_ema", b"\x93\x01", "neither a .pt of tensors nor Flax's msgpack"),
         ("edm_cifar10_ema", b"\x81\xa1a\x01", "holds no NCSN"),
     ],
 )
 def test_what_is_no_such_teacher_is_refused(tmp_path, capsys, name, content, message):
     file = tmp_path / name
-    if content is None:
+    if not isinstance(content, bytes):
         torch = pytest.importorskip("torch")
-        torch.save({"conv.weight": torch.zeros(1)}, file)
+        torch.save({key: torch.zeros(1) for key in content or ["conv.weight"]}, file)
     else:
         file.write_bytes(content)
     with pytest.raises(UserError, match=message):
