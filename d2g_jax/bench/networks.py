@@ -14,7 +14,7 @@ import numpy as np
 from d2g_jax.models import clip
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline.folder import Pipeline, placer
-from d2g_jax.plan.architectures import KNOWN, MODELS, abstract_pipeline, computing_in
+from d2g_jax.plan.architectures import IMAGES, KNOWN, MODELS, abstract_pipeline, computing_in
 from d2g_jax.runtime.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
@@ -54,7 +54,7 @@ def random_pipeline(model: str, dtype: str, storage: str, seed: int, mesh: jax.s
 
 def known(model: str) -> bool:
     """Whether a model is one of `MODELS` or, where no folder has its name, another whose shapes are known."""
-    return model in MODELS or (model in KNOWN and not Path(model).exists())
+    return model in MODELS or ((model in KNOWN or model in IMAGES) and not Path(model).exists())
 
 
 def _end_of_text(config: clip.ClipTextConfig) -> int:
@@ -81,8 +81,10 @@ def random_params(shapes: Params, seed: int, place: Place = lambda path, leaf: l
 
 
 def random_input_ids(pipeline: Pipeline, batch: int, seed: int) -> np.ndarray:
-    """int32 (batch, `pipeline.token_length`): words at random and, as behind a long prompt, the end last."""
+    """int32 (batch, `pipeline.token_length`): words at random with the end last, as of a long prompt; or classes."""
     rng, ids = np.random.default_rng(seed), []
+    if pipeline.classes is not None:
+        return rng.integers(0, max(pipeline.classes, 1), (batch, 1)).astype(np.int32)
     for tokenizer, tower in zip(pipeline.tokenizers, pipeline.towers.values(), strict=True):
         config, length = tower.config, tokenizer.model_max_length
         end = _end_of_text(config)

@@ -14,12 +14,13 @@ import numpy as np
 
 from d2g_jax.bench.measure import Facts, facts_of
 from d2g_jax.bench.networks import random_input_ids, random_params
-from d2g_jax.losses.perceptual import LatentLPIPS
+from d2g_jax.losses.lpips import DecodedLPIPS
 from d2g_jax.pipeline.folder import placer
 from d2g_jax.plan.architectures import MODELS, abstract_pipeline
 from d2g_jax.plan.shapes import Shapes, run_shapes
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.train.programs import Programs, iteration, trace_programs, without_adversary
+from d2g_jax.train.setup import Metric
 from d2g_jax.train.state import TrainState, create_state
 from d2g_jax.train.step import Frozen, Metrics
 
@@ -156,7 +157,10 @@ def _random(shapes: Any, mesh: jax.sharding.Mesh, seed: int) -> Any:
     return random_params(shapes, seed, placer(mesh, np.float32))
 
 
-def _random_metric(metric: LatentLPIPS, seed: int) -> LatentLPIPS:
+def _random_metric(metric: Metric, seed: int) -> Metric:
+    if isinstance(metric, DecodedLPIPS):
+        decoder = random_params(metric.decoder, seed + 4)
+        return dataclasses.replace(metric, lpips=_random_metric(metric.lpips, seed), decoder=decoder)
     rng = np.random.default_rng(seed)
     heads = tuple(jnp.asarray(0.1 * rng.random(head.shape, np.float32)) for head in metric.heads)
     return dataclasses.replace(metric, params=random_params(metric.params, seed + 3), heads=heads)

@@ -12,7 +12,7 @@ from d2g_jax.runtime.errors import UserError
 
 JOBS = {
     "demo": "pairs, three students, figures and a report on the embedded digits teacher",
-    "teacher": "train the embedded digits teacher, its metrics and its judge from nothing",
+    "teacher": "train the embedded digits teacher from nothing; `teacher convert FILE` reads EDM's networks of images",
     "pairs": "solve the teacher's ODE for every prompt and write TFRecord shards; `pairs verify DIR` checks them",
     "train": "distil the teacher into a one-step generator",
     "sample": "draw images from a pipeline folder or a trained student",

@@ -50,7 +50,9 @@ def pairs() -> ConfigDict:
     """Prompts x noise -> the teacher's guided 50-step DDIM solutions."""
     return ConfigDict(
         {
-            "prompts": "",  # .txt, .csv, .tsv, .json, .jsonl, .parquet, a folder of parquet files or of TFDS
+            # .txt, .csv, .tsv, .json, .jsonl, .parquet, a folder of parquet files or of TFDS; a class a line for a
+            # teacher of images, or empty: each of its classes in turn.
+            "prompts": "",
             "prompts_column": "",  # or key; the text feature of a TFDS folder
             "skip_empty": False,  # True: rows without a prompt are left out; False: they are counted and refused
             "pairs_per_prompt": 1,
@@ -65,7 +67,7 @@ def pairs() -> ConfigDict:
             "batch_size": 256,  # all devices of a worker together
             "dtype": "bfloat16",
             # What a record holds: docs/pairs.md has the bytes of each choice.
-            "latent_dtype": "float16",  # or bfloat16; of stored text embeddings too
+            "latent_dtype": "float16",  # or bfloat16, float32; of stored text embeddings too
             "store_noise": False,  # False: drawn again from seed and record id, bit for bit
             "store_text": False,  # True: training reads the prompts' embeddings and runs no text tower
             # Workers that share a folder claim shards; a claim not renewed for so long is taken over. 0: no claims.
@@ -78,9 +80,10 @@ def loss() -> ConfigDict:
     """The regression term."""
     return ConfigDict(
         {
-            "name": "e_latent_lpips",  # mse, pseudo_huber, lpips, latent_lpips, e_latent_lpips
+            "name": "e_latent_lpips",  # mse, pseudo_huber, lpips, e_lpips, latent_lpips, e_latent_lpips
             "metric": "",  # a folder made by `d2g metric convert` or `d2g lpips`
-            "lpips": "",  # pixel LPIPS, for the loss `lpips`, which decodes both latents
+            "lpips": "",  # pixel LPIPS, for the losses `lpips` and `e_lpips`, which decode both latents
+            "size": 0,  # pixels that smaller images are enlarged to for them; 224 for CIFAR-10
             "dtype": "float32",  # or bfloat16: the metric's convolutions; docs/metric.md says what that changes
             # Geometric transforms and cutout, the paper's main text; the release has b, g, c, o, co, bg, bgc, bgco.
             "preset": "bgo",

@@ -24,7 +24,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("betas", "regression_beta1", "b2", "momentum", "dropout", "ema", "decay"), SHARE),
     **dict.fromkeys(("mix_and_match", "caption_dropout", "images.held_out"), SHARE),
     **dict.fromkeys(("timestep", "start_images", "warmup_images", "held_out", "skip_nonfinite"), AMOUNT),
-    **dict.fromkeys(("lora.rank", "lora_rank", "resize", "pool"), AMOUNT),
+    **dict.fromkeys(("lora.rank", "lora_rank", "resize", "pool", "loss.size"), AMOUNT),
     "lora.alpha": RATE,
     **dict.fromkeys(("head_channels", "r1_interval", "train.images", "groups", "micro_batch", "r1_micro_batch"), COUNT),
     **dict.fromkeys(("compile_workers", "log_every", "sample_every", "checkpoint_every", "save_every"), COUNT),

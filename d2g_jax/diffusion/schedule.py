@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d2g_jax.diffusion.karras import LEVELS, SIGMA_DATA, TIME_SCALES, Karras
 from d2g_jax.inputs.numbers import AMOUNT, COUNT, SHARE, Range
 from d2g_jax.runtime.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+EDM = "edm"
+"""What a network of EDM predicts; with a sigma_data of 1 it would be v-prediction with the sign turned."""
 _BETA_KEYS = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
 _CLASSES = (
     "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler",
@@ -44,6 +47,7 @@ class Schedule:
       prediction_type: what the network outputs: "epsilon", "v_prediction" or "sample".
       timestep_spacing, steps_offset: how T timesteps are thinned out, with diffusers' meanings.
       set_alpha_to_one: whether the last DDIM step lands on ab = 1 or on ab_0.
+      karras: EDM's levels, of which `alphas_cumprod` is the table; None for all others.
 
     Raises `UserError` for "epsilon" with zero terminal SNR: x_T is then all noise, and x_0 = (x_T - eps) / 0.
     """
@@ -53,6 +57,7 @@ class Schedule:
     timestep_spacing: str = "leading"
     steps_offset: int = 0
     set_alpha_to_one: bool = True
+    karras: Karras | None = None
 
     def __post_init__(self) -> None:
         if self.prediction_type == "epsilon" and self.zero_terminal_snr:
@@ -69,6 +74,10 @@ class Schedule:
         schedule of betas: diffusers' defaults would be taken for it without a word.
         """
         name = str(config.get("_class_name", "DDIMScheduler")).removeprefix("Flax")
+        if name in TIME_SCALES:
+            karras = Karras.from_config(config, source=source)
+            table = 1.0 / (1.0 + karras.sigmas(np.arange(LEVELS)) ** 2)
+            return cls(table.astype(np.float32), EDM, "linspace", karras=karras)
         if name not in _CLASSES:
             raise UserError(f"{source}: {name} is no schedule of betas; known are {', '.join(_CLASSES)}")
         if not any(config.get(key) is not None for key in _BETA_KEYS):
@@ -101,6 +110,10 @@ class Schedule:
     def zero_terminal_snr(self) -> bool:
         """Whether x_T is noise alone (arXiv 2305.08891)."""
         return bool(self.alphas_cumprod[-1] == 0.0)
+
+    def told(self, t: jax.Array) -> jax.Array:
+        """What the network is told of timestep `t`."""
+        return t if self.karras is None else self.karras.told(t)
 
     def check_steps(self, num_steps: int) -> None:
         """Raises `UserError` when num_steps is not in 1..T."""
@@ -199,6 +212,11 @@ def split_signal_and_noise(
     For callers that know sigma better than float32's 1 - alpha_bar does: 2e-5 of it is lost at t = 0.
     """
     output, latents = output.astype(jnp.float32), latents.astype(jnp.float32)
+    if prediction_type == EDM:
+        # c_skip x + c_out F of arXiv 2206.00364, table 1, for x = latents / signal
+        power = _power(signal, sigma)
+        x0 = SIGMA_DATA**2 * signal / power * latents + SIGMA_DATA * sigma / jnp.sqrt(power) * output
+        return x0, sigma / power * latents - SIGMA_DATA * signal / jnp.sqrt(power) * output
     if prediction_type == "epsilon":
         return (latents - sigma * output) / signal, output
     if prediction_type == "sample":
@@ -206,8 +224,29 @@ def split_signal_and_noise(
     return signal * latents - sigma * output, signal * output + sigma * latents
 
 
+def shown(prediction_type: str, latents: jax.Array, signal: jax.Array, sigma: jax.Array) -> jax.Array:
+    """Latents signal * x_0 + sigma * eps as the network sees them: at unit variance, as EDM's do by their c_in."""
+    return latents / jnp.sqrt(_power(signal, sigma)) if prediction_type == EDM else latents
+
+
+def ask(
+    denoise: Denoiser, schedule: Schedule, latents: jax.Array, t: jax.Array, signal: jax.Array, sigma: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One network call at timestep `t`, where signal and sigma are those of `split_signal_and_noise`: (x_0, eps)."""
+    output = denoise(shown(schedule.prediction_type, latents, signal, sigma), schedule.told(t))
+    return split_signal_and_noise(schedule.prediction_type, output, latents, signal, sigma)
+
+
+def _power(signal: jax.Array, sigma: jax.Array) -> jax.Array:
+    return SIGMA_DATA**2 * signal * signal + sigma * sigma
+
+
 def training_target(prediction_type: str, x0: jax.Array, noise: jax.Array, alpha_bar: jax.Array) -> jax.Array:
     """What the network is trained to output for x_t made from (x_0, eps)."""
+    if prediction_type == EDM:
+        signal, sigma = jnp.sqrt(alpha_bar), jnp.sqrt(1.0 - alpha_bar)
+        mixed = sigma * x0 - SIGMA_DATA**2 * signal * noise
+        return mixed / (SIGMA_DATA * jnp.sqrt(_power(signal, sigma)))
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "sample":
@@ -262,7 +301,10 @@ def rescale_guided(output: jax.Array, conditional: jax.Array, guidance_rescale: 
 def one_step(denoise: Denoiser, schedule: Schedule, timestep: int, noise: jax.Array) -> jax.Array:
     """The generator: noise (B, h, w, C) to x_0 in one network call at a fixed timestep; float32.
 
-    With the teacher's weights this is its own first DDIM step taken all the way to x_0.
+    With the teacher's weights this is its own first DDIM step taken all the way to x_0. EDM's begin at sigma times the
+    noise, where the variance is not yet one.
     """
-    output = denoise(noise, jnp.asarray(timestep, jnp.int32))
-    return to_x0_and_noise(schedule.prediction_type, output, noise, schedule.alphas_cumprod[timestep])[0]
+    alpha_bar = jnp.asarray(schedule.alphas_cumprod[timestep])
+    signal, sigma = jnp.sqrt(alpha_bar), jnp.sqrt(1.0 - alpha_bar)
+    start = noise if schedule.karras is None else noise * sigma
+    return ask(denoise, schedule, start, jnp.asarray(timestep, jnp.int32), signal, sigma)[0]

@@ -5,7 +5,8 @@ float32 scaled latents of that shape. The steps are one `lax.scan` with one netw
 compiles equally fast for any number of steps. What depends on the schedule alone is computed on the host in float64.
 
 Notation: with sigma = sqrt((1 - ab) / ab), the state of `euler` and `heun` is x_t / sqrt(ab) = x_0 + sigma eps, the
-"variance exploding" latents whose ODE is dx/dsigma = eps (arXiv 2206.00364, section 3).
+"variance exploding" latents whose ODE is dx/dsigma = eps (arXiv 2206.00364, section 3); the network is asked at unit
+variance, x sqrt(ab).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2g_jax.diffusion.schedule import Denoiser, Schedule, split_signal_and_noise, to_x0_and_noise
+from d2g_jax.diffusion.schedule import Denoiser, Schedule, ask
 from d2g_jax.runtime.errors import UserError
 
 Solver = Callable[[Denoiser, Schedule, int, jax.Array], jax.Array]
@@ -38,7 +39,7 @@ def ddim(denoise: Denoiser, schedule: Schedule, num_steps: int, noise: jax.Array
 
     def step(latents: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         t, now, then = inputs
-        x0, eps = to_x0_and_noise(schedule.prediction_type, denoise(latents, t), latents, now)
+        x0, eps = ask(denoise, schedule, latents, t, jnp.sqrt(now), jnp.sqrt(1.0 - now))
         return jnp.sqrt(then) * x0 + jnp.sqrt(1.0 - then) * eps, None
 
     inputs = (jnp.asarray(steps), jnp.asarray(alpha_now), jnp.asarray(alpha_next))
@@ -55,7 +56,7 @@ def euler(denoise: Denoiser, schedule: Schedule, num_steps: int, noise: jax.Arra
 
     def step(latents: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         t, signal, sigma, then = inputs
-        x0, eps = _x0_and_slope(denoise, schedule.prediction_type, latents, t, signal, sigma)
+        x0, eps = ask(denoise, schedule, latents * signal, t, signal, sigma)
         # x + (then - now) eps, without its cancellation: at zero terminal SNR now = 4096.
         return x0 + then * eps, None
 
@@ -66,7 +67,7 @@ def euler(denoise: Denoiser, schedule: Schedule, num_steps: int, noise: jax.Arra
 def heun(denoise: Denoiser, schedule: Schedule, num_steps: int, noise: jax.Array) -> jax.Array:
     """Heun's method in sigma (arXiv 2206.00364, algorithm 1 without churn); its last step, to sigma = 0, is Euler's.
 
-    2 num_steps - 1 network calls. Equal to diffusers' `HeunDiscreteScheduler`.
+    2 num_steps - 1 network calls. Equal to diffusers' `HeunDiscreteScheduler`, and with EDM's levels to EDM's sampler.
     Raises `UserError` at zero terminal SNR, which that scheduler does not know.
     """
     steps = timesteps("heun", schedule, num_steps)
@@ -80,7 +81,7 @@ def heun(denoise: Denoiser, schedule: Schedule, num_steps: int, noise: jax.Array
     def call(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[Any, None]:
         latents, slope_before = carry
         t, signal, sigma, then, half_step, correct = inputs
-        x0, slope = _x0_and_slope(denoise, schedule.prediction_type, latents, t, signal, sigma)
+        x0, slope = ask(denoise, schedule, latents * signal, t, signal, sigma)
         # The mean of two slopes from where the step began is half their difference from where it arrived.
         corrected = latents + half_step * (slope - slope_before)
         return (jnp.where(correct, corrected, x0 + then * slope), slope), None
@@ -103,8 +104,7 @@ def dpmpp_2m(denoise: Denoiser, schedule: Schedule, num_steps: int, noise: jax.A
     def step(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[Any, None]:
         latents, x0_before = carry
         t, signal, sigma, keep, take, extrapolate = inputs
-        output = denoise(latents, t)
-        x0, _ = split_signal_and_noise(schedule.prediction_type, output, latents, signal, sigma)
+        x0, _ = ask(denoise, schedule, latents, t, signal, sigma)
         return (keep * latents + take * x0 + extrapolate * (x0 - x0_before), x0), None
 
     start = noise.astype(jnp.float32)
@@ -190,6 +190,8 @@ def _trailing(total: int, num_steps: int) -> np.ndarray:
 
 def _sigmas(schedule: Schedule, steps: np.ndarray) -> np.ndarray:
     """float64 (num_steps + 1,): sqrt((1 - ab) / ab) at the timesteps, linear between whole ones, and 0 at the end."""
+    if schedule.karras is not None:
+        return np.append(schedule.karras.sigmas(steps), 0.0)
     alphas = schedule.alphas_cumprod.astype(np.float64)
     # diffusers' stand-in for a terminal ab of 0, so that the first sigma is finite (4096).
     alphas = np.where(alphas == 0.0, 2.0**-24, alphas)
@@ -211,14 +213,6 @@ def _start(schedule: Schedule, sigmas: np.ndarray, noise: jax.Array) -> jax.Arra
     """Noise at diffusers' `init_noise_sigma`, float32: only "leading" counts the signal's share of the variance."""
     scale = np.hypot(sigmas[0], 1.0) if schedule.timestep_spacing == "leading" else sigmas[0]
     return noise.astype(jnp.float32) * np.float32(scale)
-
-
-def _x0_and_slope(
-    denoise: Denoiser, prediction_type: str, latents: jax.Array, t: jax.Array, signal: jax.Array, sigma: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(x_0, dx/dsigma) at x = x_0 + sigma eps; the network is shown x at unit variance, x sqrt(ab)."""
-    scaled = latents * signal
-    return split_signal_and_noise(prediction_type, denoise(scaled, t), scaled, signal, sigma)
 
 
 def _multistep_weights(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from d2g_jax.diffusion import noise
 from d2g_jax.pipeline.conditioning import tokenize_prompts, warn_of_prompts
 from d2g_jax.pipeline.draw import Drawn, Programs, Solution, draw
+from d2g_jax.pipeline.images import all_classes
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.grid import save_png
@@ -59,7 +61,7 @@ class Painter:
         self._shape = latent_shape(self._sampler.pipeline, model.size)
         factor = self._sampler.pipeline.vae.config.downscale
         size = factor * self._shape[1], factor * self._shape[2]
-        solution = None if one_step is not None else model.solution or Solution()
+        solution = None if one_step is not None else model.solution or Solution.default(self._sampler.pipeline)
         self._programs: Programs = self._sampler.programs(self._mesh, solution, size, tiled=model.tiled)
         self.network_calls = self._programs.network_calls
         self.description: dict[str, Any] = {
@@ -77,6 +79,13 @@ class Painter:
             "dtype": model.dtype,
             **worn_by(self._sampler.pipeline, model.parts.lora),
         }
+
+    def classes(self, count: int) -> tuple[str, ...]:
+        """`count` prompts of a model of images, one class after another. Raises `UserError` for a model of text."""
+        classes = self._sampler.pipeline.classes
+        if classes is None:
+            raise UserError(f"{self._model.model}: is told text; give --prompts=FILE, what is to be drawn")
+        return tuple(itertools.islice(itertools.cycle(all_classes(classes)), count))
 
     def paint(self, prompts: Sequence[str], folder: Path, *, first_noise: int = 0) -> None:
         """Writes 00000.png ... of `prompts` into `folder`; what is there already is not drawn again.

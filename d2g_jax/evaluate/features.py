@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax.evaluate.protocols import DIGITS, Protocol
+from d2g_jax.evaluate.protocols import DIGITS, INSIDE, Protocol
 from d2g_jax.results import metric_weights
 from d2g_jax.runtime.errors import UserError
 
@@ -41,7 +41,7 @@ def make_extractor(protocol: Protocol, inception: Path | None) -> Extractor:
         return _digits()
     if inception is None:
         raise metric_weights.missing("FID, KID, precision and recall", "inception")
-    return _inception(inception)
+    return _inception(inception, inside=protocol.features == INSIDE)
 
 
 def _digits() -> Extractor:
@@ -56,8 +56,11 @@ def _digits() -> Extractor:
     )
 
 
-def _inception(file: Path) -> Extractor:
-    """clean-fid's mode "clean": channels to 299 pixels by PIL's bicubic in float, not rounded, then Inception-v3."""
+def _inception(file: Path, *, inside: bool) -> Extractor:
+    """clean-fid's mode "clean": channels to 299 pixels by PIL's bicubic in float, not rounded, then Inception-v3.
+
+    `inside`: the images go in as they are, and the file's network enlarges them by itself.
+    """
     if not file.is_file() or file.name != INCEPTION_FILE:
         wanted = f"give the file {INCEPTION_FILE} under that name, from {metric_weights.WHERE['inception']}"
         raise UserError(f"{metric_weights.flag('inception')}={file}: {wanted}")
@@ -72,17 +75,18 @@ def _inception(file: Path) -> Extractor:
         with warnings.catch_warnings():
             # TorchScript is what clean-fid's file is, whatever newer releases of PyTorch would rather have.
             warnings.filterwarnings("ignore", "`torch.jit.load`", DeprecationWarning)
-            network = InceptionV3W(str(file.parent), download=False).to(device).eval()
+            network = InceptionV3W(str(file.parent), download=False, resize_inside=inside).to(device).eval()
     except RuntimeError as error:
         raise UserError(f"{file}: not clean-fid's TorchScript file ({str(error).splitlines()[0]})") from error
     resize, pool = build_resizer("clean"), ThreadPoolExecutor()
 
     def extract(images: np.ndarray) -> np.ndarray:
-        large = np.stack(list(pool.map(resize, images)))  # (B, 299, 299, 3) float32, 0 to 255
+        # (B, 299, 299, 3) float32, 0 to 255; or as they are
+        large = images if inside else np.stack(list(pool.map(resize, images)))
         with torch.inference_mode():
             return network(torch.from_numpy(large).permute(0, 3, 1, 2).to(device)).cpu().numpy()
 
-    name = f"clean-fid {importlib.metadata.version('clean-fid')}, Inception-v3"
+    name = f"clean-fid {importlib.metadata.version('clean-fid')}, Inception-v3{', resized inside' if inside else ''}"
     return Extractor(name, metric_weights.sha256_of(file), extract)
 
 

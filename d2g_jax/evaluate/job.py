@@ -119,13 +119,14 @@ def _draw_images(plan: Plan, opened: Opened) -> tuple[Survey, Survey | None, dic
             f"{request.model.model}: draws {drawn} pixels (height x width); the protocol {protocol.name} resizes "
             f"nothing and takes {protocol.size}x{protocol.size}"
         )
-    prompts = plan.prompts[: plan.diversity_prompts]
+    every = painter.classes(plan.samples) if plan.prompts is None else plan.prompts
+    prompts = every[: plan.diversity_prompts]
     several = [prompt for prompt in prompts for _ in range(protocol.diversity_seeds)] if wants_diversity(plan) else []
-    drawing = painter.claim(plan.prompts, images)
+    drawing = painter.claim(every, images)
     _check_teacher(opened, tuple(range(plan.samples)), drawing)
     if several:
         painter.claim(several, diversity, first_noise=protocol.samples)
-    painter.paint(plan.prompts, images)
+    painter.paint(every, images)
     if several:
         painter.paint(several, diversity, first_noise=protocol.samples)
     return _survey(plan, images), survey_several(plan, diversity) if several else None, drawing

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d2g_jax.evaluate.drawing import Model
-from d2g_jax.evaluate.protocols import DIGITS, DIGITS_PROMPTS_SEED, Protocol, find_protocol
+from d2g_jax.evaluate.protocols import DIGITS, DIGITS_PROMPTS_SEED, INSIDE, Protocol, find_protocol
 from d2g_jax.inputs import numbers
 from d2g_jax.pairs.prompts import read_prompts
 from d2g_jax.results import metrics
@@ -107,7 +107,7 @@ def make_plan(request: Request) -> Plan:
     _check_paths(request)
     digits = protocol.features == DIGITS
     prompts, labels = _prompts(request, protocol, samples)
-    if request.model is not None and prompts is None:
+    if request.model is not None and prompts is None and protocol.features != INSIDE:  # a class each, without
         raise UserError("--model needs --prompts=FILE, what is to be drawn")
     have = {
         metrics.REFERENCE: digits or request.reference is not None,

@@ -8,7 +8,7 @@ import json
 
 from d2g_jax.runtime.errors import UserError
 
-INCEPTION, DIGITS = "inception", "digits"
+INCEPTION, INSIDE, DIGITS = "inception", "inception-inside", "digits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Protocol:
       size: pixels along a side of what every metric sees.
       resize: PIL's filter to that size, after a centre crop to the short side; None takes only images of that size.
       features: whose features FID, KID, precision and recall are taken in: "inception" (clean-fid's: bicubic to 299 in
-        float, then Inception-v3 of 2015-12-05) or "digits" (the independent judge of the demo).
+        float, then Inception-v3 of 2015-12-05), "inception-inside" (the same file, which enlarges by itself, as in
+        EDM's fid.py) or "digits" (the independent judge of the demo).
       clip_prefix: what stands before each prompt for the CLIP score.
       kid_subsets, kid_subset_size, kid_seed: of KID's subsets, drawn by numpy's frozen RandomState.
       neighbours: k of precision and recall.
@@ -54,6 +55,8 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol("coco2014-30k", samples=30_000, size=256),
         # The paper says no more than "5k": one caption of each image of val2017, prepared as above
         Protocol("coco2017-5k", samples=5_000, size=256),
+        # DMD's and EDM's: a class after another, reference the 50,000 training images, FID alone
+        Protocol("cifar10-50k", samples=50_000, size=32, resize=None, features=INSIDE, clip_prefix=""),
         # The embedded teacher's: captions drawn with DIGITS_PROMPTS_SEED, reference 2,000 real scenes
         Protocol(
             "digits",

@@ -55,6 +55,8 @@ def export_student(
         raise UserError(f"dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
     if only is not None and (to, only) != ("single", "unet"):
         raise UserError(f"only={only} with to={to}: a single file of the UNet alone is to=single with only=unet")
+    if sampler.pipeline.classes is not None and to not in ("diffusers", "flax"):
+        raise UserError(f"to={to}: a student of images, without text; take diffusers or flax")
     _check_out(out, to)
     _check_timestep(sampler)
     if to == "stablehlo":

@@ -15,6 +15,7 @@ from d2g_jax.models.network import Params
 from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import EXTRAS, NETWORKS
+from d2g_jax.pipeline.images import save_images_pipeline
 from d2g_jax.runtime.atomic import write_json, write_text
 from d2g_jax.sample import exported
 
@@ -26,6 +27,8 @@ def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str, anew:
     """Writes a student, or with timestep None a teacher as it is. Only networks in `anew` and the scheduler are new."""
     with folders.source_of(pipeline) as source, folders.new_folder(out) as folder:
         names = folders.file_names(source)
+        if pipeline.classes is not None:
+            return _write_images(pipeline, timestep, source, folder, dtype)
         index, left_out = _index(pipeline.index, names)
         for component in [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]:
             if component in NETWORKS:
@@ -44,6 +47,17 @@ def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str, anew:
         write_json(folder / "model_index.json", index, ensure_ascii=False)
 
 
+def _write_images(pipeline: Pipeline, timestep: int | None, source: Path, folder: Path, dtype: str) -> None:
+    """The same of a teacher of images: its UNet and its scheduler are all there is."""
+    scheduler = pipeline.scheduler if timestep is None else one_step_scheduler(pipeline.scheduler, timestep)
+    unet = pipeline.unet.config, pipeline.params["unet"]
+    folders.copy(source, folder, folders.license_files(folders.file_names(source)))
+    if timestep is not None:
+        description = exported.describe(pipeline, timestep, "diffusers", dtype)
+        write_json(folder / exported.DESCRIPTION, description, ensure_ascii=False)
+    save_images_pipeline(folder, *unet, scheduler, np.dtype(dtype))
+
+
 def one_step_scheduler(config: Mapping[str, Any], timestep: int) -> dict[str, Any]:
     """The `scheduler_config.json` whose only step starts at `timestep` and ends at x_0: exactly `diffusion.one_step`.
 
@@ -51,6 +65,8 @@ def one_step_scheduler(config: Mapping[str, Any], timestep: int) -> dict[str, An
     with set_alpha_to_one it lands on alpha_bar = 1, where what is left is its estimate of x_0.
     """
     schedule = Schedule.from_config(config)
+    if schedule.karras is not None:  # whose last place is sigma_max, where diffusers' only step starts too
+        return {**config, STUDENT: timestep}
     if timestep == schedule.num_train_timesteps - 1:
         kept = ("trained_betas", "rescale_betas_zero_snr")
         betas = {**_BETA_DEFAULTS, **{key: config[key] for key in (*_BETA_DEFAULTS, *kept) if key in config}}

@@ -28,6 +28,9 @@ def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str) -> No
         names = folders.file_names(source)
         for component in (*pipeline.params, *SETTINGS):
             folders.copy(source, folder, folders.settings_files(names, component))
+        if pipeline.classes is not None:  # whose files may lie at the root
+            write_json(folder / "unet" / "config.json", pipeline.unet.config.to_json())
+            write_json(folder / "scheduler" / "scheduler_config.json", pipeline.scheduler)
         folders.copy(source, folder, folders.license_files(names))
         params = exported.store(pipeline.params, jnp.dtype(dtype))
         with writing(out):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from d2g_jax.inputs.text import read_json
-from d2g_jax.losses import perceptual
+from d2g_jax.losses import augment, perceptual
 from d2g_jax.models import vae, vgg
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline.weights import load_state_dict, to_params
@@ -133,7 +133,7 @@ def decoded_lpips(lpips: LPIPS, decode: Decode, a: jax.Array, b: jax.Array) -> j
     return lpips.distance(decode(a), target)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["lpips", "decoder"], meta_fields=["network"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["lpips", "decoder"], meta_fields=["network", "size"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecodedLPIPS:
     """Pixel LPIPS as a metric of latents, in one frozen pytree; what a student trains with.
@@ -141,21 +141,38 @@ class DecodedLPIPS:
     Attributes:
       lpips: the metric of images.
       decoder: the VAE's parameters.
-      network: the VAE.
+      network: the VAE, or what stands in its place where images are the latents.
+      size: pixels along the short side to which smaller images are enlarged, bilinearly, for the trunk; 0 leaves them.
     """
 
     lpips: LPIPS
     decoder: Params
     network: Network
+    size: int = 0
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Scaled latents (B, h, w, C) -> images (B, H, W, 3), about [-1, 1]; no gradient reaches the parameters."""
         decoder = jax.lax.stop_gradient(self.decoder)
         return self.network.apply(decoder, vae.unscale_latents(self.network.config, latents), method="decode")
 
-    def distance(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """`decoded_lpips` of scaled latents (B, h, w, C): (B,); gradients flow to `a` alone."""
-        return decoded_lpips(self.lpips, self.decode, a, b)
+    def distance(self, a: jax.Array, b: jax.Array, transform: augment.Transform | None = None) -> jax.Array:
+        """`decoded_lpips` of scaled latents (B, h, w, C): (B,); gradients flow to `a` alone.
+
+        With a `transform` both images go through it first, before they are enlarged: E-LPIPS (Kettunen et al., 2019)
+        with one draw a step, by the transforms of E-LatentLPIPS.
+        """
+        target = jax.lax.stop_gradient(self._seen(jax.lax.stop_gradient(b), transform, 1))
+        return self.lpips.distance(self._seen(a, transform, 0), target)
+
+    def _seen(self, latents: jax.Array, transform: augment.Transform | None, stream: int) -> jax.Array:
+        images = self.decode(latents)
+        if transform is not None:
+            images = augment.apply(transform, images, stream=stream)
+        short = min(images.shape[1:3])
+        if short >= self.size:
+            return images
+        sides = (round(side * self.size / short) for side in images.shape[1:3])
+        return jax.image.resize(images, (images.shape[0], *sides, images.shape[-1]), "bilinear")
 
 
 def save_lpips(folder: str | Path, params: Params, heads: Sequence[Any], config: vgg.VGGConfig = vgg.PIXELS) -> None:

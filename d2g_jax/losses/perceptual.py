@@ -32,7 +32,7 @@ UNIT_EPS = 1e-8  # inside the root, in float32: it would underflow in half preci
 RegressionLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(key, generated (B, h, w, C), target (B, h, w, C)), both scaled latents -> (B,) float32."""
 
-REGRESSION_LOSSES = ("mse", "pseudo_huber", "lpips", "latent_lpips", "e_latent_lpips")
+REGRESSION_LOSSES = ("mse", "pseudo_huber", "lpips", "e_lpips", "latent_lpips", "e_latent_lpips")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,9 +302,9 @@ def regression_loss(
 ) -> RegressionLoss:
     """The loss called `name`, one of `REGRESSION_LOSSES`; gradients flow to the generated latents alone.
 
-    `metric` and `l1_weight` are for the perceptual losses, `preset` and `pseudo_huber_c` for their own. "lpips" takes
-    an `lpips.DecodedLPIPS`, the other two a `LatentLPIPS`. Raises `UserError` for an unknown name or preset, a
-    perceptual loss without a metric and a negative weight.
+    `metric` and `l1_weight` are for the perceptual losses, `preset` and `pseudo_huber_c` for their own. "lpips" and
+    "e_lpips" take an `lpips.DecodedLPIPS`, the other two a `LatentLPIPS`. Raises `UserError` for an unknown name or
+    preset, a perceptual loss without a metric and a negative weight.
     """
     if name not in REGRESSION_LOSSES:
         raise UserError(f"regression loss {name!r} is unknown; choose one of {', '.join(REGRESSION_LOSSES)}")
@@ -317,8 +317,13 @@ def regression_loss(
     augment.check_preset(preset)
     if metric is None:
         raise UserError(f"regression loss {name!r} needs a metric; give the folder of one")
-    if name == "lpips":
-        return lambda key, generated, target: _with_l1(metric.distance(generated, target), generated, target, l1_weight)
+    if name in ("lpips", "e_lpips"):
+
+        def decoded(key: jax.Array, generated: jax.Array, target: jax.Array) -> jax.Array:
+            transform = augment.draw(key, preset, len(generated)) if name == "e_lpips" else None
+            return _with_l1(metric.distance(generated, target, transform), generated, target, l1_weight)
+
+        return decoded
     preset = preset if name == "e_latent_lpips" else "none"
 
     def perceptual(key: jax.Array, generated: jax.Array, target: jax.Array) -> jax.Array:

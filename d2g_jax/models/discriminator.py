@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from d2g_jax.models import initializers
+from d2g_jax.models.denoisers import UNetLike, backbone, read_unet_config
 from d2g_jax.models.layers import Conv, GroupNorm, remat_call
 from d2g_jax.models.network import Keys, Network, Params
-from d2g_jax.models.unet import UNetBackbone, UNetConfig
 from d2g_jax.runtime.errors import UserError
 
 BACKBONE = "unet"
@@ -31,15 +31,15 @@ class DiscriminatorConfig:
 
     Attributes:
       unet: the teacher's UNet, which is the backbone.
-      timestep: the constant that the backbone gets as its time; 0 since D sees clean latents (the paper is silent).
+      timestep: the constant that the backbone is told as its time; 0 since D sees clean latents (the paper is silent).
       head_channels: width of a head's hidden layer (the paper is silent).
       z_conditioning: D sees the noise that the latent was made from.
       multiscale_inputs: D sees the latent at every level of the encoder.
       multiscale_heads: three logit maps for each level of the decoder; otherwise one, on the last level's output.
     """
 
-    unet: UNetConfig
-    timestep: int = 0
+    unet: UNetLike
+    timestep: float = 0
     head_channels: int = 256
     z_conditioning: bool = True
     multiscale_inputs: bool = True
@@ -58,7 +58,7 @@ class DiscriminatorConfig:
             raise UserError(
                 f"{source}: a discriminator has no key {min(unknown)!r}" if unknown else f"{source}: no unet"
             )
-        return cls(**{**values, "unet": UNetConfig.from_json(values["unet"], source=source)})
+        return cls(**{**values, "unet": read_unet_config(values["unet"], source=source)})
 
 
 class Head(nnx.Module):
@@ -84,10 +84,10 @@ def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return jax.image.resize(x.astype(jnp.float32), shape, "linear", antialias=True)
 
 
-def tap_channels(config: UNetConfig) -> list[tuple[int, int, int]]:
+def tap_channels(config: UNetLike) -> list[tuple[int, int, int]]:
     """Channels of the three taps of each decoder level, from low to high resolution (see `UNetBackbone.decode`)."""
     widths = config.block_out_channels
-    skips = [widths[max(level - 1, 0)] for level in range(len(widths))]
+    skips = (config.stem_channels, *widths[:-1])
     return [(skip, width + skip, width) for skip, width in zip(skips[::-1], widths[::-1], strict=True)]
 
 
@@ -112,8 +112,8 @@ class Discriminator(nnx.Module):
 
         self.config, self.remat = config, remat
         if with_backbone:
-            self.unet = UNetBackbone(config.unet, dtype=dtype, attention=attention, remat=remat, rngs=rngs)
-        self.noise_in = nnx.List([zero_conv(widths[0])] if config.z_conditioning else [])
+            self.unet = backbone(config.unet)(config.unet, dtype=dtype, attention=attention, remat=remat, rngs=rngs)
+        self.noise_in = nnx.List([zero_conv(config.unet.stem_channels)] if config.z_conditioning else [])
         # Entry i belongs to level i + 1: the full resolution already goes through conv_in
         self.latent_in = nnx.List([zero_conv(width) for width in widths[:-1]] if config.multiscale_inputs else [])
         taps = sum(tap_channels(config.unet), ()) if config.multiscale_heads else (widths[0],)
@@ -136,7 +136,7 @@ class Discriminator(nnx.Module):
         """
         if timesteps is None:
             timesteps = jnp.full(latents.shape[:1], self.config.timestep)
-        temb = self.unet.embed(timesteps, added)
+        temb = self.unet.embed(timesteps, encoder_hidden_states, added)
         additions = self._additions(latents, noise)
         hidden, skips = self.unet.encode(latents, temb, encoder_hidden_states, additions)
         hidden = self.unet.middle(hidden, temb, encoder_hidden_states)

@@ -6,6 +6,7 @@ Attribute names are those of diffusers' state dict. Attention and transformer bl
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -210,9 +211,11 @@ class TimestepEmbedding(nnx.Module):
 
 
 class ResnetBlock2D(nnx.Module):
-    """GroupNorm-SiLU-conv twice with a residual; the time embedding enters between. (B, H, W, in) -> (B, H, W, out).
+    """GroupNorm-SiLU-conv twice with a residual; the time embedding enters between. (B, H, W, in) -> (B, H', W', out).
 
-    `temb_channels=None` builds the VAE's block, which takes no time embedding.
+    `temb_channels=None` builds the VAE's block, which takes no time embedding. With `scale_shift` the embedding scales
+    and shifts behind the second norm. `resample` changes the size, behind the first norm and in the residual, which has
+    a 1x1 convolution where the width changes, or always with `project`.
     """
 
     def __init__(
@@ -224,24 +227,34 @@ class ResnetBlock2D(nnx.Module):
         groups: int = 32,
         eps: float = 1e-5,
         output_scale_factor: float = 1.0,
+        scale_shift: bool = False,
+        resample: Callable[[jax.Array], jax.Array] = lambda x: x,
+        project: bool = False,
         dtype: Any = jnp.float32,
         rngs: Keys,
     ):
         kw = {"dtype": dtype, "rngs": rngs}
+        projected = 2 * out_channels if scale_shift else out_channels
         self.norm1 = GroupNorm(groups, in_channels, eps, dtype=dtype)
         self.conv1 = Conv(in_channels, out_channels, **kw)
-        self.time_emb_proj = None if temb_channels is None else Linear(temb_channels, out_channels, **kw)
+        self.time_emb_proj = None if temb_channels is None else Linear(temb_channels, projected, **kw)
         self.norm2 = GroupNorm(groups, out_channels, eps, dtype=dtype)
         self.conv2 = Conv(out_channels, out_channels, **kw)
-        same = in_channels == out_channels
+        same = in_channels == out_channels and not project
         self.conv_shortcut = None if same else Conv(in_channels, out_channels, 1, padding=0, **kw)
-        self.output_scale_factor = output_scale_factor
+        self.output_scale_factor, self.scale_shift, self.resample = output_scale_factor, scale_shift, resample
 
     def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
-        hidden = self.conv1(jax.nn.silu(self.norm1(x)))
-        if self.time_emb_proj is not None:
-            hidden = hidden + self.time_emb_proj(jax.nn.silu(temb))[:, None, None]  # (B, 1, 1, C)
-        hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
+        hidden = self.conv1(self.resample(jax.nn.silu(self.norm1(x))))
+        if self.time_emb_proj is None:
+            hidden = self.norm2(hidden)
+        elif self.scale_shift:
+            scale, shift = jnp.split(self.time_emb_proj(jax.nn.silu(temb))[:, None, None], 2, axis=-1)
+            hidden = self.norm2(hidden) * (1 + scale) + shift
+        else:
+            hidden = self.norm2(hidden + self.time_emb_proj(jax.nn.silu(temb))[:, None, None])  # (B, 1, 1, C)
+        hidden = self.conv2(jax.nn.silu(hidden))
+        x = self.resample(x)
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return (shortcut + hidden) / self.output_scale_factor
 
@@ -252,7 +265,7 @@ class Downsample2D(nnx.Module):
     def __init__(self, channels: int, *, padding: Padding = 1, dtype: Any = jnp.float32, rngs: Keys):
         self.conv = Conv(channels, channels, stride=2, padding=padding, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
         return self.conv(x)  # (B, H / 2, W / 2, C)
 
 
@@ -266,7 +279,7 @@ class Upsample2D(nnx.Module):
     def __init__(self, channels: int, *, dtype: Any = jnp.float32, rngs: Keys):
         self.conv = Conv(channels, channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None, size: tuple[int, int] | None = None) -> jax.Array:
         batch, height, width, channels = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
         x = x.reshape(batch, 2 * height, 2 * width, channels)

@@ -27,15 +27,16 @@ class Attention(nnx.Module):
         heads: int,
         head_dim: int,
         context_dim: int | None = None,
+        use_bias: bool = False,
         upcast: bool = False,
         attention: str = "auto",
         dtype: Any = jnp.float32,
         rngs: Keys,
     ):
         inner, source = heads * head_dim, channels if context_dim is None else context_dim
-        self.to_q = Linear(channels, inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_k = Linear(source, inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_v = Linear(source, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_q = Linear(channels, inner, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.to_k = Linear(source, inner, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.to_v = Linear(source, inner, use_bias=use_bias, dtype=dtype, rngs=rngs)
         self.to_out = nnx.List([Linear(inner, channels, dtype=dtype, rngs=rngs)])
         self.heads, self.upcast, self.attention = heads, upcast, attention
 

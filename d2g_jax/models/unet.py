@@ -30,10 +30,10 @@ from d2g_jax.runtime.errors import UserError
 __all__ = ["UNet2DConditionModel", "UNetBackbone", "UNetConfig", "build"]
 
 
-class _Factory:
+class Factory:
     """Makes the layers of one UNet: what they have in common is said once."""
 
-    def __init__(self, config: UNetConfig, dtype: Any, attention: str, remat: str, rngs: Keys):
+    def __init__(self, config: Any, dtype: Any, attention: str, remat: str, rngs: Keys):
         self.config, self.attention, self.remat = config, attention, remat
         self.kw = {"dtype": dtype, "rngs": rngs}
 
@@ -43,7 +43,7 @@ class _Factory:
         norm = {"groups": config.norm_num_groups, "eps": config.norm_eps}
         return ResnetBlock2D(*shape, **norm, output_scale_factor=scale, **self.kw)
 
-    def transformer(self, level: int, depth: int) -> Transformer2DModel:
+    def attention_of(self, level: int, depth: int) -> nnx.Module:
         config = self.config
         return Transformer2DModel(
             config.block_out_channels[level],
@@ -58,114 +58,130 @@ class _Factory:
             **self.kw,
         )
 
+    def downsampler(self, channels: int) -> nnx.Module:
+        return Downsample2D(channels, padding=self.config.downsample_padding, **self.kw)
+
+    def upsampler(self, channels: int) -> nnx.Module:
+        return Upsample2D(channels, **self.kw)
+
 
 class DownBlock(nnx.Module):
-    """One encoder level: resnets, in some levels each followed by a transformer, and a downsampler but at the last."""
+    """One encoder level: resnets, in some levels each followed by attention, and a downsampler but at the last."""
 
-    def __init__(self, make: _Factory, level: int):
+    def __init__(self, make: Factory, level: int):
         config = make.config
         channels = config.block_out_channels[level]
         layers = range(config.layers[level])
-        before = config.block_out_channels[max(level - 1, 0)]
+        before = config.block_out_channels[level - 1] if level else config.stem_channels
         self.resnets = nnx.List([make.resnet(channels if i else before, channels) for i in layers])
-        cross = config.down_block_types[level] == "CrossAttnDownBlock2D"
-        depths = config.down_depths[level]
-        self.attentions = nnx.List([make.transformer(level, depth) for depth in depths]) if cross else None
+        self.attentions = nnx.List([make.attention_of(level, depth) for depth in config.down_attentions[level]])
         last = level == len(config.block_out_channels) - 1
-        down = [] if last else [Downsample2D(channels, padding=config.downsample_padding, **make.kw)]
-        self.downsamplers = nnx.List(down)
+        self.downsamplers = nnx.List([] if last else [make.downsampler(channels)])
         self.remat = make.remat
 
-    def __call__(self, hidden: jax.Array, temb: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    def __call__(self, hidden: jax.Array, temb: jax.Array, context: Any) -> tuple[jax.Array, list[jax.Array]]:
         """Returns the hidden state for the next level and every skip tensor of this one, in order."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             hidden = remat_call(self.remat, resnet, hidden, temb)
-            if self.attentions is not None:
+            if self.attentions:
                 hidden = self.attentions[i](hidden, context)
             skips.append(hidden)
         for downsampler in self.downsamplers:
-            hidden = downsampler(hidden)
+            hidden = downsampler(hidden, temb)
             skips.append(hidden)
         return hidden, skips
 
 
 class MidBlock(nnx.Module):
-    """UNetMidBlock2DCrossAttn: resnet, transformer, resnet at the lowest resolution; UNetMidBlock2D: a resnet alone."""
+    """At the lowest resolution a resnet, and in most networks attention and a second resnet."""
 
-    def __init__(self, make: _Factory):
-        channels, scale = make.config.block_out_channels[-1], make.config.mid_block_scale_factor
-        depths = make.config.down_depths[-1][:1] if make.config.has_mid_attention else ()
-        self.resnets = nnx.List([make.resnet(channels, channels, scale) for _ in range(1 + len(depths))])
-        self.attentions = nnx.List([make.transformer(-1, depth) for depth in depths])
+    def __init__(self, make: Factory):
+        config = make.config
+        channels, scale = config.block_out_channels[-1], config.mid_block_scale_factor
+        self.resnets = nnx.List([make.resnet(channels, channels, scale) for _ in range(config.mid_resnets)])
+        self.attentions = nnx.List([make.attention_of(-1, depth) for depth in config.mid_attentions])
         self.remat = make.remat
 
-    def __call__(self, hidden: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, hidden: jax.Array, temb: jax.Array, context: Any) -> jax.Array:
         hidden = remat_call(self.remat, self.resnets[0], hidden, temb)
-        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            hidden = remat_call(self.remat, resnet, attention(hidden, context), temb)
+        for attention in self.attentions:
+            hidden = attention(hidden, context)
+        for resnet in self.resnets[1:]:
+            hidden = remat_call(self.remat, resnet, hidden, temb)
         return hidden
 
 
 class UpBlock(nnx.Module):
     """One decoder level: one resnet more than the encoder's, each fed with a skip tensor; `upsample` comes apart."""
 
-    def __init__(self, make: _Factory, index: int):
+    def __init__(self, make: Factory, index: int):
         config = make.config
         widths, top = config.block_out_channels, len(config.block_out_channels) - 1
         level = top - index
-        channels, after = widths[level], widths[max(level - 1, 0)]
+        channels, after = widths[level], widths[level - 1] if level else config.stem_channels
         count = config.layers[level] + 1
         hidden = [widths[min(level + 1, top)]] + [channels] * (count - 1)
         skip = [channels] * (count - 1) + [after]
         self.resnets = nnx.List([make.resnet(a + b, channels) for a, b in zip(hidden, skip, strict=True)])
-        cross = config.up_block_types[index] == "CrossAttnUpBlock2D"
-        depths = config.up_depths[index]
-        self.attentions = nnx.List([make.transformer(level, depth) for depth in depths]) if cross else None
-        self.upsamplers = nnx.List([Upsample2D(channels, **make.kw)] if level else [])
+        # behind the level's last resnets: all of them, or the last alone
+        self.attentions = nnx.List([make.attention_of(level, depth) for depth in config.up_attentions[index]])
+        self.upsamplers = nnx.List([make.upsampler(channels)] if level else [])
         self.remat = make.remat
 
     def __call__(
-        self, hidden: jax.Array, skips: list[jax.Array], temb: jax.Array, context: jax.Array
+        self, hidden: jax.Array, skips: list[jax.Array], temb: jax.Array, context: Any
     ) -> tuple[jax.Array, jax.Array]:
         """Uses up `skips` from its end. Returns the output before upsampling and the input of the last resnet."""
+        first = len(self.resnets) - len(self.attentions)
         for i, resnet in enumerate(self.resnets):
             joined = jnp.concatenate([hidden, skips[-1 - i]], axis=-1)
             hidden = remat_call(self.remat, resnet, joined, temb)
-            if self.attentions is not None:
-                hidden = self.attentions[i](hidden, context)
+            if i >= first:
+                hidden = self.attentions[i - first](hidden, context)
         return hidden, joined
 
-    def upsample(self, hidden: jax.Array, size: tuple[int, int]) -> jax.Array:
+    def upsample(self, hidden: jax.Array, temb: jax.Array, size: tuple[int, int]) -> jax.Array:
         """To the size of the next level's skip tensors; does nothing at the last level."""
         for upsampler in self.upsamplers:
-            hidden = upsampler(hidden, size)
+            hidden = upsampler(hidden, temb, size)
         return hidden
 
 
 class UNetBackbone(nnx.Module):
     """The UNet without its output norm and convolution."""
 
-    def __init__(self, config: UNetConfig, *, dtype: Any, attention: str, remat: str, rngs: Keys):
-        make = _Factory(config, dtype, attention, remat, rngs)
-        widths, width = config.block_out_channels, config.block_out_channels[0]
+    FACTORY = Factory
+
+    def __init__(self, config: Any, *, dtype: Any, attention: str, remat: str, rngs: Keys):
+        make = self.FACTORY(config, dtype, attention, remat, rngs)
+        widths = config.block_out_channels
         self.config, self.dtype = config, dtype
-        self.conv_in = Conv(config.in_channels, width, **make.kw)
-        self.time_embedding = TimestepEmbedding(width, config.time_embed_dim, config.time_cond_proj_dim, **make.kw)
-        added = None
-        if config.addition_embed_type is not None:
-            added = TimestepEmbedding(config.projection_class_embeddings_input_dim, config.time_embed_dim, **make.kw)
-        self.add_embedding = added
+        self.conv_in = Conv(config.in_channels, config.stem_channels, **make.kw)
+        self._make_embeddings(config, make.kw)
         self.down_blocks = nnx.List([DownBlock(make, level) for level in range(len(widths))])
         self.mid_block = None if config.mid_block_type is None else MidBlock(make)
         self.up_blocks = nnx.List([UpBlock(make, index) for index in range(len(widths))])
 
+    def _make_embeddings(self, config: Any, kw: dict[str, Any]) -> None:
+        width = config.stem_channels
+        self.time_embedding = TimestepEmbedding(width, config.time_embed_dim, config.time_cond_proj_dim, **kw)
+        added = None
+        if config.addition_embed_type is not None:
+            added = TimestepEmbedding(config.projection_class_embeddings_input_dim, config.time_embed_dim, **kw)
+        self.add_embedding = added
+
     def embed(
-        self, timesteps: jax.Array, added: dict[str, jax.Array] | None, timestep_cond: jax.Array | None = None
+        self,
+        timesteps: jax.Array,
+        condition: Any,
+        added: dict[str, jax.Array] | None,
+        timestep_cond: jax.Array | None = None,
     ) -> jax.Array:
         """The time embedding (B, 4 C0) of timesteps (B,), with SDXL's text_time conditioning in it.
 
-        `timestep_cond` (B, time_cond_proj_dim) is a latent consistency model's guidance embedding.
+        `condition`, what `encode` and `decode` get as their context, is not in it. `timestep_cond` (B,
+        time_cond_proj_dim) is a latent consistency model's guidance embedding.
         """
         config = self.config
 
@@ -185,27 +201,33 @@ class UNetBackbone(nnx.Module):
         return temb + self.add_embedding(jnp.concatenate([text.astype(jnp.float32), ids], axis=-1))
 
     def encode(
-        self, latents: jax.Array, temb: jax.Array, context: jax.Array, additions: list[jax.Array | None] | None = None
+        self, latents: jax.Array, temb: jax.Array, context: Any, additions: list[jax.Array | None] | None = None
     ) -> tuple[jax.Array, list[jax.Array]]:
         """The lowest hidden state and all skip tensors.
 
         `additions`, one per level, are added to the hidden state that enters the level, and thereby to the skip tensor
         that is the same state: at the first level conv_in's output, at the others the downsampler's.
         """
-        hidden = self.conv_in(latents)
+        hidden, entered = self.conv_in(latents), latents
         skips = [hidden]
         for level, block in enumerate(self.down_blocks):
+            if level:
+                hidden = skips[-1] = entered = self._enter(level, hidden, entered)
             if additions is not None and additions[level] is not None:
                 hidden = skips[-1] = hidden + additions[level]
             hidden, outputs = block(hidden, temb, context)
             skips += outputs
         return hidden, skips
 
-    def middle(self, hidden: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
+    def _enter(self, level: int, hidden: jax.Array, entered: jax.Array) -> jax.Array:
+        """What enters a level below the first, given the downsampler's output and what entered the level above."""
+        return hidden
+
+    def middle(self, hidden: jax.Array, temb: jax.Array, context: Any) -> jax.Array:
         return hidden if self.mid_block is None else self.mid_block(hidden, temb, context)
 
     def decode(
-        self, hidden: jax.Array, skips: list[jax.Array], temb: jax.Array, context: jax.Array
+        self, hidden: jax.Array, skips: list[jax.Array], temb: jax.Array, context: Any
     ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array, jax.Array]]]:
         """The output (B, h, w, C0), and per level from low to high resolution the three tensors around its last skip.
 
@@ -219,14 +241,14 @@ class UNetBackbone(nnx.Module):
             hidden, joined = block(hidden, own, temb, context)
             taps.append((own[0], joined, hidden))
             if skips:
-                hidden = block.upsample(hidden, skips[-1].shape[1:3])
+                hidden = block.upsample(hidden, temb, skips[-1].shape[1:3])
         return hidden, taps
 
 
 class UNet2DConditionModel(UNetBackbone):
     """Predicts noise, velocity or sample, as the model was trained to."""
 
-    def __init__(self, config: UNetConfig, *, dtype: Any, attention: str, remat: str, rngs: Keys):
+    def __init__(self, config: Any, *, dtype: Any, attention: str, remat: str, rngs: Keys):
         super().__init__(config, dtype=dtype, attention=attention, remat=remat, rngs=rngs)
         width = config.block_out_channels[0]
         self.conv_norm_out = GroupNorm(config.norm_num_groups, width, config.norm_eps, dtype=dtype)
@@ -246,7 +268,7 @@ class UNet2DConditionModel(UNetBackbone):
         guidance embedding of a latent consistency model. h and w may be any: where a level's size is odd, upsampling
         goes to the size of the skip tensors.
         """
-        temb = self.embed(timesteps, added, timestep_cond)
+        temb = self.embed(timesteps, encoder_hidden_states, added, timestep_cond)
         hidden, skips = self.encode(latents, temb, encoder_hidden_states)
         hidden = self.middle(hidden, temb, encoder_hidden_states)
         hidden, _ = self.decode(hidden, skips, temb, encoder_hidden_states)

@@ -95,6 +95,31 @@ class UNetConfig:
         return self.mid_block_type == _MID[0]
 
     @property
+    def down_attentions(self) -> tuple[tuple[int, ...], ...]:
+        """Depths of the transformers behind an encoder level's last resnets; empty for a level without."""
+        pairs = zip(self.down_block_types, self.down_depths, strict=True)
+        return tuple(depths if kind == _DOWN[0] else () for kind, depths in pairs)
+
+    @property
+    def mid_attentions(self) -> tuple[int, ...]:
+        return self.down_depths[-1][:1] if self.has_mid_attention else ()
+
+    @property
+    def mid_resnets(self) -> int:
+        return 1 + len(self.mid_attentions)
+
+    @property
+    def up_attentions(self) -> tuple[tuple[int, ...], ...]:
+        """The same of the decoder's levels, the lowest resolution first."""
+        pairs = zip(self.up_block_types, self.up_depths, strict=True)
+        return tuple(depths if kind == _UP[0] else () for kind, depths in pairs)
+
+    @property
+    def stem_channels(self) -> int:
+        """Width behind conv_in."""
+        return self.block_out_channels[0]
+
+    @property
     def time_embed_dim(self) -> int:
         return 4 * self.block_out_channels[0]
 
@@ -117,7 +142,7 @@ class UNetConfig:
             if key.startswith("_") or key in _IGNORED:
                 continue
             if key in names:
-                chosen[key] = _tuples(value)
+                chosen[key] = as_tuples(value)
             elif key not in _NEUTRAL:
                 raise UserError(f"{source}: unknown key {key!r}; this UNet cannot be one of SD 1.x, 2.x or XL")
             elif not _is_neutral(value, _NEUTRAL[key]):
@@ -130,9 +155,7 @@ class UNetConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The keys of `config.json` that diffusers needs to build the same network."""
-        fields = dataclasses.asdict(self)
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-        return {"_class_name": "UNet2DConditionModel", **values}
+        return {"_class_name": "UNet2DConditionModel", **as_json(self)}
 
     def _check(self, source: str) -> None:
         """Raises `UserError` for values that fit no network."""
@@ -142,15 +165,15 @@ class UNetConfig:
                 raise UserError(f"{source}: {key} = {getattr(self, key)!r}; {remedy}")
 
         widths = self.block_out_channels
-        need(isinstance(widths, tuple) and widths and _counts(*widths), "block_out_channels", "give positive integers")
+        need(isinstance(widths, tuple) and widths and counts(*widths), "block_out_channels", "give positive integers")
         for key in ("in_channels", "out_channels", "norm_num_groups", "cross_attention_dim"):
-            need(_counts(getattr(self, key)), key, "give one positive integer")
+            need(counts(getattr(self, key)), key, "give one positive integer")
         need(all(width % self.norm_num_groups == 0 for width in widths), "norm_num_groups", f"must divide {widths}")
         for key in ("layers_per_block", "attention_head_dim"):
             value = getattr(self, key)
             remedy = f"give one positive integer, or one for each of the {len(widths)} levels"
             need(
-                _counts(value) or (isinstance(value, tuple) and len(value) == len(widths) and _counts(*value)),
+                counts(value) or (isinstance(value, tuple) and len(value) == len(widths) and counts(*value)),
                 key,
                 remedy,
             )
@@ -175,11 +198,11 @@ class UNetConfig:
         need(self.mid_block_type in _MID, "mid_block_type", f"only {_MID[0]!r}, {_MID[1]!r} or null is implemented")
         need(self.downsample_padding == 1, "downsample_padding", "only 1 is implemented")
         dim = self.time_cond_proj_dim
-        need(dim is None or _counts(dim), "time_cond_proj_dim", "give a positive integer or null")
+        need(dim is None or counts(dim), "time_cond_proj_dim", "give a positive integer or null")
         need(self.addition_embed_type in (None, "text_time"), "addition_embed_type", "only 'text_time' is implemented")
         if self.addition_embed_type is not None:
             for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-                need(_counts(getattr(self, key)), key, "text_time needs a positive integer")
+                need(counts(getattr(self, key)), key, "text_time needs a positive integer")
 
 
 def _are_depths(value: Any, layers: tuple[int, ...]) -> bool:
@@ -192,12 +215,18 @@ def _are_depths(value: Any, layers: tuple[int, ...]) -> bool:
     return counts and len(levels) == len(layers) and [len(level) for level in several] == list(layers)
 
 
-def _tuples(value: Any) -> Any:
+def as_json(config: Any) -> dict[str, Any]:
+    """A config's fields as a JSON file has them."""
+    fields = dataclasses.asdict(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+
+def as_tuples(value: Any) -> Any:
     """Lists of a JSON file as tuples, which can be hashed."""
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _counts(*values: Any) -> bool:
+def counts(*values: Any) -> bool:
     """Whether all are positive integers."""
     return all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
 

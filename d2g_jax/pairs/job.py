@@ -19,10 +19,11 @@ from d2g_jax.diffusion import noise, solvers
 from d2g_jax.pairs.batches import Batch, Teacher, check_batch_size, one_ahead
 from d2g_jax.pairs.claims import Claims
 from d2g_jax.pairs.prompts import Prompts, read_prompts
+from d2g_jax.pipeline import images
 from d2g_jax.pipeline.conditioning import text_shapes, warn_of_prompts
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
-from d2g_jax.pipeline.hub import folder_hash
+from d2g_jax.pipeline.hub import folder_hash, resolve
 from d2g_jax.records.schema import LATENT_DTYPES
 from d2g_jax.runtime import buckets
 from d2g_jax.runtime import mesh as meshes
@@ -108,11 +109,24 @@ def load_teacher(config: ml_collections.ConfigDict) -> Teacher:
     pairs = config.pairs
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, jax.local_devices())
     reading = {"skip_empty": pairs.get("skip_empty", False), "asked": "pairs.prompts_column"}
-    prompts = read_prompts(pairs.prompts, pairs.pairs_per_prompt, pairs.prompts_column, **reading)
+    of_images = not pairs.prompts and images.is_of_images(resolve(config.pipeline))
+    if not of_images:
+        prompts = read_prompts(pairs.prompts, pairs.pairs_per_prompt, pairs.prompts_column, **reading)
     check_batch_size(pairs, mesh)
     pipeline = Pipeline.load(config.pipeline, compute_dtype("pairs.dtype", pairs.dtype), mesh)
+    if of_images:
+        prompts = Prompts(images.all_classes(pipeline.classes), pairs.pairs_per_prompt)
+    check_prompts(pipeline, prompts, pairs.prompts)
     manifest = make_manifest(config, pipeline, prompts)
     return Teacher(pipeline, prompts, manifest, solution(pairs), mesh, pairs.batch_size)
+
+
+def check_prompts(pipeline: Pipeline, prompts: Prompts, source: str) -> None:
+    """Raises `UserError` for text that a teacher of images is given, and for classes that one of text is given."""
+    if pipeline.classes is not None:
+        images.class_ids(pipeline.classes, prompts.lines, pipeline.folder)
+    elif all(line.strip().isdecimal() for line in prompts.lines):
+        raise UserError(f"{source}: holds classes, and {pipeline.folder} is told text; give captions")
 
 
 def make_pairs(config: ml_collections.ConfigDict, workdir: Path) -> Path:

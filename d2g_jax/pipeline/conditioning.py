@@ -1,4 +1,7 @@
-"""Prompts as the UNet takes them: hidden states of the text towers, and for SDXL pooled text and image sizes."""
+"""Prompts as the UNet takes them: hidden states of the text towers, and for SDXL pooled text and image sizes.
+
+A teacher of images takes the class that its prompt names, or nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,25 @@ import numpy as np
 
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.pipeline.images import class_ids
 from d2g_jax.pipeline.tokenizers import tokenize, warn_of
 
 
 class Conditioning(NamedTuple):
     """What the UNet takes from the prompts: hidden states (N, L, D) and, for SDXL only, what is added to its time.
 
+    A class is float32 (N, K), one at its place, instead of the hidden states; None for a network without classes.
     `added` is {"text_embeds": (N, P), "time_ids": (N, 6)}. The tuple is the UNet's last two arguments.
     """
 
-    encoder_hidden_states: jax.Array
+    encoder_hidden_states: jax.Array | None
     added: dict[str, jax.Array] | None
 
 
 def tokenize_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> np.ndarray:
-    """Prompts as int32 (N, `pipeline.token_length`): what `encode_text` takes."""
+    """Prompts as int32 (N, `pipeline.token_length`): what `encode_text` takes. Raises as `images.class_ids` does."""
+    if pipeline.classes is not None:
+        return class_ids(pipeline.classes, prompts, pipeline.folder)
     return np.concatenate([tokenize(tokenizer, prompts) for tokenizer in pipeline.tokenizers], axis=1)
 
 
@@ -49,6 +56,8 @@ def encode_text(
     pipeline: Pipeline, params: Mapping[str, Params], input_ids: jax.Array, sizes: Sequence[int] | None = None
 ) -> Conditioning:
     """Token ids (N, `pipeline.token_length`) as the UNet's conditioning; pure. `sizes`: see `size_ids`."""
+    if pipeline.classes is not None:
+        return Conditioning(jax.nn.one_hot(input_ids[:, 0], pipeline.classes) if pipeline.classes else None, None)
     if pipeline.text_encoder_2 is None:
         first = pipeline.text_encoder.apply(params["text_encoder"], input_ids)
         return Conditioning(first.last_hidden_state, None)
@@ -83,7 +92,8 @@ def text_shapes(pipeline: Pipeline) -> dict[str, tuple[int, ...]]:
 def text_fields(text: Conditioning) -> dict[str, jax.Array]:
     """What depends on the prompt alone, as stored with a record: hidden states, and for SDXL the pooled text."""
     pooled = {} if text.added is None else {"text_embeds": text.added["text_embeds"]}
-    return {"encoder_hidden_states": text.encoder_hidden_states, **pooled}
+    hidden = text.encoder_hidden_states
+    return pooled if hidden is None else {"encoder_hidden_states": hidden, **pooled}
 
 
 def from_text_fields(pipeline: Pipeline, fields: Mapping[str, jax.Array]) -> Conditioning:

@@ -57,12 +57,24 @@ class Solution:
         if not isinstance(self.negative_prompt, str):
             raise UserError(f"negative_prompt={self.negative_prompt!r}; give one text, empty for none")
 
+    @classmethod
+    def default(cls, pipeline: Pipeline) -> Solution:
+        """Of a teacher that nothing is said of: one of images is not guided, and EDM's is solved as they do."""
+        if pipeline.classes is None:
+            return cls()
+        edm = Schedule.from_config(pipeline.scheduler).karras is not None
+        return cls(steps=18, solver="heun", guidance_scale=1.0) if edm else cls(guidance_scale=1.0)
+
     def schedule(self, pipeline: Pipeline) -> Schedule:
         """The pipeline's schedule; raises `UserError` for a spacing or for noise levels that are not implemented.
 
         A file without a spacing means leading to diffusers' DDIM and linspace to its other solvers; so it does here.
         """
         check_teacher(pipeline)
+        if pipeline.classes is not None and self.guidance_scale > 1.0:
+            raise UserError(
+                f"guidance_scale={self.guidance_scale}: {pipeline.folder} has no empty prompt to be guided from; give 1"
+            )
         source = str(pipeline.folder / "scheduler" / "scheduler_config.json")
         config = {"timestep_spacing": "leading" if self.solver == "ddim" else "linspace", **pipeline.scheduler}
         if self.spacing is not None:
@@ -71,6 +83,8 @@ class Solution:
             if self.solver != "ddim" and config.get(key):
                 raise UserError(f"{source}: {key}=true is not implemented; set it to false or take the solver ddim")
         schedule = Schedule.from_config(config, source=source)
+        if schedule.karras is not None and (self.solver == "ddim" or self.spacing is not None):
+            raise UserError(f"{source}: has EDM's levels; take solver=heun, euler or dpmpp_2m and leave out spacing")
         if (
             self.solver == "ddim"
             and schedule.timestep_spacing == "linspace"
@@ -170,8 +184,11 @@ def teacher_programs(
 
     @jax.jit
     def solve(towers: dict[str, Params], unet: Params, drawn: jax.Array, condition: Conditioning) -> jax.Array:
-        one = encode_negative(pipeline, towers, solution.negative_prompt, sizes)
-        negative = jax.tree.map(lambda row, like: jnp.broadcast_to(row, like.shape).astype(like.dtype), one, condition)
+        negative = None
+        if solution.guidance_scale > 1.0:
+            one = encode_negative(pipeline, towers, solution.negative_prompt, sizes)
+            spread = lambda row, like: jnp.broadcast_to(row, like.shape).astype(like.dtype)  # noqa: E731
+            negative = jax.tree.map(spread, one, condition)
         denoise = guided(
             lambda x, t, c: pipeline.unet.apply(unet, x, t, *c),
             condition,

@@ -1,6 +1,7 @@
 """One diffusers folder or single file as one object, tokenizers, text towers, UNet, VAE, schedule; and back.
 
-`StableDiffusionPipeline` (one text tower) and `StableDiffusionXLPipeline` (two, of which the second is pooled).
+`StableDiffusionPipeline` (one text tower), `StableDiffusionXLPipeline` (two, of which the second is pooled), and the
+teachers of `images.py`, which have neither text nor VAE.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from d2g_jax.diffusion.karras import TIME_SCALES
 from d2g_jax.inputs import text
-from d2g_jax.models import clip, unet, vae
+from d2g_jax.models import clip, denoisers, vae
+from d2g_jax.models.image_unet_config import CLASSES, ImageUNetConfig
 from d2g_jax.models.network import Network, Params
-from d2g_jax.pipeline import single_file, weights
+from d2g_jax.pipeline import images, single_file, weights
 from d2g_jax.pipeline.hub import NETWORKS, resolve
 from d2g_jax.pipeline.tokenizers import json_bytes, load_tokenizer, read_component
 from d2g_jax.runtime import mesh as meshes
@@ -37,7 +40,7 @@ _CLASSES = {
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "unet": ("UNet2DConditionModel",),
+    "unet": ("UNet2DConditionModel", *CLASSES),
     "vae": ("AutoencoderKL",),
 }
 _SD_COMPONENTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
@@ -46,6 +49,7 @@ _COMPONENTS = {
     "LatentConsistencyModelPipeline": _SD_COMPONENTS,
     RECTIFIED_FLOW: _SD_COMPONENTS,
     SDXL: ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae", "scheduler"),
+    **dict.fromkeys(images.PIPELINES, images.COMPONENTS),
 }
 _WEIGHTS_STEM = {"text_encoder": "model", "text_encoder_2": "model"}
 
@@ -57,8 +61,9 @@ class Pipeline:
     Attributes:
       folder: where it was read from: a folder, or the file.
       index: `model_index.json`.
-      tokenizer, tokenizer_2: transformers' `CLIPTokenizer`; the second for SDXL only.
-      text_encoder, text_encoder_2, unet, vae: networks; each holds its config.
+      tokenizer, tokenizer_2: transformers' `CLIPTokenizer`; the second for SDXL only, none for teachers of images.
+      text_encoder, text_encoder_2, unet, vae: networks; each holds its config. Of a teacher of images the VAE is
+        `models.pixels`, which does nothing, and there are no towers.
       params: trees under the names of the networks.
       scheduler: `scheduler_config.json`.
       scaling_factor: UNet latents = VAE latents x this.
@@ -67,13 +72,13 @@ class Pipeline:
 
     folder: Path
     index: dict[str, Any]
-    tokenizer: Any
-    text_encoder: Network
     unet: Network
     vae: Network
     params: dict[str, Params]
     scheduler: dict[str, Any]
+    tokenizer: Any = None
     tokenizer_2: Any = None
+    text_encoder: Network | None = None
     text_encoder_2: Network | None = None
 
     @property
@@ -86,7 +91,13 @@ class Pipeline:
 
     @property
     def tokenizers(self) -> tuple[Any, ...]:
-        return (self.tokenizer,) if self.tokenizer_2 is None else (self.tokenizer, self.tokenizer_2)
+        return tuple(one for one in (self.tokenizer, self.tokenizer_2) if one is not None)
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes a teacher of images is told, 0 for one that is told nothing; None where it is told text."""
+        config = self.unet.config
+        return (config.num_class_embeds or 0) if isinstance(config, ImageUNetConfig) else None
 
     @property
     def towers(self) -> dict[str, Network]:
@@ -105,8 +116,8 @@ class Pipeline:
 
     @property
     def token_length(self) -> int:
-        """Tokens of one prompt, those of SDXL's second tokenizer behind those of the first."""
-        return sum(tokenizer.model_max_length for tokenizer in self.tokenizers)
+        """Tokens of one prompt, those of SDXL's second tokenizer behind those of the first; of a class one."""
+        return 1 if self.classes is not None else sum(tokenizer.model_max_length for tokenizer in self.tokenizers)
 
     @property
     def zeros_for_empty_prompt(self) -> bool:
@@ -147,7 +158,9 @@ class Pipeline:
                 raise UserError(f"{folder}: no single file, and says its {name} itself; leave out {name}")
         with single_file.settings_folder(folder, prediction) as settings:
             index = _read_index(settings)
-            configs = {name: settings / name / "config.json" for name in _components(index)}
+            of_images = index["_class_name"] in images.PIPELINES
+            place = images.component if of_images else Path.__truediv__
+            configs = {name: place(settings, name) / "config.json" for name in _components(index)}
             if unet is not None and (own := Path(unet, "config.json")).is_file():
                 configs["unet"] = own
             networks = {
@@ -155,7 +168,10 @@ class Pipeline:
                 for name in _components(index)
                 if name in NETWORKS
             }
-            _check_widths(configs["unet"], networks)
+            if isinstance(networks["unet"].config, ImageUNetConfig) != of_images:
+                raise UserError(f"{configs['unet']}: its network is none of a {index['_class_name']}")
+            if not of_images:
+                _check_widths(configs["unet"], networks)
             tokenizers = {
                 name: load_tokenizer(
                     Path(tokenizer or settings / name), networks[name.replace("tokenizer", "text_encoder")].config
@@ -163,14 +179,21 @@ class Pipeline:
                 for name in _components(index)
                 if name.startswith("tokenizer")
             }
-            scheduler = read_component(settings / "scheduler" / "scheduler_config.json")
+            file = place(settings, "scheduler") / "scheduler_config.json"
+            scheduler = read_component(file)
+            if of_images:
+                scheduler = images.scheduler_of(scheduler)
+            elif scheduler.get("_class_name") in TIME_SCALES:
+                raise UserError(f"{file}: {scheduler['_class_name']} is no schedule of betas, which latents need here")
         if folder.is_file():
             readers = single_file.readers(folder, networks)
         else:
-            readers = {name: _reader(folder / name, network) for name, network in networks.items()}
+            readers = {name: _reader(place(folder, name), network) for name, network in networks.items()}
         if unet is not None:
             network = networks["unet"]
             readers["unet"] = single_file.unet_reader(Path(unet), network) or _reader(Path(unet), network)
+        if of_images:
+            networks["vae"], readers["vae"] = images.decoder(networks["unet"].config), lambda place: {}
         params = {name: read(placer(mesh, storage)) for name, read in readers.items() if name not in without}
         return cls(folder=folder, index=index, params=params, scheduler=scheduler, **networks, **tokenizers)
 
@@ -271,7 +294,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     file = folder / "model_index.json"
     index = read_component(file)
     if index.get("_class_name") not in _COMPONENTS:
-        raise UserError(f"{file}: _class_name {index.get('_class_name')!r} is unknown; expected {SD} or {SDXL}")
+        known = ", ".join((SD, SDXL, *images.PIPELINES))
+        raise UserError(f"{file}: _class_name {index.get('_class_name')!r} is unknown; expected one of {known}")
     known = _components(index)
     for name, value in index.items():
         if not isinstance(value, list) or name in SKIPPED or value == [None, None]:
@@ -285,7 +309,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     for name in known:
         if not isinstance(index.get(name), list) or index[name] == [None, None]:
             raise UserError(f"{file}: component {name} is missing; {index['_class_name']} needs it")
-        if not (folder / name).is_dir():
+        if not (folder / name).is_dir() and index["_class_name"] not in images.PIPELINES:
             raise UserError(f"{folder / name}: folder is missing; {file.name} names it")
     return index
 
@@ -310,7 +334,7 @@ def _components(index: Mapping[str, Any]) -> tuple[str, ...]:
 def _build(source: Path, name: str, class_name: str, dtype: jnp.dtype, *, upcast_vae: bool) -> Network:
     values = read_component(source)
     if name == "unet":
-        return unet.build(unet.UNetConfig.from_json(values, source=str(source)), dtype)
+        return denoisers.build(denoisers.read_unet_config(values, source=str(source)), dtype)
     if name == "vae":
         config = vae.VaeConfig.from_json(values, source=str(source))
         overflows = upcast_vae and config.force_upcast and dtype == jnp.float16

@@ -59,6 +59,9 @@ def needed_files(names: Sequence[str], with_extras: bool = False) -> list[str]:
     checkpoints. A network that has no safetensors gets its config only (see `pickled_networks`).
     """
     chosen = {_INDEX}
+    if not any(name.startswith("unet/") for name in names):  # a teacher of images may have its UNet at the root
+        root = [name for name in names if "/" not in name]
+        chosen |= {"config.json", "scheduler_config.json", *_weight_files(root)}
     for folder in (*NETWORKS, *SETTINGS, *(EXTRAS if with_extras else ())):
         inside = [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
         settings = [
@@ -150,9 +153,10 @@ def _is_whole(folder: Path) -> bool:
         index = text.read_json(folder / _INDEX, "fetch it again")
     except UserError:
         return False
+    at_root = (folder / "config.json").is_file()
     for name in (*NETWORKS, *SETTINGS):
-        kind = "*.safetensors" if name in NETWORKS else "*"
-        if (index.get(name) or [None])[0] is not None and not any((folder / name).glob(kind)):
+        kind, place = "*.safetensors" if name in NETWORKS else "*", folder if at_root else folder / name
+        if (index.get(name) or [None])[0] is not None and not any(place.glob(kind)):
             return False
     return True
 

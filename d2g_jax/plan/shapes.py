@@ -103,7 +103,7 @@ def run_shapes(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Sh
     meshes.check_batch(mesh, t.batch_size, t.groups, t.micro_batch, t.r1_micro_batch)
     pipeline = abstract_pipeline(config.pipeline)
     manifest = planned_manifest(config, pipeline)
-    d, frozen = build(config, pipeline, manifest, abstract_metric(config.loss))
+    d, frozen = build(config, pipeline, manifest, abstract_metric(config.loss, pipeline))
     state = jax.eval_shape(functools.partial(first_state, config, d), pipeline.params["unet"])
     batch = batch_shapes(config.train.batch_size, manifest)
     return Shapes(config, mesh, d, frozen, state, batch, pipeline.params["vae"]).on(mesh)

@@ -53,6 +53,8 @@ def open_studio(choice: Choice) -> Studio:
     """Loads the model, and its teacher, on the first device. Raises `UserError` as `Sampler.load` does."""
     mesh, dtype = meshes.make_mesh(devices=jax.devices()[:1]), jnp.dtype(choice.dtype)
     sampler = Sampler.load(choice.model, mesh, dtype, dtype, choice.parts)
+    if sampler.pipeline.classes is not None:
+        raise UserError(f"{choice.model}: is told no text; `d2g play` is for models that are, draw with `d2g sample`")
     shape = latent_shape(sampler.pipeline, choice.size)
     factor = sampler.pipeline.vae.config.downscale
     size = (factor * shape[1], factor * shape[2])

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 DATASET, SPLIT, VERSION = "pairs", "train", "1.0.0"
 """What TFDS calls the records; the version is that of their fields."""
 
-LATENT_DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+LATENT_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 _INTEGERS = ("id", "noise_seed", "noise_hash")
 
@@ -37,7 +41,7 @@ class PairSchema:
 
     latent_shape: tuple[int, int, int]  # (C, h, w)
     token_length: int  # L
-    latent_dtype: str = "float16"  # or "bfloat16"
+    latent_dtype: str = "float16"  # a name of LATENT_DTYPES
     store_noise: bool = False
     text: tuple[tuple[str, tuple[int, ...]], ...] = ()  # (name, shape) of stored text embeddings
 

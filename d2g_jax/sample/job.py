@@ -113,7 +113,9 @@ def sample(model: str | Path, request: Request, out: Path) -> dict[str, float]:
 def _describe(model: str, request: Request, loaded: Model, one: np.ndarray, given: np.ndarray | None) -> dict[str, Any]:
     """What decides a pixel. `one`: noise of an image, whose sides say those of all."""
     factor = loaded.sampler.pipeline.vae.config.downscale
-    solution = None if loaded.sampler.one_step is not None else request.solution or Solution()
+    solution = (
+        None if loaded.sampler.one_step is not None else request.solution or Solution.default(loaded.sampler.pipeline)
+    )
     return {
         "model": model,
         "unet_sha256": digest(loaded.sampler.pipeline.params["unet"]),

@@ -171,7 +171,8 @@ class Sampler:
     ) -> Programs:
         """The compiled calls; `solution` is a teacher's (None: its defaults), `size` the images' (height, width)."""
         if self.one_step is None:
-            return teacher_programs(self.pipeline, mesh, solution or Solution(), size, tiled=tiled)
+            solution = solution or Solution.default(self.pipeline)
+            return teacher_programs(self.pipeline, mesh, solution, size, tiled=tiled)
         return one_step_programs(self.pipeline, self.pipeline.params["unet"], self.one_step, mesh, size, tiled=tiled)
 
 

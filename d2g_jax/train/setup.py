@@ -16,9 +16,8 @@ from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.losses import adversarial
 from d2g_jax.losses.lpips import LPIPS, DecodedLPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, regression_loss
+from d2g_jax.models import denoisers, lora
 from d2g_jax.models import discriminator as discriminators
-from d2g_jax.models import lora
-from d2g_jax.models import unet as unets
 from d2g_jax.models.layers import check_remat
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline.conditioning import encode_text, from_text_fields
@@ -33,6 +32,8 @@ from d2g_jax.train.step import Distillation, Frozen
 
 PERCEPTUAL = ("latent_lpips", "e_latent_lpips")
 """Losses that take a `LatentLPIPS`."""
+DECODED = ("lpips", "e_lpips")
+"""Losses that take a `DecodedLPIPS`."""
 
 Metric = LatentLPIPS | DecodedLPIPS
 
@@ -84,15 +85,17 @@ def build(
     check_remat(config.train.remat)
     unet_config = pipeline.unet.config
     generator_scale, scale = _scales(config)
-    adversary = _adversary(config, unet_config, dtype, scale) if config.adversarial.weight else _NO_ADVERSARY
+    schedule = Schedule.from_config(pipeline.scheduler)
+    adversary = _NO_ADVERSARY
+    if config.adversarial.weight:
+        adversary = _adversary(config, unet_config, schedule, dtype, scale)
     if metric is None:
         metric = load_metric(config.loss, pipeline)
-    schedule = Schedule.from_config(pipeline.scheduler)
     timestep = manifest.first_timestep if config.generator.timestep is None else config.generator.timestep
     if not 0 <= timestep < schedule.num_train_timesteps:
         raise UserError(f"generator.timestep={timestep}; the schedule has 0 to {schedule.num_train_timesteps - 1}")
     d = Distillation(
-        unet=unets.build(unet_config, dtype, remat=config.train.remat),
+        unet=denoisers.build(unet_config, dtype, remat=config.train.remat),
         encode_text=functools.partial(encode_text, pipeline),
         schedule=schedule,
         timestep=timestep,
@@ -122,7 +125,7 @@ def build(
 
 
 def _adversary(
-    config: ml_collections.ConfigDict, unet: unets.UNetConfig, dtype: Any, scale: float | None
+    config: ml_collections.ConfigDict, unet: denoisers.UNetLike, schedule: Schedule, dtype: Any, scale: float | None
 ) -> dict[str, Any]:
     """What a `Distillation` has of its discriminator; `UserError` for an unknown loss or penalty."""
     c, a, t = config.discriminator, config.adversarial, config.train
@@ -132,7 +135,7 @@ def _adversary(
     penalty = adversarial.PENALTIES[a.penalty]
     network = discriminators.DiscriminatorConfig(
         unet=unet,
-        timestep=c.timestep,
+        timestep=c.timestep if schedule.karras is None else float(schedule.told(jnp.asarray(c.timestep))),
         head_channels=c.head_channels,
         z_conditioning=c.z_conditioning,
         multiscale_inputs=c.multiscale_inputs,
@@ -183,10 +186,11 @@ def load_metric(config: ml_collections.ConfigDict, pipeline: Pipeline) -> Metric
     Raises `UserError` for a missing or damaged folder, and for another `loss.dtype` than float32 and bfloat16.
     """
     dtype = compute_dtype("loss.dtype", config.dtype)
-    if config.name == "lpips":
+    if config.name in DECODED:
         if not config.lpips:
             raise UserError("loss.lpips is empty; give a folder of pixel LPIPS, as `d2g metric convert` writes it")
-        return DecodedLPIPS(LPIPS.load(config.lpips, dtype=dtype), pipeline.params["vae"], pipeline.vae)
+        lpips = LPIPS.load(config.lpips, dtype=dtype)
+        return DecodedLPIPS(lpips, pipeline.params["vae"], pipeline.vae, config.get("size", 0))
     return LatentLPIPS.load(config.metric, dtype=dtype) if config.name in PERCEPTUAL else None
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from d2g_jax.diffusion import noise
-from d2g_jax.diffusion.schedule import Schedule, add_noise, one_step
+from d2g_jax.diffusion.schedule import Schedule, add_noise, one_step, shown
 from d2g_jax.losses import adversarial
 from d2g_jax.models import lora
 from d2g_jax.models.discriminator import BACKBONE
@@ -200,7 +200,8 @@ def judge(
         return network.apply(params, latents, drawn, *text)
     keep = jnp.asarray(d.schedule.alphas_cumprod)[level.timesteps][:, None, None, None]
     noised = add_noise(latents, level.noise, keep)
-    return network.apply(params, noised, drawn, *text, timesteps=level.timesteps)
+    seen = shown(d.schedule.prediction_type, noised, jnp.sqrt(keep), jnp.sqrt(1.0 - keep))
+    return network.apply(params, seen, drawn, *text, timesteps=d.schedule.told(level.timesteps))
 
 
 def g_step(

@@ -33,13 +33,27 @@ def test_the_configs_of_stable_diffusion(name):
     assert read_config(FOLDER / f"{name}.py", ["--config.mesh.cpu_devices=4"]).mesh.cpu_devices == 4
 
 
+@pytest.mark.parametrize("name", ["cifar10_edm", "cifar10_ddpm"])
+def test_the_configs_of_cifar10(name):
+    config = read_config(FOLDER / f"{name}.py")
+    t, a = config.train, config.adversarial
+    assert config.name == name
+    assert t.images == 392 * 300_000
+    assert all(count % t.batch_size == 0 for count in (t.images, t.log_every, t.checkpoint_every))
+    assert not a.weight or a.start_images % t.batch_size == 0
+    assert t.batch_size % t.groups == 0
+    assert all(t.groups % devices == 0 for devices in (1, 2, 4, 7, 8))
+    assert config.loss.size == 224
+    assert config.pairs.guidance_scale == 1.0
+
+
 def test_a_single_device_is_told_the_remedy():
     config = read_config(FOLDER / "sd15.py")
     with pytest.raises(UserError, match=r"mesh\.fsdp=8 does not divide the 2 devices"):
         mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
 
 
-@pytest.mark.parametrize("name", [None, "sd15", "sdxl", "lpips"])
+@pytest.mark.parametrize("name", [None, "sd15", "sdxl", "cifar10_edm", "lpips"])
 def test_every_number_has_a_range_and_is_in_it(name):
     settings = flatten(read_config(name and FOLDER / f"{name}.py").to_dict())
     for key, value in settings.items():

@@ -155,9 +155,7 @@ def test_one_step_from_noise_alone_is_finite(prediction_type):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "EDMEulerScheduler is no schedule of betas"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEulerDiscreteScheduler is no"),
-        ({"_class_name": "CMStochasticIterativeScheduler", "beta_start": 0.1}, "CMStochasticIterativeScheduler is no"),
         ({"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}, "has none of beta_schedule, beta_start"),
         ({"prediction_type": "epsilon"}, "has none of beta_schedule"),
         (SD15 | {"use_flow_sigmas": True}, "use_flow_sigmas=true is not"),

@@ -31,8 +31,9 @@ def inception(tmp_path_factory):
                 torch.nn.Flatten(),
             )  # fmt: skip
 
-        def forward(self, x):
-            return self.layers(x)
+        def forward(self, x, return_features: bool = False):
+            x = torch.nn.functional.interpolate(x.float(), [299, 299], mode="bilinear")
+            return self.layers((x - 128) / 128)
 
     file = tmp_path_factory.mktemp("inception") / features.INCEPTION_FILE
     torch.jit.script(Network()).save(str(file))
@@ -95,6 +96,19 @@ def test_features_and_distances_equal_clean_fid_s(inception, folders):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_cifar_s_images_are_enlarged_by_the_network_itself(inception):
+    torch = pytest.importorskip("torch")
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    extractor = features.make_extractor(PROTOCOLS["cifar10-50k"], inception)
+    network = torch.jit.load(str(inception))
+    theirs = network(torch.from_numpy(images).permute(0, 3, 1, 2)).detach().numpy()
+    found = extractor.extract(images)
+    assert np.abs(found - theirs).max() < 1e-6 * np.abs(theirs).max()
+    assert np.abs(found - features.make_extractor(COCO, inception).extract(images)).max() > 1e-3
+
+
 def test_reference_statistics_survive_their_file(inception, folders, tmp_path):
     extractor = features.make_extractor(COCO, inception)
     made = measure_reference(survey(folders[1], COCO, mixed=True), COCO, extractor, 16)

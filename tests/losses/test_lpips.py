@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from d2g_jax.digits.config import get_config
-from d2g_jax.losses import perceptual
+from d2g_jax.losses import augment, perceptual
 from d2g_jax.losses.lpips import LPIPS, DecodedLPIPS, decoded_lpips, save_lpips
 from d2g_jax.losses.perceptual import regression_loss
-from d2g_jax.models import vae, vgg
+from d2g_jax.models import pixels, vae, vgg
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.train.setup import load_metric
@@ -216,6 +216,33 @@ def test_decoded_lpips(metric):
     np.testing.assert_allclose(total, np.sum(values + 2 * absolute), rtol=1e-5)
     np.testing.assert_allclose(for_a, by_a + 2 * np.sign(a - b) / a[0].size, atol=1e-4 * np.abs(by_a).max())
     assert all((leaf == 0).all() for leaf in jax.tree.leaves((for_frozen, for_b)))
+
+
+def test_images_are_enlarged_and_transformed_together(metric):
+    """`loss.size` as PyTorch enlarges; of E-LPIPS one draw for both images, zero for equal ones."""
+    torch = pytest.importorskip("torch")
+    network = pixels.build(pixels.PixelConfig(3, 8))
+    seen = DecodedLPIPS(metric, {}, network, 28)
+    rng = np.random.default_rng(4)
+    a, b = (rng.uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32) for _ in range(2))
+
+    def enlarged(x):
+        large = torch.nn.functional.interpolate(torch.tensor(x.transpose(0, 3, 1, 2)), [28, 28], mode="bilinear")
+        return large.numpy().transpose(0, 2, 3, 1)
+
+    wanted = metric.distance(enlarged(a), enlarged(b))
+    np.testing.assert_allclose(seen.distance(a, b), wanted, rtol=1e-4)
+    loss, key = regression_loss("e_lpips", seen, "bgo"), jax.random.key(0)
+    values = loss(key, a, b)
+    assert np.abs(np.asarray(values) - wanted).min() > 1e-4
+    np.testing.assert_array_equal(loss(key, a, a), 0)
+    transform = augment.draw(key, "bgo", 2)
+    both = (enlarged(np.asarray(augment.apply(transform, x))) for x in (a, b))
+    np.testing.assert_allclose(values, metric.distance(*both), rtol=1e-4)
+    np.testing.assert_allclose(regression_loss("e_lpips", seen, "none")(key, a, b), wanted, rtol=1e-4)
+    by_a, by_b = jax.grad(lambda a, b: loss(key, a, b).sum(), argnums=(0, 1))(a, b)
+    assert np.abs(by_a).max() > 0
+    assert (np.asarray(by_b) == 0).all()
 
 
 def test_training_needs_the_folder_of_a_pixel_metric():

@@ -270,7 +270,10 @@ def test_regression_losses(metric, distance, ensemble, latents):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"name": "l7"}, "'l7' is unknown; choose one of mse, pseudo_huber, lpips, latent_lpips, e_latent_lpips"),
+        (
+            {"name": "l7"},
+            "'l7' is unknown; choose one of mse, pseudo_huber, lpips, e_lpips, latent_lpips, e_",
+        ),
         ({"name": "lpips"}, "needs a metric"),
         ({"name": "e_latent_lpips"}, "needs a metric"),
         ({"name": "e_latent_lpips", "preset": "gb"}, "preset 'gb' is unknown"),

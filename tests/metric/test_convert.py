@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from d2g_jax.inputs.torch_files import read_torch
 from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS
-from d2g_jax.metric.convert import convert, read_torch
+from d2g_jax.metric.convert import convert
 from d2g_jax.models import vgg
 from d2g_jax.runtime.errors import UserError
 

@@ -113,7 +113,7 @@ def test_upsample(size):
 
     module = Upsample2D(16, use_conv=True, out_channels=16)
     make = lambda rngs: layers.Upsample2D(16, rngs=rngs)  # noqa: E731
-    assert_equal(ours_and_theirs(make, module, normal(0, *SHAPE), size, output_size=size))
+    assert_equal(ours_and_theirs(make, module, normal(0, *SHAPE), None, size, output_size=size))
 
 
 @pytest.mark.parametrize(("flip", "shift", "dim"), [(True, 0, 8), (False, 1, 10), (True, 0, 9)])

@@ -60,7 +60,7 @@ def test_every_storage_choice_at_once(made, tmp_path):
     np.testing.assert_array_equal(record["noise"], np.asarray(noise.record_noise(0, jnp.asarray([13]), (4, 16, 16)))[0])
     assert (source.manifest.num_prompts, source.manifest.num_distinct_prompts) == (4096, 4002)
     with pytest.raises(UserError, match="latent_dtype"):
-        pairs.make_pairs(small_config(latent_dtype="float32"), tmp_path / "other")
+        pairs.make_pairs(small_config(latent_dtype="float64"), tmp_path / "other")
 
 
 @pytest.mark.parametrize("which", ["digits", "sdxl"])

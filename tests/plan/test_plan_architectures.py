@@ -47,14 +47,33 @@ def test_an_unknown_model():
 def test_the_metric_of_a_folder_has_the_shapes_of_the_loaded_one():
     loss = get_config().loss
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), (tree.params, tree.heads))  # noqa: E731
-    assert shapes(abstract_metric(loss)) == shapes(LatentLPIPS.load(loss.metric))
+    pipeline = abstract_pipeline(get_config().pipeline)
+    assert shapes(abstract_metric(loss, pipeline)) == shapes(LatentLPIPS.load(loss.metric))
 
 
 def test_the_metric_without_a_folder_is_the_full_size_one():
     loss = get_config().loss
     with loss.unlocked():
         loss.metric = "metric/sd15"
-    assert count(abstract_metric(loss).params) == 14_715_264  # VGG16's convolutions with four input channels
+    pipeline = abstract_pipeline(get_config().pipeline)
+    assert count(abstract_metric(loss, pipeline).params) == 14_715_264  # VGG16's convolutions with four input channels
     with loss.unlocked():
         loss.name = "mse"
-    assert abstract_metric(loss) is None
+    assert abstract_metric(loss, pipeline) is None
+    with loss.unlocked():
+        loss.name = "lpips"
+    metric = abstract_metric(loss, pipeline)
+    assert count(metric.lpips.params) == 14_714_688  # VGG16's convolutions
+    assert metric.decoder == pipeline.params["vae"]
+
+
+@pytest.mark.parametrize(
+    ("model", "classes", "parameters"),
+    [("google/ddpm-cifar10-32", 0, 35_746_307), ("teachers/edm-cifar10-32x32-cond-vp", 10, 55_735_299)],
+)
+def test_teachers_of_images_are_known_by_their_shapes(model, classes, parameters):
+    pipeline = abstract_pipeline(model)
+    assert pipeline.classes == classes
+    assert count(pipeline.params["unet"]) == parameters
+    assert pipeline.params["vae"] == {}
+    assert pipeline.latent_shape == (32, 32, 3)
