@@ -169,8 +169,9 @@ def _reference(arguments: Sequence[str]) -> Callable[[], str]:
     parser.add_argument(
         "--images", type=common.path, required=True, help="folder of real images; sizes and formats may differ"
     )
-    where = metric_weights.WHERE["inception"]
-    parser.add_argument(metric_weights.flag("inception"), type=common.path, dest="inception", help=where)
+    names = ("inception", "dinov2", "clip_l14_336")
+    for name in names:
+        parser.add_argument(metric_weights.flag(name), type=common.path, dest=name, help=metric_weights.WHERE[name])
     parser.add_argument("--out", type=common.path, required=True, help=".npz file")
     _add_images(parser)
     own = parser.parse_args(arguments)
@@ -179,7 +180,8 @@ def _reference(arguments: Sequence[str]) -> Callable[[], str]:
         from d2g_jax.evaluate.job import make_reference
 
         options = {"max_corrupt": own.max_corrupt, "batch_size": own.batch}
-        made = make_reference(own.protocol, own.images, own.inception, own.out, **options)
+        weights = {name: file for name in names if (file := getattr(own, name)) is not None}
+        made = make_reference(own.protocol, own.images, weights, own.out, **options)
         return json.dumps({"out": str(own.out), **made}, indent=2)
 
     return run

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from d2g_jax.commands import common
-from d2g_jax.inputs.text import as_prompt
+from d2g_jax.inputs.text import as_prompt, lines, read_text
+from d2g_jax.runtime.errors import UserError
 
 
 def run(arguments: list[str]) -> int:
@@ -14,6 +16,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts", type=common.path, help="file of prompts: text, one a line, or columns")
     common.add_prompts_column(parser)
+    parser.add_argument(
+        "--layout", choices=("flat", "geneval"), default="flat", help="geneval: the tree its evaluator reads (.jsonl)"
+    )
     parser.add_argument("--images", type=int, default=1, help="images per prompt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--latents", type=common.path, help="float32 noise (N, C, h, w), .npy, in place of --seed")
@@ -29,7 +34,12 @@ def run(arguments: list[str]) -> int:
     from d2g_jax.sample.job import Request, sample
 
     given = common.given_solution(own)
-    listed = own.prompts and read_prompts(own.prompts, column=own.prompts_column, asked="--prompts-column").lines
+    as_tree = own.layout == "geneval"
+    if as_tree and (own.prompts is None or own.prompts.suffix.lower() != ".jsonl" or own.prompt):
+        raise UserError("--layout=geneval: give --prompts=evaluation_metadata.jsonl, and no --prompt")
+    column = own.prompts_column or ("prompt" if as_tree else "")
+    listed = own.prompts and read_prompts(own.prompts, column=column, asked="--prompts-column").lines
+    metadata = _metadata(own.prompts, len(listed)) if as_tree else ()
     request = Request(
         prompts=(*(as_prompt(prompt, "--prompt") for prompt in own.prompt), *(listed or ())),
         images_per_prompt=own.images,
@@ -41,7 +51,16 @@ def run(arguments: list[str]) -> int:
         dtype=own.dtype,
         tiled=own.tiled,
         parts=common.parts(own),
+        metadata=metadata,
     )
     seconds = sample(own.model, request, own.out)
     print(json.dumps({"out": str(own.out), "seconds": {name: round(value, 3) for name, value in seconds.items()}}))
     return 0
+
+
+def _metadata(file: Path, count: int) -> tuple[str, ...]:
+    """The lines of GenEval's own prompt file, one for each of its `count` prompts; raises `UserError` for others."""
+    found = tuple(line for line in lines(read_text(file, "give GenEval's file")) if line.strip())
+    if len(found) != count:
+        raise UserError(f"{file}: {len(found)} lines and {count} prompts; give one object with a prompt on each line")
+    return found

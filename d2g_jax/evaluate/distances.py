@@ -1,4 +1,4 @@
-"""What two sets of features say of each other: KID, precision and recall. The Frechet distance is `frechet`'s."""
+"""What two sets of features say of each other, beside the Frechet distance, which is `frechet`'s."""
 
 from __future__ import annotations
 
@@ -47,32 +47,67 @@ def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     return float((within.sum() - np.trace(within)) / (m * (m - 1)) - 2.0 * kernel(x, y).mean())
 
 
-def precision_recall(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[float, float]:
-    """Improved precision and recall (arXiv 1904.06991, eq. 1 and 2) of features (N, D) and (M, D).
+def precision(generated: np.ndarray, real: np.ndarray, k: int) -> float:
+    """Improved precision (arXiv 1904.06991, eq. 1 and 2) of features (N, D) and (M, D); recall with both exchanged.
 
-    Precision is the share of generated features that lie in the ball of some real one, whose radius is the distance to
-    its k-th nearest neighbour among the real ones; recall the same with both exchanged.
-    Raises `UserError` as `check_neighbours`.
+    The share of generated features that lie in the ball of some real one, whose radius is the distance to its k-th
+    nearest neighbour among the real ones. Raises `UserError` as `check_neighbours`.
     """
-    generated, real = generated.astype(np.float64), real.astype(np.float64)
-    for features in (generated, real):
-        check_neighbours(len(features), k)
-    return _covered(generated, real, k), _covered(real, generated, k)
+    return float(np.mean(_balls(generated, real, k)[0] > 0))
+
+
+def density(generated: np.ndarray, real: np.ndarray, k: int) -> float:
+    """arXiv 2002.09797, eq. 4: balls of real features that a generated one lies in, on average, over k."""
+    return float(np.mean(_balls(generated, real, k)[0]) / k)
+
+
+def coverage(generated: np.ndarray, real: np.ndarray, k: int) -> float:
+    """The same, eq. 5: the share of real features in whose ball there is a generated one."""
+    return float(np.mean(_balls(generated, real, k)[1]))
+
+
+NEIGHBOURLY = {
+    "precision": precision,
+    "recall": lambda generated, real, k: precision(real, generated, k),
+    "density": density,
+    "coverage": coverage,
+}
+"""What is made of nearest neighbours, of (generated, real, k)."""
+
+
+def clip_mmd(a: np.ndarray, b: np.ndarray) -> float:
+    """CMMD (arXiv 2401.09603) of unit features (N, D) and (M, D): 1000 times the squared MMD, each of itself included.
+
+    The kernel is exp(-|x - y|^2 / (2 10^2)). Zero for equal sets.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+
+    def mean(x: np.ndarray, y: np.ndarray) -> float:
+        parts = (np.exp(-_squared_distances(x[i : i + _ROWS], y) / 200.0).sum() for i in range(0, len(x), _ROWS))
+        return sum(parts) / (len(x) * len(y))
+
+    return float(1000.0 * (mean(a, a) + mean(b, b) - 2.0 * mean(a, b)))
 
 
 def check_neighbours(count: int, k: int) -> None:
     """Raises `UserError` for k features or fewer."""
     if count <= k:
-        raise UserError(f"precision and recall: {count} images have no {k}-th neighbour; give more")
+        raise UserError(
+            f"{count} images have no {k}-th neighbour, which precision, recall, density and coverage need; give more"
+        )
 
 
-def _covered(points: np.ndarray, centres: np.ndarray, k: int) -> float:
-    """The share of `points` inside the k-th-neighbour ball of at least one of `centres`."""
-    radii = _radii(centres, k)
-    hits = [
-        (_squared_distances(points[i : i + _ROWS], centres) <= radii).any(1).sum() for i in range(0, len(points), _ROWS)
-    ]
-    return float(sum(hits) / len(points))
+def _balls(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """In how many k-th-neighbour balls of `centres` each of `points` lies (N,), and whether each ball has one (M,)."""
+    points, centres = points.astype(np.float64), centres.astype(np.float64)
+    for features in (points, centres):
+        check_neighbours(len(features), k)
+    radii, counts, hit = _radii(centres, k), [], np.zeros(len(centres), bool)
+    for first in range(0, len(points), _ROWS):
+        inside = _squared_distances(points[first : first + _ROWS], centres) <= radii
+        counts.append(inside.sum(1))
+        hit |= inside.any(0)
+    return np.concatenate(counts), hit
 
 
 def _radii(points: np.ndarray, k: int) -> np.ndarray:

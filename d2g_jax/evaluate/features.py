@@ -1,4 +1,4 @@
-"""Features for FID, KID, precision and recall: clean-fid's Inception-v3, or the demo's judge."""
+"""A protocol's own features: clean-fid's Inception-v3, or the demo's judge."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import math
 import platform
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from d2g_jax.evaluate import distances, pairwise, reference
 from d2g_jax.evaluate.drawing import Painter
 from d2g_jax.evaluate.features import make_extractor
 from d2g_jax.evaluate.images import Survey, batches, survey
-from d2g_jax.evaluate.opening import Opened, open_all, survey_several, wants_diversity
+from d2g_jax.evaluate.opening import Opened, extractor_of, open_all, survey_several, wants_diversity
 from d2g_jax.evaluate.plan import Plan, Request, check_counts, make_plan
 from d2g_jax.evaluate.protocols import find_protocol
+from d2g_jax.evaluate.towers import SPACES, TOWERS
 from d2g_jax.inputs.places import check_output
-from d2g_jax.results import frechet, metrics
+from d2g_jax.results import frechet
+from d2g_jax.results.metrics import FRECHET, KERNEL, METRICS, REFERENCE, TEACHER
 from d2g_jax.results.results import FORMAT
 from d2g_jax.runtime import atomic, runs
 from d2g_jax.runtime.errors import UserError
@@ -65,7 +68,7 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
     _measure_images(plan, opened, found, result)
     _measure_diversity(plan, opened, several, result)
     _measure_fidelity(plan, opened, found, result)
-    result["metrics"] = {name: result["metrics"][name] for name in metrics.METRICS if name in result["metrics"]}
+    result["metrics"] = {name: result["metrics"][name] for name in METRICS if name in result["metrics"]}
     result |= {
         "seeds": {"drawing": (drawing or {}).get("seed"), "kid": plan.protocol.kid_seed},
         "versions": _versions(),
@@ -78,21 +81,30 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
 
 
 def make_reference(
-    protocol: str, images: Path, inception: Path | None, out: Path, *, max_corrupt: int, batch_size: int
+    protocol: str, images: Path, weights: Mapping[str, Path], out: Path, *, max_corrupt: int, batch_size: int
 ) -> dict[str, Any]:
-    """Writes the reference statistics of a folder of real images, .npz; returns their description."""
+    """Writes the features of a folder of real images, .npz, of all spaces whose weights are given.
+
+    Returns the description of the protocol's own, or else of the first.
+    """
     if out.suffix != ".npz":
         raise UserError(f"--out={out}: reference statistics are a .npz file")
     check_output(out, "reference.npz")
     check_counts(batch_size, max_corrupt)
     found = find_protocol(protocol)
-    extractor = make_extractor(found, inception)
+    spaces = [space for space in SPACES if space in weights]
+    if "inception" in weights or not spaces:
+        spaces.insert(0, found.features)
+    extractors = {space: extractor_of(space, found, weights) for space in spaces}
     if not images.is_dir():
         raise UserError(f"{images}: no such folder; give one of images")
     real = survey(images, found, max_corrupt=max_corrupt, mixed=True)
-    made = reference.measure_reference(real, found, extractor, batch_size)
-    made.save(out)
-    return made.describe()
+    made = {
+        space: reference.measure_reference(real, found, extractor, batch_size)
+        for space, extractor in extractors.items()
+    }
+    reference.save(out, made, found)
+    return made[spaces[0]].describe()
 
 
 def _images(plan: Plan, opened: Opened) -> tuple[Survey, Survey | None, dict[str, Any] | None]:
@@ -149,52 +161,58 @@ def _survey(plan: Plan, folder: Path) -> Survey:
 
 
 def _measure_images(plan: Plan, opened: Opened, found: Survey, result: dict[str, Any]) -> None:
-    """What one pass over the images gives: features and what is made of them, CLIP scores, accuracy."""
-    request, protocol, extractor, clips = plan.request, plan.protocol, opened.extractor, opened.clips
+    """What one pass over the images gives: features and what is made of them, scores, accuracy."""
+    request, protocol, extractors, scores = plan.request, plan.protocol, opened.extractors, opened.scores
     accurate = plan.wants("accuracy")
-    features, cosines, kept = [], {name: [] for name in clips}, []
-    if extractor is None and not clips and not accurate:
+    features, values, kept = {space: [] for space in extractors}, {name: [] for name in scores}, []
+    if not extractors and not scores and not accurate:
         return
     with Progress("measure", len(found), "image") as progress:
         for indices, images in batches(found, protocol, request.batch_size):
-            if extractor is not None:
-                features.append(extractor.extract(images))
-            texts = [protocol.clip_prefix + plan.prompts[i] for i in indices] if clips else []
-            for name, clip in clips.items():
-                cosines[name].append(clip.cosines(images, texts))
+            for space, extractor in extractors.items():
+                features[space].append(extractor.extract(images))
+            for name, score in scores.items():
+                prefix = protocol.clip_prefix if TOWERS[name].prefixed else ""
+                texts = [prefix + plan.prompts[i] for i in indices] if plan.prompts else []
+                values[name].append(score.values(images, texts))
             if accurate:
                 kept.append(images)
             progress.advance(len(images))
-    if extractor is not None:
-        real = opened.real
-        if isinstance(real, Survey):
-            real = reference.measure_reference(real, protocol, extractor, request.batch_size)
-        result["reference"] = real.describe()
-        result["weights"][protocol.features] = {"name": extractor.name, "sha256": extractor.sha256}
-        result["metrics"] |= _of_features(plan, np.concatenate(features), real.features)
-    for name, clip in clips.items():
-        result["weights"][name] = {"name": name, "sha256": clip.sha256}
-        result["metrics"][name] = float(np.concatenate(cosines[name]).mean())
+    for space, extractor in extractors.items():
+        result["weights"][space] = {"name": extractor.name, "sha256": extractor.sha256}
+        drawn = np.concatenate(features[space])
+        for needs, others in ((REFERENCE, opened.real.get(space)), (TEACHER, opened.teacher)):
+            if not (names := plan.compared(needs).get(space)):
+                continue
+            if isinstance(others, Survey):
+                others = reference.measure_reference(others, protocol, extractor, request.batch_size)
+            if needs == REFERENCE:
+                result["reference"] = others.describe()
+            result["metrics"] |= {name: _distance(plan, name, drawn, others.features) for name in names}
+    for name, score in scores.items():
+        result["weights"][name] = {"name": name, "sha256": score.sha256}
+        result["metrics"][name] = float(np.concatenate(values[name]).mean())
     if accurate:
         judge = make_extractor(protocol, None)  # the same network as for the digits' features
         result["weights"][protocol.features] = {"name": judge.name, "sha256": judge.sha256}
         result["metrics"]["accuracy"] = _accuracy([plan.labels[i] for i in found.indices], np.concatenate(kept))
 
 
-def _of_features(plan: Plan, drawn: np.ndarray, real: np.ndarray) -> dict[str, Any]:
-    protocol, values = plan.protocol, {}
-    if plan.wants("fid"):
-        fitted = frechet.fit(drawn, source="FID of the images"), frechet.fit(real, source="FID of the reference")
-        values["fid"] = frechet.gaussian_distance(*fitted)
-    if plan.wants("kid"):
-        size = plan.kid_subset_size(len(drawn), len(real))
+def _distance(plan: Plan, name: str, drawn: np.ndarray, others: np.ndarray) -> Any:
+    """The value of a metric that compares features (N, D) with (M, D)."""
+    protocol, metric = plan.protocol, METRICS[name]
+    if metric.distance == FRECHET:
+        whose = "the teacher" if metric.needs == TEACHER else "the reference"
+        fitted = frechet.fit(drawn, source=f"{name} of the images"), frechet.fit(others, source=f"{name} of {whose}")
+        return frechet.gaussian_distance(*fitted)
+    if metric.distance == KERNEL:
+        size = plan.kid_subset_size(len(drawn), len(others))
         options = {"subsets": protocol.kid_subsets, "size": size, "seed": protocol.kid_seed}
-        mean, deviation = distances.kernel_distance(drawn, real, **options)
-        values["kid"] = {"mean": mean, "std": deviation, "subset_size": size}
-    if plan.wants("precision", "recall"):
-        both = distances.precision_recall(drawn, real, protocol.neighbours)
-        values |= {name: v for name, v in zip(("precision", "recall"), both, strict=True) if plan.wants(name)}
-    return values
+        mean, deviation = distances.kernel_distance(drawn, others, **options)
+        return {"mean": mean, "std": deviation, "subset_size": size}
+    if metric.distance in distances.NEIGHBOURLY:
+        return distances.NEIGHBOURLY[metric.distance](drawn, others, plan.neighbours(metric.distance))
+    return distances.clip_mmd(drawn, others)
 
 
 def _accuracy(labels: list[Any], images: np.ndarray) -> dict[str, float]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from d2g_jax.evaluate import clip_score, distances, pairwise, reference
-from d2g_jax.evaluate.clip_score import ClipScore
+from d2g_jax.evaluate import distances, pairwise, reference, towers
 from d2g_jax.evaluate.features import Extractor, make_extractor
 from d2g_jax.evaluate.images import Survey, survey
 from d2g_jax.evaluate.pairwise import PairDistance
 from d2g_jax.evaluate.plan import Plan
+from d2g_jax.evaluate.protocols import Protocol
 from d2g_jax.evaluate.reference import Reference
+from d2g_jax.evaluate.towers import Score
+from d2g_jax.results.metrics import FRECHET, KERNEL, METRICS, REFERENCE, TEACHER
 from d2g_jax.runtime.errors import UserError
 
 PAIRWISE = ("lpips", "dreamsim")
@@ -25,16 +28,16 @@ class Opened:
     """What the plan's metrics need; None, or an empty dict, where none of them does.
 
     Attributes:
-      extractor: of features.
-      real: statistics, or a folder of images whose features are taken when all else is known to be right.
-      clips, pairs: by name.
+      extractors: of features, by the name of their space.
+      real: statistics, or a folder of images whose features are taken when all else is known to be right; by space.
+      scores, pairs: by name.
       several: images of `--diversity-images`.
       teacher: images of `--teacher-images`, the first `samples`.
     """
 
-    extractor: Extractor | None
-    real: Reference | Survey | None
-    clips: dict[str, ClipScore]
+    extractors: dict[str, Extractor]
+    real: dict[str, Reference | Survey]
+    scores: dict[str, Score]
     pairs: dict[str, PairDistance]
     several: Survey | None
     teacher: Survey | None
@@ -46,15 +49,29 @@ def open_all(plan: Plan) -> Opened:
     several = teacher = None
     if request.diversity_images is not None and wants_diversity(plan):
         several = survey_several(plan, request.diversity_images)
-    if plan.wants(*(f"{name}_fidelity" for name in PAIRWISE)):
+    if any(METRICS[name].needs == TEACHER for name in plan.metrics):
         teacher = _survey_teacher(plan, request.teacher_images)
-    extractor, real = _open_reference(plan)
-    if extractor is not None:
-        _check_counts(plan, extractor, real)
-    clips = {name: clip_score.load(name, request.weights[name]) for name in clip_score.PATCHES if plan.wants(name)}
+    of_reference, of_teacher = plan.compared(REFERENCE), plan.compared(TEACHER)
+    extractors = {
+        space: extractor_of(space, protocol, request.weights) for space in dict.fromkeys((*of_reference, *of_teacher))
+    }
+    real = {space: _open_reference(plan, space, extractors[space]) for space in of_reference}
+    for space, extractor in extractors.items():
+        if space in real:
+            _check_counts(plan, of_reference[space], extractor, len(real[space]), "of the reference")
+        if space in of_teacher:
+            _check_counts(plan, of_teacher[space], extractor, len(teacher), "of the teacher")
+    scores = {name: towers.load_score(name, request.weights[name]) for name in towers.SCORES if plan.wants(name)}
     wanted = [name for name in PAIRWISE if plan.wants(f"{name}_diversity", f"{name}_fidelity")]
     pairs = {name: pairwise.load(name, request.weights[name], protocol.size) for name in wanted}
-    return Opened(extractor, real, clips, pairs, several, teacher)
+    return Opened(extractors, real, scores, pairs, several, teacher)
+
+
+def extractor_of(space: str, protocol: Protocol, weights: Mapping[str, Path]) -> Extractor:
+    """Of the protocol's own space, or of one of `towers.SPACES`. Raises `UserError` as those that make them do."""
+    if space == protocol.features:
+        return make_extractor(protocol, weights.get("inception"))
+    return towers.load_space(space, weights[space])
 
 
 def wants_diversity(plan: Plan) -> bool:
@@ -77,29 +94,31 @@ def _survey_teacher(plan: Plan, folder: Path) -> Survey:
     return found
 
 
-def _open_reference(plan: Plan) -> tuple[Extractor | None, Reference | Survey | None]:
-    if not plan.wants("fid", "kid", "precision", "recall"):
-        return None, None
+def _open_reference(plan: Plan, space: str, extractor: Extractor) -> Reference | Survey:
     request, protocol = plan.request, plan.protocol
-    extractor = make_extractor(protocol, request.weights.get("inception"))
     if request.reference is None:
-        return extractor, reference.digits_reference(protocol, extractor)
+        return reference.digits_reference(protocol, extractor)
     if request.reference.is_dir():
-        return extractor, survey(request.reference, protocol, max_corrupt=request.max_corrupt, mixed=True)
-    return extractor, reference.read_reference(request.reference, protocol, extractor)
+        return survey(request.reference, protocol, max_corrupt=request.max_corrupt, mixed=True)
+    return reference.read_reference(request.reference, protocol, extractor, space)
 
 
-def _check_counts(plan: Plan, extractor: Extractor, real: Reference | Survey) -> None:
-    """Raises `UserError` where the plan's images, or the reference's, are too few for a metric."""
-    counts = {"of the system": plan.samples, "of the reference": len(real)}
-    if plan.wants("fid"):
-        side = plan.protocol.size
-        width = extractor.extract(np.zeros((1, side, side, 3), np.uint8)).shape[1]
-        for whose, count in counts.items():
-            if count <= width:
-                raise UserError(f"FID: {count} images {whose} with {width} features; it needs at least {width + 1}")
-    if plan.wants("kid"):
-        distances.check_subsets(*counts.values(), plan.kid_subset_size(*counts.values()))
-    if plan.wants("precision", "recall"):
-        for count in counts.values():
-            distances.check_neighbours(count, plan.protocol.neighbours)
+def _check_counts(plan: Plan, names: list[str], extractor: Extractor, others: int, whose: str) -> None:
+    """Raises `UserError` where the plan's images, or the `others`, are too few for a metric."""
+    counts = {"of the system": plan.samples, whose: others}
+    for name in names:
+        metric = METRICS[name]
+        if metric.distance == FRECHET:
+            side = plan.protocol.size
+            width = extractor.extract(np.zeros((1, side, side, 3), np.uint8)).shape[1]
+            for of, count in counts.items():
+                if count <= width:
+                    title = metric.title.split()[0]
+                    raise UserError(
+                        f"{title}: {count} images {of} with {width} features; it needs at least {width + 1}"
+                    )
+        elif metric.distance == KERNEL:
+            distances.check_subsets(*counts.values(), plan.kid_subset_size(*counts.values()))
+        elif metric.distance in distances.NEIGHBOURLY:
+            for count in counts.values():
+                distances.check_neighbours(count, plan.neighbours(metric.distance))

@@ -74,6 +74,14 @@ class Plan:
     def wants(self, *names: str) -> bool:
         return any(name in self.metrics for name in names)
 
+    def compared(self, needs: str) -> dict[str, list[str]]:
+        """By space of features, the metrics that compare those of the images with those of `needs`."""
+        spaces: dict[str, list[str]] = {}
+        for name in self.metrics:
+            if metrics.METRICS[name].distance and metrics.METRICS[name].needs == needs:
+                spaces.setdefault(metrics.weights_of(name, self.protocol.features), []).append(name)
+        return spaces
+
     @property
     def diversity_prompts(self) -> int:
         """How many prompts diversity takes several images of."""
@@ -84,6 +92,10 @@ class Plan:
         size = self.protocol.kid_subset_size
         incomplete = self.request.samples is not None or drawn < self.samples
         return min(size, drawn, real) if incomplete else size
+
+    def neighbours(self, distance: str) -> int:
+        """k: the protocol's, or the 5 of the paper on density and coverage (arXiv 2002.09797)."""
+        return 5 if distance in ("density", "coverage") else self.protocol.neighbours
 
     def describe_prompts(self) -> dict[str, Any] | None:
         """For the result file."""
@@ -112,6 +124,7 @@ def make_plan(request: Request) -> Plan:
     have = {
         metrics.REFERENCE: digits or request.reference is not None,
         metrics.PROMPTS: prompts is not None,
+        metrics.IMAGES: True,
         metrics.LABELS: labels is not None,
         metrics.DIVERSITY: request.diversity_images is not None or request.model is not None,
         metrics.TEACHER: request.teacher_images is not None,

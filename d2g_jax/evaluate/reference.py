@@ -9,6 +9,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +61,30 @@ class Reference:
         described = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**described, "features": list(self.features.shape)}
 
-    def save(self, file: Path) -> None:
-        """Writes a .npz file, whole or not at all; 8 KB for each image."""
-        described = {name: getattr(self, name) for name in _FIELDS}
-        with atomic.replacing(file) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, features=self.features, described=np.array(json.dumps(described)))
+
+def save(file: Path, references: Mapping[str, Reference], protocol: Protocol) -> None:
+    """Writes a .npz file of one folder's features by space, whole or not at all; 8 KB for each image and Inception."""
+    arrays: dict[str, np.ndarray] = {}
+    for space, one in references.items():
+        described = {name: getattr(one, name) for name in _FIELDS}
+        features_key, described_key = _keys(space, protocol)
+        arrays |= {features_key: one.features, described_key: np.array(json.dumps(described))}
+    with atomic.replacing(file) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **arrays)
 
 
-def read_reference(path: Path, protocol: Protocol, extractor: Extractor) -> Reference:
-    """From a file of `Reference.save`.
+def _keys(space: str, protocol: Protocol) -> tuple[str, str]:
+    """Of the arrays in a file; those of the protocol's own features have no prefix."""
+    prefix = "" if space == protocol.features else f"{space}_"
+    return f"{prefix}features", f"{prefix}described"
+
+
+def read_reference(path: Path, protocol: Protocol, extractor: Extractor, space: str) -> Reference:
+    """The features of a space from a file of `save`.
 
     Raises `UserError` for another protocol's statistics, for those of another network, and for a damaged file.
     """
-    reference = _from_file(path)
+    reference = _from_file(path, *_keys(space, protocol))
     again = "make them again with `d2g evaluate reference`"
     if reference.protocol_sha256 != protocol.sha256:
         version = "another version of it" if reference.protocol == protocol.name else reference.protocol
@@ -112,13 +124,14 @@ def _describe(
     return Reference(features, *names, digest, formats, source)
 
 
-def _from_file(file: Path) -> Reference:
+def _from_file(file: Path, features_key: str, described_key: str) -> Reference:
     wanted = "give a file of `d2g evaluate reference` or a folder of images"
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            if "described" not in arrays or "features" not in arrays:
-                raise UserError(f"{file}: statistics that do not say their protocol ({', '.join(arrays)}); {wanted}")
-            described, features = json.loads(str(arrays["described"])), arrays["features"]
+            if described_key not in arrays or features_key not in arrays:
+                lacking = f"no {features_key} of a known protocol"
+                raise UserError(f"{file}: statistics with {lacking} (it holds {', '.join(arrays)}); {wanted}")
+            described, features = json.loads(str(arrays[described_key])), arrays[features_key]
             reference = Reference(features, *(described[name] for name in _FIELDS), str(file))
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file or folder; {wanted}") from error

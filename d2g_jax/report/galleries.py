@@ -39,10 +39,31 @@ class Query:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A student's picture and its teacher's, of one noise and prompt that were not trained on."""
+
+    prompt: str
+    distance: float
+    student: Path | None
+    teacher: Path | None
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """Of `pairs` such pairs, the farthest apart and the nearest, farthest first; `by` names the distance."""
+
+    by: str
+    pairs: int
+    mean: float
+    rows: list[Beside]
+
+
+@dataclass(frozen=True)
 class Gallery:
     """Drawn by the student after `images` images; `searched` of `pairs` pairs were compared.
 
-    `between_pairs`: how far a pair's latent is from its nearest other pair's, on average.
+    `between_pairs`: how far a pair's latent is from its nearest other pair's, on average. `teacher`: None where all
+    pairs were trained on.
     """
 
     images: int
@@ -51,6 +72,7 @@ class Gallery:
     searched: int
     pairs: int
     between_pairs: float
+    teacher: Extremes | None = None
 
 
 def find_galleries(workdir: Path) -> dict[str, Gallery]:
@@ -74,6 +96,7 @@ def _read_gallery(file: Path) -> Gallery | None:
             searched=int(nearest["searched"]),
             pairs=int(nearest["pairs"]),
             between_pairs=float(nearest["between_pairs"]),
+            teacher=_extremes(folder, **found) if (found := data.get("teacher")) else None,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file}: not a gallery ({type(error).__name__}: {error}); remove it") from error
@@ -83,6 +106,16 @@ def _walk(folder: Path, of: str, prompts: list[str], images: list[str]) -> Walk:
     if of not in ("prompts", "noise") or len(prompts) != (2 if of == "prompts" else 1):
         raise ValueError(f"a walk of {of!r} with {len(prompts)} prompts")
     return Walk(of, [str(prompt) for prompt in prompts], [inside(folder, path) for path in images])
+
+
+def _extremes(folder: Path, by: str, pairs: int, mean: float, rows: list[dict[str, Any]]) -> Extremes:
+    found = [
+        Beside(
+            str(one["prompt"]), float(one["distance"]), *(inside(folder, one[side]) for side in ("student", "teacher"))
+        )
+        for one in rows
+    ]
+    return Extremes(str(by), int(pairs), float(mean), found)
 
 
 def _query(folder: Path, prompt: str, image: str, neighbours: list[dict[str, Any]]) -> Query:

@@ -67,6 +67,7 @@ def _page(inputs: Inputs, now: Status, bands: Sequence[health.Band]) -> str:
         ("curves", "Curves", curves.curves(inputs, bands)),
         ("time", "Samples over time", pictures.timelines(inputs)),
         ("walks", "Latent walks", inputs.galleries),
+        ("beside", "Best and worst beside the teacher", pictures.beside(inputs)),
         ("nearest", "Nearest training pairs", pictures.neighbours(inputs)),
         ("speed", "Speed and memory", curves.speed(inputs)),
         ("settings", "Settings", overview.settings(inputs)),

@@ -35,6 +35,11 @@ def _spread(items: list, most: int) -> list:
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
+def beside(inputs: Inputs) -> tuple[str, Gallery] | None:
+    """Pictures of the student beside the teacher's for the same noise, of the last run that kept pairs apart."""
+    return next((one for one in reversed(inputs.galleries.items()) if one[1].teacher), None)
+
+
 def neighbours(inputs: Inputs) -> tuple[str, Gallery] | None:
     """Pictures of held-out noise beside the training pairs that they are nearest to, of the last run with a gallery."""
     last = list(inputs.galleries.items())[-1:]

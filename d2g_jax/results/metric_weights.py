@@ -11,6 +11,13 @@ WHERE = {
     "inception": "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
     "clip_b32": "hf download openai/clip-vit-base-patch32 --local-dir FOLDER",
     "clip_g14": "hf download laion/CLIP-ViT-g-14-laion2B-s12B-b42K --local-dir FOLDER",
+    "pickscore": "hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K --include '*.json' merges.txt --local-dir FOLDER "
+    "&& hf download yuvalkirstain/PickScore_v1 --local-dir FOLDER",
+    "hpsv2": "hf download adams-story/HPSv2-hf --local-dir FOLDER",
+    "aesthetic": "hf download openai/clip-vit-large-patch14 --local-dir FOLDER, and into it "
+    "sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor",
+    "clip_l14_336": "hf download openai/clip-vit-large-patch14-336 --local-dir FOLDER",
+    "dinov2": "hf download facebook/dinov2-large --local-dir FOLDER",
     "lpips": "d2g metric convert VGG16.pth --heads=HEADS.pth --out=FOLDER (docs/metric.md)",
     "dreamsim": "python -c \"from dreamsim import dreamsim; dreamsim(device='cpu', cache_dir='FOLDER')\"",
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2g_jax.inputs.text import read_json
-from d2g_jax.results.metrics import DIVERSITY, METRICS, REFERENCE, TEACHER, weights_of
+from d2g_jax.results.metrics import DIVERSITY, KERNEL, METRICS, REFERENCE, TEACHER, weights_of
 from d2g_jax.runtime.errors import UserError
 
 FORMAT = 1
@@ -34,7 +34,8 @@ _ALWAYS: dict[Keys, str] = {
     ("metrics",): _OBJECT,
 }
 _WHERE_NOT_NULL: dict[Keys, str] = {("prompts", "sha256"): _TEXT, ("drawing", "network_calls"): _COUNT}
-_PARTS = {"kid": {"mean": _NUMBER, "subset_size": _COUNT}, "accuracy": {"all": _NUMBER}}
+_KID = {"mean": _NUMBER, "subset_size": _COUNT}
+_PARTS = {"accuracy": {"all": _NUMBER}}
 _DIVERSITY = {"mean": _NUMBER, "prompts": _COUNT, "seeds": _COUNT}
 
 
@@ -66,7 +67,7 @@ def _wanted(result: dict[str, Any], file: str | Path) -> Iterator[tuple[Keys, st
 def _wanted_of(metric: str, features: str) -> Iterator[tuple[Keys, str]]:
     """What the value of a metric has to be, and what says how it was measured."""
     needs, weights = METRICS[metric].needs, weights_of(metric, features)
-    parts = _DIVERSITY if needs == DIVERSITY else _PARTS.get(metric)
+    parts = _DIVERSITY if needs == DIVERSITY else _KID if METRICS[metric].distance == KERNEL else _PARTS.get(metric)
     if parts is None:
         yield ("metrics", metric), _NUMBER
     else:

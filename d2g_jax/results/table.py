@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from d2g_jax.results.metrics import DIVERSITY, METRICS, REFERENCE, TEACHER, weights_of
+from d2g_jax.results.metrics import DIVERSITY, FRECHET, KERNEL, METRICS, REFERENCE, TEACHER, weights_of
 
 _SHORT = 12  # hexadecimal digits of a hash
 
@@ -32,7 +32,7 @@ def comparable(result: dict[str, Any], metric: str) -> dict[str, Any]:
     if needs == TEACHER:
         key["teacher"] = result["teacher"]["sha256"][:_SHORT]
     value = result["metrics"][metric]
-    if metric == "kid":
+    if METRICS[metric].distance == KERNEL:
         key["subsets of"] = value["subset_size"]
     if needs == DIVERSITY:
         key["diversity"] = f"{value['prompts']} prompts x {value['seeds']} seeds"
@@ -96,4 +96,4 @@ def _number(result: dict[str, Any], metric: str) -> float:
 
 def _cell(column: Column, row: int) -> str:
     value = column.values[row]
-    return "–" if value is None else f"{value:.2f}" if column.metric == "fid" else f"{value:.4f}"
+    return "–" if value is None else f"{value:.2f}" if METRICS[column.metric].distance == FRECHET else f"{value:.4f}"

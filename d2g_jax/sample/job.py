@@ -45,6 +45,8 @@ class Request:
       dtype: what the networks compute in and what their kernels are kept in.
       tiled: decode large images in overlapping tiles, for devices that cannot hold one image's activations.
       parts: what is said of the model.
+      metadata: of each prompt, a line of JSON: the images go to the tree that GenEval's own evaluator reads,
+        00000/metadata.jsonl and 00000/samples/00000.png ..., a folder for each prompt. Empty for 00000.png ...
     """
 
     prompts: tuple[str, ...]
@@ -57,6 +59,14 @@ class Request:
     dtype: str = "float32"
     tiled: bool = False
     parts: Parts = Parts()  # noqa: RUF009 (it is frozen)
+    metadata: tuple[str, ...] = ()
+
+    def image(self, out: Path, i: int) -> Path:
+        """Where image `i` of all prompts goes."""
+        if not self.metadata:
+            return out / f"{i:05d}.png"
+        prompt, of_prompt = divmod(i, self.images_per_prompt)
+        return out / f"{prompt:05d}" / "samples" / f"{of_prompt:05d}.png"
 
 
 def sample(model: str | Path, request: Request, out: Path) -> dict[str, float]:
@@ -88,7 +98,7 @@ def sample(model: str | Path, request: Request, out: Path) -> dict[str, float]:
     with Progress("draw", count, "image", beginning="compiling") as progress:
         for first in range(0, count, request.batch_size):
             part = range(first, min(first + request.batch_size, count))
-            files = [out / f"{i:05d}.png" for i in part]
+            files = [request.image(out, i) for i in part]
             missing = not (all(a.is_there for a in arrays.values()) and all(file.exists() for file in files))
             if missing:
                 drawing = prepare(part)
@@ -96,7 +106,7 @@ def sample(model: str | Path, request: Request, out: Path) -> dict[str, float]:
                     loaded.run(drawing)
                     compiled = time.monotonic()
                     claim(out, described)  # now that it has been seen to draw
-                    _write_prompts(out / "prompts.txt", request)
+                    _write_prompts(out, request)
                 drawn = loaded.run(drawing, seconds=seconds)
                 arrays["noise.npy"].write(first, drawing.noise)
                 arrays["latents.npy"].write(first, drawn.latents)
@@ -105,7 +115,7 @@ def sample(model: str | Path, request: Request, out: Path) -> dict[str, float]:
             progress.advance(len(part), made=missing)
     for array in arrays.values():
         array.finish()
-    shown = [np.asarray(Image.open(out / f"{i:05d}.png")) for i in range(min(count, IN_GRID))]
+    shown = [np.asarray(Image.open(request.image(out, i))) for i in range(min(count, IN_GRID))]
     save_png(out / "grid.png", grid(np.stack(shown), math.ceil(math.sqrt(len(shown)))))
     return {"load": prepared - start, "compile": (compiled or prepared) - prepared, **seconds}
 
@@ -127,6 +137,7 @@ def _describe(model: str, request: Request, loaded: Model, one: np.ndarray, give
         "noise": noise.IMPLEMENTATION if given is None else digest({"latents": given}),
         "dtype": request.dtype,
         "tiled": request.tiled,
+        "layout": "geneval" if request.metadata else None,
         "prompts_sha256": prompts_digest(_prompts(request)),
         **worn_by(loaded.sampler.pipeline, request.parts.lora),
     }
@@ -138,9 +149,11 @@ def _prompts(request: Request) -> Iterator[str]:
     return (line for line in lines for _ in range(request.images_per_prompt))
 
 
-def _write_prompts(file: Path, request: Request) -> None:
-    """As `read_prompts` reads them."""
-    with atomic.replacing(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
+def _write_prompts(out: Path, request: Request) -> None:
+    """prompts.txt as `read_prompts` reads it, and what is said of each prompt."""
+    for i, line in enumerate(request.metadata):
+        atomic.write_text(out / f"{i:05d}" / "metadata.jsonl", f"{line}\n")
+    with atomic.replacing(out / "prompts.txt") as temporary, temporary.open("w", encoding="utf-8") as stream:
         stream.writelines(f"{prompt}\n" for prompt in _prompts(request))
 
 

@@ -1,6 +1,7 @@
-"""What a run draws once, at its end: walks through prompts and noise, and the training pairs nearest to its images.
+"""What a run draws once, at its end: walks, its images' nearest training pairs, the best and worst beside the teacher.
 
-All noise here is held out: that of record ids behind the last pair's. `samples/gallery.json` says what each file shows.
+All noise here is held out: that of pairs that were not trained on, and of record ids behind the last pair's.
+`samples/gallery.json` says what each file shows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from d2g_jax.train.painter import Mix, Painter, Pictures, Record
 STEPS = 8  # pictures of a walk, its ends included
 QUERIES = 8  # images whose nearest pairs are looked for
 NEIGHBOURS = 3
+EXTREMES = 4  # pairs of student and teacher that are farthest apart, and as many that are nearest
 SEARCHED = 4096  # pairs that are looked at, evenly spread: 134 MB of latents to read for Stable Diffusion 1.5
 _CHUNK, _READERS = 256, 16
 SAMPLES, FILE = "samples", "gallery.json"
@@ -59,6 +61,7 @@ def make_gallery(
     found, between_pairs = nearest(drawn.latents[2 * STEPS :], trained)
     neighbours = [own[int(i)] for i in found.ids.ravel()]
     pairs = _draw(painter, params, neighbours, _alone(0, neighbours)).teacher
+    beside = _beside_teacher(painter, params, [own[i] for i in kept], workdir) if len(kept) else None
     if not is_first():
         return None
     files = {
@@ -80,9 +83,34 @@ def make_gallery(
             "between_pairs": round(between_pairs, 4),
             "rows": _rows(queries, neighbours, found, files),
         },
+        "teacher": beside,
     }
     atomic.write_json(workdir / SAMPLES / FILE, said, indent=1, ensure_ascii=False)
     return workdir / SAMPLES / FILE
+
+
+def _beside_teacher(painter: Painter, params: Any, pairs: Sequence[Record], workdir: Path) -> dict[str, Any] | None:
+    """The student's and the teacher's pictures of the pairs that are farthest apart, and of those that are nearest.
+
+    None in all processes but the first.
+    """
+    drawn = _draw(painter, params, pairs, _alone(0, pairs))
+    distances = painter.distances(drawn.latents, np.stack([one["latents"] for one in pairs]))
+    order = np.argsort(-distances, kind="stable")
+    shown = [*order[:EXTREMES], *order[max(len(order) - EXTREMES, EXTREMES) :]]
+    if not is_first():
+        return None
+    files = {side: _save(workdir, f"beside_{side}", getattr(drawn, side)[shown]) for side in ("student", "teacher")}
+    rows = zip(shown, files["student"], files["teacher"], strict=True)
+    return {
+        "by": painter.distance_name,
+        "pairs": len(pairs),
+        "mean": round(float(distances.mean()), 4),
+        "rows": [
+            {"prompt": str(pairs[i]["prompt"]), "distance": round(float(distances[i]), 4), "student": a, "teacher": b}
+            for i, a, b in rows
+        ],
+    }
 
 
 def is_drawn(workdir: Path, source: records.PairSource | records.SkippingSource, images: int) -> bool:

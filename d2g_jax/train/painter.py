@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from d2g_jax import records
+from d2g_jax.losses.lpips import DecodedLPIPS
+from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.pipeline.draw import padded
 from d2g_jax.pipeline.folder import Pipeline, decode
 from d2g_jax.results.unexplained import unexplained
@@ -85,6 +87,7 @@ class Painter:
 
     Attributes:
       count: pictures of one grid and of one call, at most `SAMPLES_IN_GRID`.
+      distance_name: of what `distances` measures: the run's own metric.
     """
 
     def __init__(
@@ -115,6 +118,9 @@ class Painter:
                 return jnp.transpose(generate(d, frozen, params, noise, text), (0, 3, 1, 2))
 
         self._latents = latents
+        self.distance_name, distance = _distance(frozen.metric)
+        # one after another: VGG's maps of all would not fit
+        self._distances = everywhere(lambda metric, *both: jax.lax.map(lambda pair: distance(metric, *pair), both))
         self._decode = everywhere(lambda vae, x: decode(pipeline, vae, jnp.transpose(x, (0, 2, 3, 1))))
 
     def latents(self, params: Any, batch: Sequence[Record], mix: Mix) -> np.ndarray:
@@ -145,6 +151,17 @@ class Painter:
         drawn = self.latents(params, batch, mix)
         return Pictures(drawn, self.decoded(drawn), self.decoded(np.stack([record["latents"] for record in batch])))
 
+    def distances(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Of latents (N, C, h, w), each `a` from its `b`: float64 (N,), by the run's metric without augmentation."""
+        found = []
+        for first in range(0, len(a), self.count):
+            parts = [np.moveaxis(x[first : first + self.count], 1, -1).astype(np.float32) for x in (a, b)]
+            both = {name: padded(x, self._padded) for name, x in zip("ab", parts, strict=True)}
+            placed = meshes.place_whole_batch(both, self._mesh)
+            measured = jax.device_get(self._distances(self._frozen.metric, placed["a"], placed["b"]))
+            found.append(measured[: len(parts[0])])
+        return np.concatenate(found).astype(np.float64)
+
     def unexplained(self, params: Any, batch: Sequence[Record]) -> float:
         """R of `params` on records that training does not see: see `results.unexplained`."""
         parts = [batch[i : i + self.count] for i in range(0, len(batch), self.count)]
@@ -160,6 +177,15 @@ class Painter:
             rows = [part for pair in zip(_rows(drawn.teacher), _rows(drawn.student), strict=True) for part in pair]
             save_png(file, grid(np.concatenate(rows), COLUMNS))
         return file
+
+
+def _distance(metric: LatentLPIPS | DecodedLPIPS | None) -> tuple[str, Callable[..., jax.Array]]:
+    """The name of a run's metric, and (metric, a (h, w, C), b) -> its distance; a regression's is that of latents."""
+    if metric is None:
+        return "root mean square of the latents", lambda metric, a, b: jnp.sqrt(jnp.mean((a - b) ** 2))
+    scaled = {"scaled": True} if isinstance(metric, LatentLPIPS) else {}
+    name = "LatentLPIPS" if scaled else "LPIPS"
+    return name, lambda metric, a, b: metric.distance(a[None], b[None], **scaled)[0]
 
 
 def _rows(images: Sequence[T]) -> Iterator[Sequence[T]]:

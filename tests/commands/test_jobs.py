@@ -249,8 +249,12 @@ def test_a_run_ends_with_walks_and_nearest_pairs(trained):
     for row in rows:
         distances = [near["distance"] for near in row["neighbours"]]
         assert 0 < distances[0] <= distances[1] <= distances[2]
+    beside = data["teacher"]
+    assert (beside["by"], beside["pairs"]) == ("LatentLPIPS", 2)
+    assert beside["rows"][0]["distance"] >= beside["rows"][-1]["distance"] > 0
     page = (workdir / "report.html").read_text()
     assert '<section id="walks">' in page
+    assert '<section id="beside">' in page
     assert '<section id="nearest">' in page
 
 

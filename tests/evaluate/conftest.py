@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -39,27 +40,55 @@ def tiny_lpips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory, tiny_vocabulary) -> Path:
-    """A random CLIP of patch 32 in transformers' layout, with the tokenizer of the tiny pipelines."""
+def make_clip(tmp_path_factory: pytest.TempPathFactory, tiny_vocabulary):
+    """(patch, layers, side) -> a random narrow CLIP in transformers' layout, with the tiny pipelines' tokenizer."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     vocab, merges = tiny_vocabulary
-    torch.manual_seed(0)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"vocab_size": len(vocab), "max_position_embeddings": 16, "eos_token_id": len(vocab) - 1}
-    config = transformers.CLIPConfig(
-        text_config={**small, **text, "bos_token_id": len(vocab) - 2},
-        vision_config={**small, "image_size": 64, "patch_size": 32},
-        projection_dim=8,
-    )
-    folder = tmp_path_factory.mktemp("tiny_clip")
-    transformers.CLIPModel(config).save_pretrained(folder)
     merges = [tuple(merge.split()) for merge in merges]
-    transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16).save_pretrained(folder)
-    processor = {
-        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 64},
-        "crop_size": {"height": 64, "width": 64}, "resample": 3, "do_resize": True, "do_center_crop": True,
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
-        "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
-    }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+
+    @functools.cache
+    def make(patch: int, layers: int, side: int = 64) -> Path:
+        torch.manual_seed(0)
+        small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        text = {"vocab_size": len(vocab), "max_position_embeddings": 16, "eos_token_id": len(vocab) - 1}
+        config = transformers.CLIPConfig(
+            text_config={**small, **text, "bos_token_id": len(vocab) - 2},
+            vision_config={
+                **small,
+                "num_hidden_layers": layers,
+                "image_size": side,
+                "patch_size": patch,
+                "projection_dim": 8,
+            },
+            projection_dim=8,
+        )
+        folder = tmp_path_factory.mktemp("tiny_clip")
+        transformers.CLIPModel(config).save_pretrained(folder)
+        transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16).save_pretrained(folder)
+        processor = {
+            "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side},
+            "crop_size": {"height": side, "width": side}, "resample": 3, "do_resize": True, "do_center_crop": True,
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
+            "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
+        }  # fmt: skip
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(make_clip) -> Path:
+    """Of ViT-B/32's shape."""
+    return make_clip(32, 12)
+
+
+@pytest.fixture(scope="session")
+def tiny_dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random narrow DINOv2 of ViT-L/14's depth in transformers' layout."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "mlp_ratio": 2, "num_hidden_layers": 24, "num_attention_heads": 2}
+    folder = tmp_path_factory.mktemp("tiny_dino")
+    transformers.Dinov2Model(transformers.Dinov2Config(**small, patch_size=14, image_size=518)).save_pretrained(folder)
     return folder

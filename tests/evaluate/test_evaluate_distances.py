@@ -1,4 +1,4 @@
-"""KID, precision and recall against sums written out, and against torch-fidelity where it is installed."""
+"""Distances of features against sums written out, and against public implementations where they are installed."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,10 @@ from d2g_jax.runtime.errors import UserError
 
 def features(seed, count, shift=0.0, size=6):
     return (np.random.default_rng(seed).normal(size=(count, size)) + shift).astype(np.float32)
+
+
+def both(generated, real, k):
+    return tuple(distances.NEIGHBOURLY[name](generated, real, k) for name in ("precision", "recall"))
 
 
 def test_kid_of_whole_sets_is_the_unbiased_estimate_written_out():
@@ -52,7 +56,7 @@ def test_precision_and_recall_written_out(monkeypatch):
             hit += any(np.linalg.norm(point - c) <= radius for c, radius in zip(centres, radii, strict=True))
         return hit / len(points)
 
-    precision, recall = distances.precision_recall(a, b, k)
+    precision, recall = both(a, b, k)
     assert (precision, recall) == (covered(a, b), covered(b, a))
     assert 0 < precision < 1
     assert 0 < recall < 1
@@ -60,17 +64,17 @@ def test_precision_and_recall_written_out(monkeypatch):
 
 def test_precision_and_recall_at_their_ends():
     a = features(8, 30)
-    assert distances.precision_recall(a, a, 3) == (1.0, 1.0)
-    assert distances.precision_recall(a, a + 100, 3) == (0.0, 0.0)
+    assert both(a, a, 3) == (1.0, 1.0)
+    assert both(a, a + 100, 3) == (0.0, 0.0)
     few = np.concatenate([a[:1]] * 30)  # one image over and over: precise, and of no variety
-    precision, recall = distances.precision_recall(few, a, 3)
+    precision, recall = both(few, a, 3)
     assert precision == 1.0
     assert recall == pytest.approx(1 / 30)
 
 
 def test_precision_and_recall_of_too_few():
     with pytest.raises(UserError, match="3-th neighbour"):
-        distances.precision_recall(features(0, 3), features(1, 10), 3)
+        distances.precision(features(0, 3), features(1, 10), 3)
 
 
 def test_equal_to_torch_fidelity():
@@ -86,4 +90,53 @@ def test_equal_to_torch_fidelity():
     ours = distances.kernel_distance(a, b, subsets=10, size=100, seed=3)
     np.testing.assert_allclose(ours, list(theirs.values()), rtol=1e-4)
     expected = prc.calculate_precision_recall_full(torch.from_numpy(a), torch.from_numpy(b), 3)
-    np.testing.assert_allclose(distances.precision_recall(a, b, 3), expected, atol=1e-6)
+    np.testing.assert_allclose(both(a, b, 3), expected, atol=1e-6)
+
+
+def test_density_and_coverage_written_out(monkeypatch):
+    monkeypatch.setattr(distances, "_ROWS", 16)  # several blocks
+    generated, real, k = features(6, 50), features(7, 40, 0.8), 5
+    radii = [sorted(np.linalg.norm(r - real, axis=1))[k] for r in real]
+    inside = np.array(
+        [[np.linalg.norm(g - r) <= radius for r, radius in zip(real, radii, strict=True)] for g in generated]
+    )
+    assert distances.density(generated, real, k) == pytest.approx(inside.sum() / (k * 50))
+    assert distances.coverage(generated, real, k) == inside.any(0).mean()
+    assert 0 < inside.any(0).mean() < 1
+    few = np.concatenate([real[:1]] * 30)  # precise, and of no variety: the density of its place, nearly no coverage
+    assert distances.coverage(few, real, k) == inside_of_one(real, k) / 40
+
+
+def inside_of_one(real, k):
+    return sum(np.linalg.norm(r - real[0]) <= sorted(np.linalg.norm(r - real, axis=1))[k] for r in real)
+
+
+def test_equal_to_prdc():
+    prdc = pytest.importorskip("prdc")
+    generated, real = features(9, 300, 0.3, size=20), features(10, 250, size=20)
+    theirs = prdc.compute_prdc(real, generated, 5)
+    for name, value in theirs.items():
+        # theirs leaves out the ball's very edge, where nothing lies but what made it
+        assert distances.NEIGHBOURLY[name](generated, real, 5) == pytest.approx(value, rel=1e-4), name
+
+
+def unit(seed, count, shift=0.0):
+    x = features(seed, count, shift)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_clip_mmd_written_out_and_of_equal_sets(monkeypatch):
+    monkeypatch.setattr(distances, "_ROWS", 16)
+    a, b = unit(0, 30), unit(1, 40, 0.5)
+    mean = lambda x, y: np.mean([np.exp(-np.sum((p - q) ** 2) / (2 * 10**2)) for p in x for q in y])  # noqa: E731
+    assert distances.clip_mmd(a, b) == pytest.approx(1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b)), rel=1e-4)
+    assert abs(distances.clip_mmd(a, a)) < 1e-9
+    assert distances.clip_mmd(a, b) > 0.1
+
+
+def test_equal_to_clip_mmd():
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("clip_mmd.calculation", exc_type=ImportError)
+    a, b = unit(0, 128), unit(1, 128, 0.5)
+    found = float(theirs.mmd_efficient(torch.from_numpy(a), torch.from_numpy(b)))
+    assert distances.clip_mmd(a, b) == pytest.approx(found, rel=1e-3)

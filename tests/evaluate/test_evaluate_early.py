@@ -151,7 +151,7 @@ def test_damaged_statistics(statistics, tmp_path):
     for bad in ends + flipped:
         damaged.write_bytes(bad)
         try:
-            reference.read_reference(damaged, protocol, extractor)
+            reference.read_reference(damaged, protocol, extractor, "digits")
         except UserError as error:
             refusals.append(str(error))
     assert len(refusals) > len(ends) + len(flipped) / 2
@@ -171,10 +171,10 @@ def test_damaged_statistics(statistics, tmp_path):
 def test_statistics_of_another_shape(change, message, statistics, tmp_path):
     protocol = PROTOCOLS["digits"]
     extractor = features.make_extractor(protocol, None)
-    good = reference.read_reference(statistics, protocol, extractor)
-    dataclasses.replace(good, **change).save(tmp_path / "a.npz")
+    good = reference.read_reference(statistics, protocol, extractor, "digits")
+    reference.save(tmp_path / "a.npz", {"digits": dataclasses.replace(good, **change)}, protocol)
     with pytest.raises(UserError, match=rf"a\.npz: cannot be read as reference statistics \({message}"):
-        reference.read_reference(tmp_path / "a.npz", protocol, extractor)
+        reference.read_reference(tmp_path / "a.npz", protocol, extractor, "digits")
 
 
 @pytest.mark.parametrize(

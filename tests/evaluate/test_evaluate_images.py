@@ -118,7 +118,7 @@ def test_protocols_are_told_apart_by_every_field():
     assert len({p.sha256 for p in PROTOCOLS.values()}) == len(PROTOCOLS)
     one = PROTOCOLS["coco2017-5k"]
     assert dataclasses.replace(one, neighbours=5).sha256 != one.sha256
-    with pytest.raises(UserError, match="coco2014-30k, coco2017-5k, digits"):
+    with pytest.raises(UserError, match="coco2014-30k, coco2017-5k, cifar10-50k, digits"):
         find_protocol("coco")
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from d2g_jax.evaluate import features
 from d2g_jax.evaluate.images import batches, survey
 from d2g_jax.evaluate.protocols import PROTOCOLS
-from d2g_jax.evaluate.reference import measure_reference, read_reference
+from d2g_jax.evaluate.reference import measure_reference, read_reference, save
 from d2g_jax.results import frechet
 from d2g_jax.runtime.errors import UserError
 
@@ -96,7 +96,6 @@ def test_features_and_distances_equal_clean_fid_s(inception, folders):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 def test_cifar_s_images_are_enlarged_by_the_network_itself(inception):
     torch = pytest.importorskip("torch")
@@ -112,15 +111,15 @@ def test_cifar_s_images_are_enlarged_by_the_network_itself(inception):
 def test_reference_statistics_survive_their_file(inception, folders, tmp_path):
     extractor = features.make_extractor(COCO, inception)
     made = measure_reference(survey(folders[1], COCO, mixed=True), COCO, extractor, 16)
-    made.save(tmp_path / "real.npz")
-    again = read_reference(tmp_path / "real.npz", COCO, extractor)
+    save(tmp_path / "real.npz", {"inception": made}, COCO)
+    again = read_reference(tmp_path / "real.npz", COCO, extractor, "inception")
     np.testing.assert_array_equal(again.features, made.features)
     assert dataclasses.replace(again, features=None, source="") == dataclasses.replace(made, features=None, source="")
     other = dataclasses.replace(PROTOCOLS["coco2017-5k"], size=64)
     with pytest.raises(UserError, match="statistics of the protocol coco2014-30k, not of coco2017-5k"):
-        read_reference(tmp_path / "real.npz", other, extractor)
+        read_reference(tmp_path / "real.npz", other, extractor, "inception")
     with pytest.raises(UserError, match="features of other weights"):
-        read_reference(tmp_path / "real.npz", COCO, dataclasses.replace(extractor, sha256="0" * 64))
+        read_reference(tmp_path / "real.npz", COCO, dataclasses.replace(extractor, sha256="0" * 64), "inception")
 
 
 def test_what_is_no_inception_file(tmp_path):

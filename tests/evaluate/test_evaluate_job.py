@@ -21,6 +21,7 @@ from d2g_jax.results.table import comparable, table
 from d2g_jax.runtime.errors import UserError
 
 N = 80
+OF_FEATURES = {"fid", "kid", "precision", "recall", "density", "coverage"}
 PIPELINE = WEIGHTS / "pipeline"
 DIGITS = ["evaluate", "--protocol=digits", f"--samples={N}"]
 
@@ -46,7 +47,7 @@ def drawn(tiny_lpips, tmp_path_factory):
 
 def test_a_model_is_drawn_and_its_result_says_how_it_was_measured(drawn):
     result = read_result(drawn / "result.json")
-    assert set(result["metrics"]) == {"fid", "kid", "precision", "recall", "accuracy", "lpips_diversity"}
+    assert set(result["metrics"]) == {*OF_FEATURES, "accuracy", "lpips_diversity"}
     assert (result["samples"], result["complete"], result["system"]) == (N, False, "one step")
     assert result["protocol"]["sha256"] == PROTOCOLS["digits"].sha256
     assert (result["images"]["formats"], result["images"]["size"]) == ({"PNG": N}, [64, 64])
@@ -127,6 +128,11 @@ def test_a_folder_of_photographs_as_reference_and_fidelity_to_the_teacher(drawn,
     a, b = read_result(tmp_path / "a.json"), read_result(tmp_path / "b.json")
     assert a["metrics"] == b["metrics"]
     assert a["metrics"]["lpips_fidelity"] == 0.0  # to itself
+    to_itself = {name: a["metrics"][f"{name}_teacher"] for name in ("fid", "kid", "precision", "recall")}
+    assert to_itself["fid"] < 1e-3
+    assert to_itself["kid"]["mean"] <= 0.0  # unbiased: an image is not compared with itself on its own side
+    assert (to_itself["precision"], to_itself["recall"]) == (1.0, 1.0)
+    assert comparable(a, "kid_teacher")["teacher"] == a["teacher"]["sha256"][:12]
     assert "accuracy" in a["metrics"]  # drawing.json says that these are the protocol's prompts
     assert comparable(a, "fid") == comparable(b, "fid") != comparable(read_result(drawn / "result.json"), "fid")
     with pytest.warns(UserWarning, match="nothing says"):
@@ -143,12 +149,12 @@ def test_clip_score_of_a_folder(real, tiny_clip, tmp_path):
     result = read_result(tmp_path / "a.json")
     assert list(result["metrics"]) == ["clip_b32"]
     assert -1 < result["metrics"]["clip_b32"] < 1
-    from d2g_jax.evaluate import clip_score
+    from d2g_jax.evaluate import towers
     from d2g_jax.evaluate.images import batches
 
-    clip, values = clip_score.load("clip_b32", tiny_clip), []
+    clip, values = towers.load_score("clip_b32", tiny_clip), []
     for indices, images in batches(survey(real, PROTOCOLS["digits"]), PROTOCOLS["digits"], N):
-        values.append(clip.cosines(images, [["the cat", "the dog"][i % 2] for i in indices]))
+        values.append(clip.values(images, [["the cat", "the dog"][i % 2] for i in indices]))
     assert result["metrics"]["clip_b32"] == pytest.approx(np.mean(values), abs=1e-6)
 
 
@@ -177,7 +183,7 @@ def test_corrupt_files_are_left_out_by_flag_and_named(real, tmp_path, capsys):
         (["--steps=4"], "--images are drawn already"),
         (["--model=x"], "either --model=M or --images=FOLDER"),
         (["--batch=0"], "--batch=0"),
-        (["--protocol=coco"], "coco2014-30k, coco2017-5k, digits"),
+        (["--protocol=coco"], "coco2014-30k, coco2017-5k, cifar10-50k, digits"),
         (["--protocol=coco2017-5k"], "nothing to measure"),
         (["--protocol=coco2017-5k", "--metrics=fid"], "fid needs --weights-inception=PATH"),
         (["--prompts=LICENSE"], "line 1 is empty"),
@@ -232,7 +238,10 @@ def test_images_of_other_prompts(drawn, tmp_path, capsys):
 def test_statistics_that_say_nothing_of_themselves(real, tmp_path, capsys):
     np.savez(tmp_path / "fid.npz", mu=np.zeros(64), sigma=np.eye(64))
     (tmp_path / "text.npz").write_text("no statistics")
-    for name, message in (("fid.npz", "do not say their protocol (mu, sigma)"), ("text.npz", "cannot be read")):
+    for name, message in (
+        ("fid.npz", "no features of a known protocol (it holds mu, sigma)"),
+        ("text.npz", "cannot be read"),
+    ):
         flags = [f"--reference={tmp_path / name}", f"--out={tmp_path / 'a.json'}"]
         assert message in refused(capsys, *DIGITS, f"--images={real}", *flags)
 

@@ -93,5 +93,8 @@ def gallery(workdir):
         "between_pairs": 0.4321,
         "rows": [{"prompt": "a bold seven", "image": student, "neighbours": neighbours}],
     }
-    write(workdir / "samples" / "gallery.json", {"images": 320, "walks": walks, "nearest": nearest})
+    sides = zip(draw("beside_student", 2), draw("beside_teacher", 2), (0.75, 0.125), strict=True)
+    rows = [{"prompt": "held out", "distance": far, "student": a, "teacher": b} for a, b, far in sides]
+    teacher = {"by": "LatentLPIPS", "pairs": 64, "mean": 0.31, "rows": rows}
+    write(workdir / "samples" / "gallery.json", {"images": 320, "walks": walks, "nearest": nearest, "teacher": teacher})
     return workdir

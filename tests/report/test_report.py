@@ -93,7 +93,7 @@ def test_the_page_shows_what_the_run_holds(workdir):
 
 def test_walks_and_nearest_pairs_say_how_they_were_made(gallery):
     text = page_of(gallery)
-    assert sections_of(text)[4:7] == ["walks", "nearest", "speed"]
+    assert sections_of(text)[4:7] == ["walks", "beside", "nearest"]
     outline = Outline(text)
     words = " ".join(outline.text)
     for expected in (
@@ -103,14 +103,17 @@ def test_walks_and_nearest_pairs_say_how_they_were_made(gallery):
         "nearest of 4,096 of the 10,000 pairs",
         "0.432 from its nearest other pair",
         "pair 41",
+        "Of 64 pairs that were kept out of training",
+        "by LatentLPIPS",
+        "0.125",
     ):
         assert expected in words
-    assert len(outline.attributes("img")) == 3 + 3 + 8 + 8 + 3
+    assert len(outline.attributes("img")) == 3 + 3 + 8 + 8 + 4 + 3
     data = json.loads((gallery / "samples" / "gallery.json").read_text())
     data["walks"][0]["images"][0] = "../../outside.png"
     save_png(gallery.parent / "outside.png", np.zeros((4, 4, 3), np.uint8))
     write(gallery / "samples" / "gallery.json", data)
-    assert len(Outline(page_of(gallery)).attributes("img")) == 3 + 3 + 8 + 8 + 3 - 1
+    assert len(Outline(page_of(gallery)).attributes("img")) == 3 + 3 + 8 + 8 + 4 + 3 - 1
 
 
 def test_a_job_of_several_runs_shows_their_pictures(workdir):

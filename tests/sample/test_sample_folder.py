@@ -45,6 +45,37 @@ def test_the_prompts_that_are_written_are_read_again(model, tmp_path):
     np.testing.assert_array_equal(*(np.load(tmp_path / name / "latents.npy") for name in ("out", "again")))
 
 
+def test_the_tree_that_geneval_s_evaluator_reads(model, tmp_path, capsys):
+    """A folder of digits for each prompt, with its metadata.jsonl and samples/ of digits.png."""
+    listed = tmp_path / "evaluation_metadata.jsonl"
+    lines = ['{"tag": "two_object", "include": [{"class": "bench"}], "prompt": "bold 7"}', '{"prompt": "a red 3"}']
+    listed.write_text("\n".join(lines) + "\n")
+    flags = [f"--prompts={listed}", "--images=3"]
+    assert sample(model, tmp_path / "tree", *flags, "--layout=geneval") == 0
+    assert sample(model, tmp_path / "flat", *flags, "--prompts-column=prompt") == 0
+    for i, line in enumerate(lines):
+        folder = tmp_path / "tree" / f"{i:05d}"
+        assert (folder / "metadata.jsonl").read_text() == f"{line}\n"
+        found = files(folder / "samples")
+        assert list(found) == ["00000.png", "00001.png", "00002.png"]
+        flat = files(tmp_path / "flat")
+        assert list(found.values()) == [flat[f"{3 * i + k:05d}.png"] for k in range(3)]
+    assert (tmp_path / "tree" / "grid.png").read_bytes() == (tmp_path / "flat" / "grid.png").read_bytes()
+    for wrong in (["--prompt=a"], [f"--prompts={tmp_path / 'flat' / 'prompts.txt'}"]):
+        line = refused(capsys, "sample", f"--model={model}", "--layout=geneval", f"--out={tmp_path / 'x'}", *wrong)
+        assert "--layout=geneval: give --prompts=evaluation_metadata.jsonl" in line
+    line = refused(
+        capsys,
+        "sample",
+        f"--model={model}",
+        "--steps=1",
+        *flags,
+        f"--out={tmp_path / 'tree'}",
+        "--prompts-column=prompt",
+    )
+    assert "layout='geneval', not None" in line
+
+
 @pytest.mark.parametrize("prompt", ["caf\udce9", "a \ud83d"])
 def test_a_prompt_that_is_no_text_is_named(prompt, capsys):
     assert "--prompt holds half a character" in refused(capsys, "sample", "--model=m", f"--prompt={prompt}", "--out=o")

@@ -6,6 +6,7 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from d2g_jax import records
 from d2g_jax.train import gallery
@@ -48,6 +49,11 @@ class Painter:
         latents = (1 - share) * own[mix.left] + share * own[mix.right]
         self.calls.append((batch, mix))
         return Pictures(latents, self._image(latents), self._image(own))
+
+    distance_name = "difference"
+
+    def distances(self, a, b):
+        return np.abs(a - b).mean((1, 2, 3))
 
     def _image(self, latents):
         return np.broadcast_to(np.clip(latents[:, 0, :, :, None], 0, 255).astype(np.uint8), (*latents[:, 0].shape, 3))
@@ -151,6 +157,40 @@ def test_a_gallery_says_what_it_shows(tmp_path, monkeypatch, count, pairs):
         assert row["neighbours"][0]["prompt"] == row["prompt"] == f"prompt {i}"
     named = [row["image"] for row in rows] + [near["image"] for row in rows for near in row["neighbours"]]
     assert all((tmp_path / name).is_file() for name in named + prompts["images"] + noise["images"])
+
+
+def test_the_farthest_and_the_nearest_of_teacher_and_student_are_shown(tmp_path, monkeypatch):
+    latents = np.stack([np.full(SHAPE, float(i), np.float16) for i in range(30)])
+    source, kept = Pairs(latents, [f"prompt {i}" for i in range(30)]), list(range(0, 30, 2))
+    monkeypatch.setattr(gallery, "_with_prompts", lambda source: source)
+    off = {i: abs(i - 13) for i in kept}  # by how much this student misses: farthest at the ends
+
+    class Wrong(Painter):
+        def pictures(self, params, batch, mix):
+            drawn = super().pictures(params, batch, mix)
+            by = np.array([off.get(int(record["id"]), 0.0) for record in batch])[mix.left]
+            return drawn._replace(latents=drawn.latents + by[:, None, None, None])
+
+    said = json.loads(gallery.make_gallery(Wrong(32), None, source, tmp_path, 320, kept).read_text())["teacher"]
+    assert (said["by"], said["pairs"], said["mean"]) == (
+        "difference",
+        15,
+        pytest.approx(np.mean(list(off.values())), abs=1e-3),
+    )
+    assert [row["distance"] for row in said["rows"]] == [15.0, 13.0, 13.0, 11.0, 3.0, 3.0, 1.0, 1.0]
+    assert [row["prompt"] for row in said["rows"]][:2] == ["prompt 28", "prompt 0"]
+    for row in said["rows"]:
+        own = int(row["prompt"].split()[1])
+        assert (np.asarray(Image.open(tmp_path / row["teacher"]))[..., 0] == own).all()
+
+
+def test_few_pairs_are_shown_once_each(tmp_path, monkeypatch):
+    source = Pairs(np.zeros((8, *SHAPE), np.float16), ["a"] * 8)
+    monkeypatch.setattr(gallery, "_with_prompts", lambda source: source)
+    said = json.loads(gallery.make_gallery(Painter(8), None, source, tmp_path, 320, [1, 2, 3, 4, 5]).read_text())
+    assert len(said["teacher"]["rows"]) == 5
+    said = json.loads(gallery.make_gallery(Painter(8), None, source, tmp_path, 320).read_text())
+    assert said["teacher"] is None
 
 
 def test_one_pair_makes_no_gallery(tmp_path):

@@ -1,0 +1,212 @@
+"""Networks of transformers from local folders, in PyTorch: scores of images and their prompts, features of images.
+
+The CLIP score is the mean cosine between an image and its prompt (arXiv 2104.08718 without its factor and floor).
+PickScore (arXiv 2305.01569) and HPSv2 (arXiv 2306.09341) are the same of a CLIP ViT-H/14 that was trained on people's
+choices. LAION's aesthetic score is a head of linear layers on CLIP ViT-L/14's image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from d2g_jax.evaluate.features import Extractor, best_device
+from d2g_jax.inputs.torch_files import read_torch
+from d2g_jax.results import metric_weights
+from d2g_jax.runtime.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """What a folder must be, since one under the wrong flag would give a number too; and what is made of its cosine.
+
+    Attributes:
+      patch, layers: of the image tower.
+      side: pixels that it takes; None where no other model differs in it alone.
+      factor: of the cosine of image and text; None: the exponential of the model's own scale.
+      prefixed: whether the protocol's prefix stands before a prompt.
+    """
+
+    patch: int
+    layers: int
+    side: int | None = None
+    factor: float | None = 1.0
+    prefixed: bool = False
+
+
+TOWERS = {
+    "clip_b32": Tower(32, 12, prefixed=True),
+    "clip_g14": Tower(14, 40, prefixed=True),
+    "pickscore": Tower(14, 32, factor=None),
+    "hpsv2": Tower(14, 32, factor=100.0),  # published tables give hundreds
+    "aesthetic": Tower(14, 24, 224),
+    "clip_l14_336": Tower(14, 24, 336),
+    "dinov2": Tower(14, 24),
+}
+AESTHETIC = "aesthetic"
+SCORES = ("clip_b32", "clip_g14", "pickscore", "hpsv2", AESTHETIC)
+SPACES = ("dinov2", "clip_l14_336")
+"""Those whose features two sets of images are compared in."""
+
+_IMAGENET = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A frozen model.
+
+    Attributes:
+      sha256: of its weights.
+      values: (uint8 images (B, S, S, 3), B texts) -> float64 (B,).
+    """
+
+    sha256: str
+    values: Callable[[np.ndarray, Sequence[str]], np.ndarray]
+
+
+def load_score(name: str, folder: Path) -> Score:
+    """One of `SCORES` from a local folder in transformers' layout, with safetensors.
+
+    The image is prepared as the folder's preprocessor_config.json says; the text is cut off after the model's length.
+    Raises `UserError` for a folder of another model or without safetensors, and without the extra `eval`.
+    """
+    _check_folder(name, folder)
+    if name == AESTHETIC:
+        return _aesthetic(folder)
+    model, processor, tokenizer = _opened(name, folder, "CLIPModel", "CLIPImageProcessorPil", "CLIPTokenizer")
+    import torch
+
+    device = best_device(torch)
+    model, length = model.to(device).eval(), model.config.text_config.max_position_embeddings
+    factor = float(model.logit_scale.detach().exp()) if TOWERS[name].factor is None else TOWERS[name].factor
+
+    def values(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+        tokens = tokenizer(
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(device)
+        pixels = processor(list(images), return_tensors="pt")["pixel_values"].to(device)
+        with torch.inference_mode():
+            output = model(input_ids=tokens["input_ids"], attention_mask=None, pixel_values=pixels)
+            image, text = output.image_embeds.double(), output.text_embeds.double()
+            return factor * torch.nn.functional.cosine_similarity(image, text).cpu().numpy()
+
+    return Score(metric_weights.sha256_of(folder), values)
+
+
+def load_space(name: str, folder: Path) -> Extractor:
+    """One of `SPACES`; images are resized by PIL's bicubic, as dgm-eval and clip-mmd do. Raises as `load_score` does.
+
+    DINOv2's features are the last layer's class token behind its norm, CLIP's the projected image at unit length.
+    """
+    _check_folder(name, folder)
+    if name == "dinov2":
+        (model,) = _opened(name, folder, "Dinov2Model")
+        return _extractor(name, folder, model, 224, _IMAGENET, lambda output: output.pooler_output)
+    model, processor = _opened(name, folder, "CLIPVisionModelWithProjection", "CLIPImageProcessorPil")
+    scale = np.asarray(processor.image_mean), np.asarray(processor.image_std)
+    return _extractor(name, folder, model, model.config.image_size, scale, lambda output: _unit(output.image_embeds))
+
+
+def _extractor(
+    name: str,
+    folder: Path,
+    model: Any,
+    side: int,
+    scale: tuple[np.ndarray, np.ndarray],
+    features: Callable[[Any], Any],
+) -> Extractor:
+    import torch
+    import transformers
+
+    device, (mean, deviation) = best_device(torch), scale
+    model = model.to(device).eval()
+
+    def extract(images: np.ndarray) -> np.ndarray:
+        sized = [np.asarray(Image.fromarray(one).resize((side, side), Image.Resampling.BICUBIC)) for one in images]
+        pixels = ((np.stack(sized) / 255 - mean) / deviation).astype(np.float32)
+        with torch.inference_mode():
+            return features(model(pixel_values=torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device))).cpu().numpy()
+
+    return Extractor(f"transformers {transformers.__version__}, {name}", metric_weights.sha256_of(folder), extract)
+
+
+def _aesthetic(folder: Path) -> Score:
+    """A head `.pth` of linear layers `layers.N` without anything between them, beside CLIP's folder of ViT-L/14."""
+    heads = sorted(folder.glob("*.pth"))
+    if len(heads) != 1:
+        given = f"{metric_weights.flag(AESTHETIC)}={folder}"
+        raise UserError(f"{given}: {len(heads)} files .pth, not one head; {metric_weights.WHERE[AESTHETIC]}")
+    state = read_torch(heads[0])
+    model, processor = _opened(AESTHETIC, folder, "CLIPVisionModelWithProjection", "CLIPImageProcessorPil")
+    width = model.config.projection_dim
+    try:
+        numbers = sorted({int(key.split(".")[1]) for key in state})
+        layers = [(state[f"layers.{i}.weight"].T, state[f"layers.{i}.bias"]) for i in numbers]
+        np.linalg.multi_dot([np.zeros((1, width)), *(weight for weight, _ in layers), np.zeros((1, 1))])
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{heads[0]}: no head of linear layers from {width} numbers to 1 ({error})") from error
+    import torch
+
+    device = best_device(torch)
+    model = model.to(device).eval()
+
+    def values(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+        pixels = processor(list(images), return_tensors="pt")["pixel_values"].to(device)
+        with torch.inference_mode():
+            x = _unit(model(pixel_values=pixels).image_embeds).double().cpu().numpy()
+        for weight, bias in layers:
+            x = x @ weight + bias
+        return x[:, 0]
+
+    return Score(metric_weights.sha256_of(folder), values)
+
+
+def _unit(x: Any) -> Any:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def _opened(name: str, folder: Path, *classes: str) -> list[Any]:
+    """Objects of transformers' classes from a folder; raises `UserError` where it is damaged or none of theirs."""
+    try:
+        import torch
+        import transformers
+        from safetensors import SafetensorError
+    except ImportError as error:
+        raise metric_weights.needs_extra(name, error) from error
+    made = []
+    try:
+        for kind in classes:
+            of_weights = {"use_safetensors": True, "dtype": torch.float32} if "Model" in kind else {}
+            made.append(getattr(transformers, kind).from_pretrained(folder, local_files_only=True, **of_weights))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: cannot be read as {name} ({reason}); {metric_weights.WHERE[name]}") from error
+    return made
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    given, tower, file = f"{metric_weights.flag(name)}={folder}", TOWERS[name], folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        vision = config if name == "dinov2" else config["vision_config"]
+        patch, layers = vision.get("patch_size", 32), vision.get("num_hidden_layers", 12)
+        side = vision.get("image_size", 224)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{given}: no such model in transformers' layout; {metric_weights.WHERE[name]}") from error
+    for what, found, wanted in (
+        ("patch", patch, tower.patch),
+        ("layers", layers, tower.layers),
+        ("side", side, tower.side),
+    ):
+        if wanted is not None and found != wanted:
+            raise UserError(f"{given}: another model, {what} {found}, not {wanted}; {metric_weights.WHERE[name]}")
+    if name == "dinov2" and config.get("model_type") != "dinov2":
+        raise UserError(f"{given}: a {config.get('model_type')}, no DINOv2; {metric_weights.WHERE[name]}")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{given}: holds no safetensors; {metric_weights.WHERE[name]}")
