@@ -167,7 +167,10 @@ def _reference(arguments: Sequence[str]) -> Callable[[], str]:
     )
     parser.add_argument("--protocol", required=True, help=", ".join(PROTOCOLS))
     parser.add_argument(
-        "--images", type=common.path, required=True, help="folder of real images; sizes and formats may differ"
+        "--images",
+        type=common.path,
+        required=True,
+        help="folder of real images of any sizes and formats, or one that TFDS prepared",
     )
     names = ("inception", "dinov2", "clip_l14_336")
     for name in names:

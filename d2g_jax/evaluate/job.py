@@ -83,7 +83,7 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
 def make_reference(
     protocol: str, images: Path, weights: Mapping[str, Path], out: Path, *, max_corrupt: int, batch_size: int
 ) -> dict[str, Any]:
-    """Writes the features of a folder of real images, .npz, of all spaces whose weights are given.
+    """Writes the features of a folder of real images or of TFDS, .npz, of all spaces whose weights are given.
 
     Returns the description of the protocol's own, or else of the first.
     """
@@ -98,11 +98,10 @@ def make_reference(
     extractors = {space: extractor_of(space, found, weights) for space in spaces}
     if not images.is_dir():
         raise UserError(f"{images}: no such folder; give one of images")
-    real = survey(images, found, max_corrupt=max_corrupt, mixed=True)
-    made = {
-        space: reference.measure_reference(real, found, extractor, batch_size)
-        for space, extractor in extractors.items()
-    }
+    measure, real = reference.measure_dataset, images
+    if not (images / "dataset_info.json").is_file():
+        measure, real = reference.measure_reference, survey(images, found, max_corrupt=max_corrupt, mixed=True)
+    made = {space: measure(real, found, extractor, batch_size) for space, extractor in extractors.items()}
     reference.save(out, made, found)
     return made[spaces[0]].describe()
 

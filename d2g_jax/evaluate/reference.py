@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from d2g_jax.evaluate.features import Extractor
-from d2g_jax.evaluate.images import Survey, batches
+from d2g_jax.evaluate.images import Survey, batches, prepare
 from d2g_jax.evaluate.protocols import Protocol
+from d2g_jax.lpips_training.tfds_images import open_tfds
 from d2g_jax.runtime import atomic
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.progress import Progress
@@ -115,6 +116,31 @@ def measure_reference(found: Survey, protocol: Protocol, extractor: Extractor, b
             features.append(extractor.extract(images))
             progress.advance(len(images))
     return _describe(np.concatenate(features), protocol, extractor, found.sha256, found.formats, str(found.folder))
+
+
+def measure_dataset(folder: Path, protocol: Protocol, extractor: Extractor, batch: int) -> Reference:
+    """The same of the split "train" of a folder that TFDS prepared; known by the hash of its pixels.
+
+    Raises `UserError` as `open_tfds`, and for an image of another size than a protocol's that resizes nothing.
+    """
+    found, digest, features = open_tfds(folder, "train"), hashlib.sha256(), []
+    with Progress("reference", found.count, "image") as progress:
+        for first in range(0, found.count, batch):
+            rows = range(first, min(first + batch, found.count))
+            images = [prepare(found.read(row)[0], protocol) for row in rows]
+            for row, image in zip(rows, images, strict=True):
+                if image.shape[:2] != (protocol.size, protocol.size):
+                    sides = f"{image.shape[1]}x{image.shape[0]} pixels"
+                    raise UserError(
+                        f"{found.name(row)}: {sides}; {protocol.name} takes {protocol.size} and resizes nothing"
+                    )
+            features.append(extractor.extract(np.stack(images)))
+            digest.update(np.stack(images).tobytes())
+            progress.advance(len(images))
+    formats = {"TFDS": found.count}
+    return _describe(
+        np.concatenate(features), protocol, extractor, digest.hexdigest(), formats, f"{folder}, split train"
+    )
 
 
 def _describe(

@@ -8,6 +8,8 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
+from tfds_folders import example, write_tfds
 
 from d2g_jax.__main__ import main
 from d2g_jax.digits import judge, scenes
@@ -138,6 +140,20 @@ def test_a_folder_of_photographs_as_reference_and_fidelity_to_the_teacher(drawn,
     with pytest.warns(UserWarning, match="nothing says"):
         run(*DIGITS, f"--images={real}", *flags, "--metrics=lpips_fidelity", f"--out={tmp_path / 'c.json'}")
     assert read_result(tmp_path / "c.json")["metrics"]["lpips_fidelity"] > 0.0
+
+
+def test_a_folder_that_tfds_prepared_as_reference(real, tmp_path, capsys):
+    """Its features are those of the same images in files."""
+    pictures = [Image.open(real / f"{i:05d}.png") for i in range(N)]
+    folder = write_tfds(tmp_path / "toy", "tfrecord", [example(one, 0) for one in pictures], (30, N - 30))
+    command = ["evaluate", "reference", "--protocol=digits"]
+    run(*command, f"--images={folder}", f"--out={tmp_path / 'tfds.npz'}")
+    run(*command, f"--images={real}", f"--out={tmp_path / 'files.npz'}")
+    found, expected = (np.load(tmp_path / f"{name}.npz")["features"] for name in ("tfds", "files"))
+    np.testing.assert_array_equal(found, expected)
+    small = write_tfds(tmp_path / "small", "tfrecord", [example(one.resize((32, 32)), 0) for one in pictures[:5]])
+    line = refused(capsys, *command, f"--images={small}", f"--out={tmp_path / 'a.npz'}")
+    assert "split train, record 0: 32x32 pixels; digits takes 64 and resizes nothing" in line
 
 
 def test_clip_score_of_a_folder(real, tiny_clip, tmp_path):
