@@ -75,12 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{device}: none of {', '.join(TOPOLOGIES)}; --rehearse runs tiny networks here", file=sys.stderr)
         return 2
     result: dict[str, Any] = {"device": device, "date": datetime.date.today().isoformat(), "rehearsal": own.rehearse}
-    result |= {"plan": None if own.rehearse else _plan(topology, own.out), "parts": {}}
+    result |= {"plan": None, "parts": {}}
+    planning = None if own.rehearse else _begin_plan(topology, own.out)
     for part in PARTS:
         left = own.seconds - (time.monotonic() - begun)
         result["parts"][part.name] = _run(part, own.out, min(part.limit, left), own.rehearse)
+        result["plan"] = _planned(own.out) if planning else None
         (own.out / "gpu.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         (own.out / "gpu.md").write_text(table(result), encoding="utf-8")
+    if planning:
+        planning.kill()  # which ends nothing that has ended
     print(table(result))
     return 0
 
@@ -91,15 +95,22 @@ def _device() -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _plan(topology: str, out: Path) -> dict[str, float]:
-    """What `d2g plan` says by formula of the part "train"."""
-    file = out / "plan.json"
-    command = ["plan", *SD15, f"--topology=gpu:1x{topology}", "--no-search", f"--out={file}"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    subprocess.run(
-        [sys.executable, "-m", "d2g_jax", *command], check=True, cwd=ROOT, env=environment, capture_output=True
-    )
-    plan = json.loads(file.read_text(encoding="utf-8"))
+def _begin_plan(topology: str, out: Path) -> subprocess.Popen:
+    """`d2g plan`, by formula, of the part "train": on the host's cores, beside the first parts."""
+    command = ["plan", *SD15, f"--topology=gpu:1x{topology}", "--no-search", f"--out={(out / 'plan.json').resolve()}"]
+    (out / "plan.json").unlink(missing_ok=True)
+    with (out / "plan.log").open("w", encoding="utf-8") as log:
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "d2g_jax", *command], cwd=ROOT, env=environment, stdout=log, stderr=log
+        )
+
+
+def _planned(out: Path) -> dict[str, float] | None:
+    """What the plan says, once it is there."""
+    if not (out / "plan.json").is_file():
+        return None
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))["plan"]
     return {"images_per_second": plan["images_per_second_per_chip"]["predicted"], "bytes": plan["total_bytes"]}
 
 
