@@ -101,9 +101,13 @@ def render(count: int, seed: int, *, test: bool = False, plain: bool = False) ->
     return Scenes(images, labels)
 
 
+REAL = 2000
+"""Real scenes that samples are compared with."""
+
+
 def real_scenes(*, test: bool = False) -> Scenes:
-    """The 2,000 that samples are compared with, or as many of digits held out."""
-    return render(2000, 5 if test else 4, test=test)
+    """Those that samples are compared with, or as many of digits held out."""
+    return render(REAL, 5 if test else 4, test=test)
 
 
 def random_place(rng: np.random.Generator) -> tuple[int, int]:

@@ -166,7 +166,9 @@ def _measure_images(plan: Plan, opened: Opened, found: Survey, result: dict[str,
             progress.advance(len(images))
     if extractor is not None:
         real = opened.real
-        if isinstance(real, Survey):
+        if real is None:
+            real = reference.digits_reference(protocol, extractor)
+        elif isinstance(real, Survey):
             real = reference.measure_reference(real, protocol, extractor, request.batch_size)
         result["reference"] = real.describe()
         result["weights"][protocol.features] = {"name": extractor.name, "sha256": extractor.sha256}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from d2g_jax.digits.scenes import REAL
 from d2g_jax.evaluate import clip_score, distances, pairwise, reference
 from d2g_jax.evaluate.clip_score import ClipScore
 from d2g_jax.evaluate.features import Extractor, make_extractor
@@ -26,7 +27,8 @@ class Opened:
 
     Attributes:
       extractor: of features.
-      real: statistics, or a folder of images whose features are taken when all else is known to be right.
+      real: statistics, or a folder of images whose features are taken when all else is known to be right; None for the
+        digits' own, which are drawn then.
       clips, pairs: by name.
       several: images of `--diversity-images`.
       teacher: images of `--teacher-images`, the first `samples`.
@@ -83,15 +85,15 @@ def _open_reference(plan: Plan) -> tuple[Extractor | None, Reference | Survey | 
     request, protocol = plan.request, plan.protocol
     extractor = make_extractor(protocol, request.weights.get("inception"))
     if request.reference is None:
-        return extractor, reference.digits_reference(protocol, extractor)
+        return extractor, None
     if request.reference.is_dir():
         return extractor, survey(request.reference, protocol, max_corrupt=request.max_corrupt, mixed=True)
     return extractor, reference.read_reference(request.reference, protocol, extractor)
 
 
-def _check_counts(plan: Plan, extractor: Extractor, real: Reference | Survey) -> None:
+def _check_counts(plan: Plan, extractor: Extractor, real: Reference | Survey | None) -> None:
     """Raises `UserError` where the plan's images, or the reference's, are too few for a metric."""
-    counts = {"of the system": plan.samples, "of the reference": len(real)}
+    counts = {"of the system": plan.samples, "of the reference": REAL if real is None else len(real)}
     if plan.wants("fid"):
         side = plan.protocol.size
         width = extractor.extract(np.zeros((1, side, side, 3), np.uint8)).shape[1]
