@@ -11,6 +11,8 @@ import numpy as np
 from d2g_jax.digits import data
 from d2g_jax.digits.textures import KINDS, texture
 
+REAL = 2000
+"""Scenes that samples are compared with."""
 SIZE = 64
 GLYPH = 50
 """Pixels of a digit's side, a border of two included."""
@@ -99,10 +101,6 @@ def render(count: int, seed: int, *, test: bool = False, plain: bool = False) ->
             labels[i, [TEXTURE, TEXTURE + 1 + rng.integers(2)]] = UNCLEAR
         images[i] = draw(Scene(*labels[i]), source.ink[row], random_place(rng), rng)
     return Scenes(images, labels)
-
-
-REAL = 2000
-"""Real scenes that samples are compared with."""
 
 
 def real_scenes(*, test: bool = False) -> Scenes:

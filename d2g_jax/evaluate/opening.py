@@ -27,8 +27,7 @@ class Opened:
 
     Attributes:
       extractor: of features.
-      real: statistics, or a folder of images whose features are taken when all else is known to be right; None for the
-        digits' own, which are drawn then.
+      real: statistics, or what is measured when all else is known to be right: a folder, or None, the digits' own.
       clips, pairs: by name.
       several: images of `--diversity-images`.
       teacher: images of `--teacher-images`, the first `samples`.

@@ -106,8 +106,8 @@ def check_teacher(pipeline: Pipeline) -> None:
         )
     if (name := pipeline.scheduler.get("_class_name")) in _FEW_STEPS:
         raise UserError(
-            f"{pipeline.folder}: its scheduler is {name}, of models that were distilled to few steps, no teacher to be "
-            "solved; draw with --system, or where it is a teacher name DDIMScheduler in its scheduler_config.json"
+            f"{pipeline.folder}: its scheduler is {name}, of models that were distilled to few steps, no teacher to "
+            "be solved; draw with --system, or where it is a teacher name DDIMScheduler in its scheduler_config.json"
         )
 
 

@@ -71,10 +71,7 @@ def needed_files(names: Sequence[str], with_extras: bool = False) -> list[str]:
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 (hex) over the names and bytes of what is read of a pipeline folder, or over a single file's bytes.
-
-    Of the schedule it is over what is read, as `schedule.read_of` has it.
-    """
+    """SHA-256 (hex) over the names and bytes of what is read of a folder (`schedule.read_of`), or over a file's bytes."""
     if folder.is_file():
         with folder.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -246,7 +246,5 @@ def test_a_teacher_that_was_moved_is_the_same(manifest, tmp_path):
     manifest.write(tmp_path)
     dataclasses.replace(manifest, teacher="moved").write(tmp_path)
     dataclasses.replace(manifest, scheduler={**manifest.scheduler, "_diffusers_version": "0.36.0"}).write(tmp_path)
-    with pytest.raises(UserError, match="scheduler is"):
-        dataclasses.replace(manifest, scheduler={**manifest.scheduler, "beta_end": 0.5}).write(tmp_path)
     with pytest.raises(UserError, match="teacher_hash is"):
         dataclasses.replace(manifest, teacher_hash="other").write(tmp_path)
