@@ -71,7 +71,7 @@ def needed_files(names: Sequence[str], with_extras: bool = False) -> list[str]:
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 (hex) over the names and bytes of what is read of a folder (`schedule.read_of`), or over a file's bytes."""
+    """SHA-256 (hex) of what is read of a folder: names and bytes, and what `schedule.read_of` says; or of a file."""
     if folder.is_file():
         with folder.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
