@@ -30,6 +30,12 @@ _CLASSES = (
     "SASolverScheduler", "LCMScheduler", "TCDScheduler",
 )  # fmt: skip
 """diffusers' schedulers that thin out a schedule of betas; whatever they do with it, the schedule is the same."""
+DEFAULTS: dict[str, Any] = {
+    "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+    "trained_betas": None, "prediction_type": "epsilon", "rescale_betas_zero_snr": False,
+    "timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True,
+}  # fmt: skip
+"""All that is read of a scheduler's config for its schedule, and what a file without it means to diffusers."""
 STUDENT = "_d2g_timestep"
 """Key of a scheduler's config that our export writes: the timestep of the student's one call."""
 SPACINGS = ("leading", "trailing", "linspace")
@@ -82,24 +88,25 @@ class Schedule:
             raise UserError(f"{source}: {name} is no schedule of betas; known are {', '.join(_CLASSES)}")
         if not any(config.get(key) is not None for key in _BETA_KEYS):
             raise UserError(f"{source}: has none of {', '.join(_BETA_KEYS)}; fetch the file again")
+        config = {**DEFAULTS, **config}
         for key in ("clip_sample", "thresholding", "use_flow_sigmas"):
             if config.get(key):
                 raise UserError(f"{source}: {key}=true is not a deterministic ODE of the latents; set it to false")
-        prediction_type = config.get("prediction_type", "epsilon")
+        prediction_type = config["prediction_type"]
         if prediction_type not in PREDICTION_TYPES:
             raise UserError(f"{source}: prediction_type={prediction_type!r}; known are {', '.join(PREDICTION_TYPES)}")
-        spacing = config.get("timestep_spacing", "leading")
+        spacing = config["timestep_spacing"]
         if spacing not in SPACINGS:
             raise UserError(f"{source}: timestep_spacing={spacing!r}; known are {', '.join(SPACINGS)}")
         alphas_cumprod = np.cumprod(1.0 - _betas(config, source))
-        if config.get("rescale_betas_zero_snr"):
+        if config["rescale_betas_zero_snr"]:
             alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
         return cls(
             alphas_cumprod.astype(np.float32),
             prediction_type,
             spacing,
-            _number(config, source, "steps_offset", 0, AMOUNT),
-            bool(config.get("set_alpha_to_one", True)),
+            _number(config, source, "steps_offset", AMOUNT),
+            bool(config["set_alpha_to_one"]),
         )
 
     @property
@@ -142,6 +149,13 @@ class Schedule:
         return int(self.timesteps(num_steps)[0])
 
 
+def read_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is read of a `scheduler_config.json`, with what it leaves out: equal for files of one schedule."""
+    karras = config.get("_class_name") in TIME_SCALES and Karras.from_config(config, source="scheduler_config.json")
+    levels = {"karras": dataclasses.asdict(karras)} if karras else {}
+    return {**{key: config.get(key, default) for key, default in DEFAULTS.items()}, **levels}
+
+
 def student_timestep(config: Mapping[str, Any]) -> int | None:
     """The timestep of the one-step student whose export wrote this `scheduler_config.json`; None for any other.
 
@@ -164,20 +178,20 @@ def _is_one_step(config: Mapping[str, Any]) -> bool:
     return all(config.get(key) == value for key, value in {**wanted, "set_alpha_to_one": True}.items())
 
 
-def _number(config: Mapping[str, Any], source: str, key: str, default: float, allowed: Range) -> Any:
-    allowed.check(f"{source}: {key}", value := config.get(key, default))
+def _number(config: Mapping[str, Any], source: str, key: str, allowed: Range) -> Any:
+    allowed.check(f"{source}: {key}", value := config[key])
     return value
 
 
 def _betas(config: Mapping[str, Any], source: str) -> np.ndarray:
     """float64 (T,) betas as in diffusers' `beta_schedule`."""
-    if (trained := config.get("trained_betas")) is not None:
+    if (trained := config["trained_betas"]) is not None:
         if not isinstance(trained, list) or not trained or not all(beta in SHARE for beta in trained):
             raise UserError(f"{source}: trained_betas={str(trained)[:40]}; give a list, each {SHARE}")
         return np.asarray(trained, np.float64)
-    total = _number(config, source, "num_train_timesteps", 1000, COUNT)
-    start, end = _number(config, source, "beta_start", 0.0001, SHARE), _number(config, source, "beta_end", 0.02, SHARE)
-    name = config.get("beta_schedule", "linear")
+    total = _number(config, source, "num_train_timesteps", COUNT)
+    start, end = _number(config, source, "beta_start", SHARE), _number(config, source, "beta_end", SHARE)
+    name = config["beta_schedule"]
     if name == "linear":
         return np.linspace(start, end, total)
     if name == "scaled_linear":

@@ -11,6 +11,8 @@ import numpy as np
 from d2g_jax.digits import data
 from d2g_jax.digits.textures import KINDS, texture
 
+REAL = 2000
+"""Scenes that samples are compared with."""
 SIZE = 64
 GLYPH = 50
 """Pixels of a digit's side, a border of two included."""
@@ -102,8 +104,8 @@ def render(count: int, seed: int, *, test: bool = False, plain: bool = False) ->
 
 
 def real_scenes(*, test: bool = False) -> Scenes:
-    """The 2,000 that samples are compared with, or as many of digits held out."""
-    return render(2000, 5 if test else 4, test=test)
+    """Those that samples are compared with, or as many of digits held out."""
+    return render(REAL, 5 if test else 4, test=test)
 
 
 def random_place(rng: np.random.Generator) -> tuple[int, int]:

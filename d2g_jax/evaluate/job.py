@@ -183,7 +183,9 @@ def _measure_images(plan: Plan, opened: Opened, found: Survey, result: dict[str,
         for needs, others in ((REFERENCE, opened.real.get(space)), (TEACHER, opened.teacher)):
             if not (names := plan.compared(needs).get(space)):
                 continue
-            if isinstance(others, Survey):
+            if others is None:
+                others = reference.digits_reference(protocol, extractor)
+            elif isinstance(others, Survey):
                 others = reference.measure_reference(others, protocol, extractor, request.batch_size)
             if needs == REFERENCE:
                 result["reference"] = others.describe()

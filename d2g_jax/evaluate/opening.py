@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from d2g_jax.digits.scenes import REAL
 from d2g_jax.evaluate import distances, pairwise, reference, towers
 from d2g_jax.evaluate.features import Extractor, make_extractor
 from d2g_jax.evaluate.images import Survey, survey
@@ -29,14 +30,15 @@ class Opened:
 
     Attributes:
       extractors: of features, by the name of their space.
-      real: statistics, or a folder of images whose features are taken when all else is known to be right; by space.
+      real: by space, statistics, or what is measured when all else is known to be right: a folder, or None, the digits'
+        own.
       scores, pairs: by name.
       several: images of `--diversity-images`.
       teacher: images of `--teacher-images`, the first `samples`.
     """
 
     extractors: dict[str, Extractor]
-    real: dict[str, Reference | Survey]
+    real: dict[str, Reference | Survey | None]
     scores: dict[str, Score]
     pairs: dict[str, PairDistance]
     several: Survey | None
@@ -58,7 +60,8 @@ def open_all(plan: Plan) -> Opened:
     real = {space: _open_reference(plan, space, extractors[space]) for space in of_reference}
     for space, extractor in extractors.items():
         if space in real:
-            _check_counts(plan, of_reference[space], extractor, len(real[space]), "of the reference")
+            count = REAL if real[space] is None else len(real[space])
+            _check_counts(plan, of_reference[space], extractor, count, "of the reference")
         if space in of_teacher:
             _check_counts(plan, of_teacher[space], extractor, len(teacher), "of the teacher")
     scores = {name: towers.load_score(name, request.weights[name]) for name in towers.SCORES if plan.wants(name)}
@@ -94,10 +97,10 @@ def _survey_teacher(plan: Plan, folder: Path) -> Survey:
     return found
 
 
-def _open_reference(plan: Plan, space: str, extractor: Extractor) -> Reference | Survey:
+def _open_reference(plan: Plan, space: str, extractor: Extractor) -> Reference | Survey | None:
     request, protocol = plan.request, plan.protocol
     if request.reference is None:
-        return reference.digits_reference(protocol, extractor)
+        return None
     if request.reference.is_dir():
         return survey(request.reference, protocol, max_corrupt=request.max_corrupt, mixed=True)
     return reference.read_reference(request.reference, protocol, extractor, space)

@@ -71,6 +71,14 @@ def load(path):
     return draw
 
 
+def read(path):
+    """The array of a .npy file; ValueError that names a file of anything else."""
+    try:
+        return np.load(path)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def main(arguments):
     """Exit code 2 and one line for wrong arguments and files."""
     if len(arguments) != 4:
@@ -78,8 +86,8 @@ def main(arguments):
         return 2
     archive, tokens, noise, images = arguments
     try:
-        np.save(images, load(archive)(np.load(tokens), np.load(noise)))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        np.save(images, load(archive)(read(tokens), read(noise)))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         print(f"run.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -15,14 +15,16 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 def local_path(text: str | os.PathLike[str]) -> Path:
     """A path on this machine; a leading `~` is the home, also behind an equals sign, where no shell sees it.
 
-    Raises `UserError` for no text and for an address, which would become a folder of that name.
+    Raises `UserError` for no text, and for an address or an unknown home, which would become a folder of that name.
     """
     text = os.fspath(text)
     if not text.strip():
         raise UserError("an empty path, as a variable that is not set leaves it; give a path, . for this folder")
     if _ADDRESS.match(text):
         raise UserError(f"{text}: an address, and only a path on this machine serves here; copy or mount it")
-    return expanded(text)
+    if (path := expanded(text)).parts[:1] == ("~",):
+        raise UserError(f"{text}: nobody knows the home, HOME is not set; give the whole path")
+    return path
 
 
 def expanded(text: str | os.PathLike[str]) -> Path:

@@ -26,6 +26,7 @@ from d2g_jax.runtime.errors import UserError
 
 _GUIDANCE = numbers.Range(-100, 100)
 
+_FEW_STEPS = ("LCMScheduler", "TCDScheduler")
 _OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
@@ -116,6 +117,11 @@ def check_teacher(pipeline: Pipeline) -> None:
         raise UserError(
             f"{pipeline.folder}: its UNet has a time_cond_proj_dim, as latent consistency models have, and is no "
             "teacher to be solved; draw with system=lcm, distil the model that it was made from"
+        )
+    if (name := pipeline.scheduler.get("_class_name")) in _FEW_STEPS:
+        raise UserError(
+            f"{pipeline.folder}: its scheduler is {name}, of models that were distilled to few steps, no teacher to "
+            "be solved; draw with --system, or where it is a teacher name DDIMScheduler in its scheduler_config.json"
         )
 
 

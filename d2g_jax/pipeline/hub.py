@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from d2g_jax.diffusion import schedule
 from d2g_jax.inputs import places, text
 from d2g_jax.pipeline.weights import STEMS, VARIANTS
 from d2g_jax.runtime.errors import UserError
@@ -72,7 +74,7 @@ def needed_files(names: Sequence[str], with_extras: bool = False) -> list[str]:
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 (hex) over the names and bytes of what is read of a pipeline folder, or over a single file's bytes."""
+    """SHA-256 (hex) of what is read of a folder: names and bytes, and what `schedule.read_of` says; or of a file."""
     if folder.is_file():
         with folder.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -80,6 +82,9 @@ def folder_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder / name for name in needed_files(names)):
         digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
+        if file.name == "scheduler_config.json":
+            digest.update(json.dumps(schedule.read_of(text.read_json(file, "fetch it again"))).encode())
+            continue
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2g_jax.diffusion import noise
+from d2g_jax.diffusion import noise, schedule
 from d2g_jax.inputs.numbers import RECORD_SEED
 from d2g_jax.records.files import read_json, write_json
 from d2g_jax.records.schema import DATASET, LATENT_DTYPES, VERSION, PairSchema
@@ -18,13 +18,6 @@ from d2g_jax.runtime import buckets
 from d2g_jax.runtime.errors import UserError
 
 FILE = "manifest.json"
-
-_SCHEDULE = {
-    "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
-    "trained_betas": None, "prediction_type": "epsilon",
-}  # fmt: skip
-"""What turns a noise level into alpha and sigma, and what a file without it means to diffusers: these must be the
-teacher's own, or z and x0 do not belong together."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ class Manifest:
         """Raises `UserError` that names the first field in which the manifest of `folder` differs."""
         old = Manifest.read(folder)
         for field in dataclasses.fields(Manifest):
-            if field.name == "teacher":  # for people: a teacher that was moved is the same by its hash
+            if field.name in ("teacher", "scheduler"):  # for people: teacher_hash covers what is read of them
                 continue
             before, now = getattr(old, field.name), getattr(self, field.name)
             if before != now:
@@ -140,15 +133,14 @@ def check_fits(
     pairs |= {"scaling_factor": manifest.scaling_factor, "noise_implementation": manifest.noise_implementation}
     teacher = {"latent_shape": tuple(latent_shape), "token_length": token_length, "scaling_factor": scaling_factor}
     teacher |= {"noise_implementation": noise.IMPLEMENTATION}
-    for key, default in _SCHEDULE.items():
-        pairs[f"scheduler.{key}"] = manifest.scheduler.get(key, default)
-        teacher[f"scheduler.{key}"] = scheduler.get(key, default)
+    pairs |= {f"scheduler.{key}": value for key, value in schedule.read_of(manifest.scheduler).items()}
+    teacher |= {f"scheduler.{key}": value for key, value in schedule.read_of(scheduler).items()}
     if teacher_hash is not None:
         pairs["teacher_hash"], teacher["teacher_hash"] = manifest.teacher_hash, teacher_hash
     for name, value in pairs.items():
-        if value != teacher[name]:
+        if value != teacher.get(name):
             raise UserError(
-                f"{source}: pairs do not fit the teacher: {name} is {value!r}, the teacher has {teacher[name]!r}; "
+                f"{source}: pairs do not fit the teacher: {name} is {value!r}, the teacher has {teacher.get(name)!r}; "
                 f"make pairs with this teacher or train from {manifest.teacher!r}"
             )
 

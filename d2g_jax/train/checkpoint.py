@@ -141,7 +141,10 @@ class Checkpoints:
 
     def _check_tree(self, images: int, item: str, like: Any) -> None:
         """Raises `UserError` that names the leaves in which the saved item and `like` differ."""
-        saved = _leaves(self._manager.item_metadata(images)[item].tree)
+        metadata = self._manager.item_metadata(images).get(item)
+        if metadata is None:
+            raise FileNotFoundError(f"{item}/_METADATA is missing")
+        saved = _leaves(metadata.tree)
         mine = _leaves(like)
         differences = [
             f"{name} has {_describe(saved.get(name))}, not {_describe(mine.get(name))}"

@@ -30,12 +30,13 @@ def refused(capsys, *arguments):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Fails the test when an image is drawn."""
+    """Fails the test when an image is drawn, of a model or of the digits' own reference."""
 
     def draw(*_, **__):
         raise AssertionError("drawn before it was refused")
 
     monkeypatch.setattr(drawing, "draw", draw)
+    monkeypatch.setattr(reference, "digits_reference", draw)
 
 
 @pytest.fixture(scope="module")

@@ -89,12 +89,26 @@ def test_other_arguments_are_told_the_usage(arguments, capsys):
     assert capsys.readouterr().err == "usage: python run.py student.zip tokens.npy noise.npy images.npy\n"
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no zip"])
+@pytest.mark.parametrize("content", [None, b"", b"no zip", "a zip of other files"])
 def test_an_archive_that_is_none(content, tmp_path, capsys):
     file = tmp_path / "student.zip"
-    if content is not None:
+    if isinstance(content, bytes):
         file.write_bytes(content)
+    elif content is not None:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("notes.txt", content)
     assert run(file, tmp_path, np.zeros((1, 2), int), np.zeros((1, 1, 2, 2))) == 2
     error = capsys.readouterr().err
     assert error.startswith("run.py: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x93NUMPY\x01"])
+def test_an_array_that_is_none_is_named(content, archive, tmp_path, capsys):
+    (tmp_path / "tokens.npy").write_bytes(content)
+    (tmp_path / "noise.npy").write_bytes(content)
+    names = [str(tmp_path / f"{name}.npy") for name in ("tokens", "noise", "images")]
+    assert runner.main([str(archive), *names]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"run.py: {names[0]}: ")
     assert error.count("\n") == 1

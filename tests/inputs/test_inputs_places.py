@@ -87,6 +87,9 @@ def test_without_a_home_nothing_is_cached(monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setattr(Path, "expanduser", nobody)
     assert cache_folder() is None
+    for text in ("~", "~/out", "~/a/b.json"):
+        with pytest.raises(UserError, match=f"{text}: nobody knows the home"):
+            local_path(text)
     assert store.cached({"key": 1}, lambda: {"made": 1}) == {"made": 1}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -307,3 +308,19 @@ def test_a_teacher_is_known_by_what_is_read_of_it(tmp_path: Path):
     assert hub.folder_hash(write(tmp_path / "moved", **weights, **beside)) == plain
     assert hub.folder_hash(write(tmp_path / "other", **{name: "b" for name in weights})) != plain
     assert hub.folder_hash(write(tmp_path / "tuned", **weights, **{"unet/config.json": "{ }"})) != plain
+
+
+@pytest.mark.parametrize(
+    ("key", "default", "other"),
+    [("prediction_type", "epsilon", "v_prediction"), ("timestep_spacing", "leading", "trailing"),
+     ("rescale_betas_zero_snr", False, True), ("steps_offset", 0, 1)],
+)  # fmt: skip
+def test_a_schedule_is_known_by_what_is_read_of_it(key, default, other, tmp_path: Path):
+    def hashed(**settings: object) -> str:
+        file = tmp_path / "scheduler" / "scheduler_config.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_schedule": "linear", **settings}))
+        return hub.folder_hash(tmp_path)
+
+    assert hashed() == hashed(**{key: default}) == hashed(_diffusers_version="0.36.0", clip_sample=False)
+    assert hashed() != hashed(**{key: other})

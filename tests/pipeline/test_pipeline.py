@@ -373,6 +373,8 @@ def _stub(class_name: str = pipelines.SD, scheduler: dict | None = None, cond: i
     [
         (_stub("RectifiedFlowPipeline"), "draw with system=instaflow"),
         (_stub(cond=256), "time_cond_proj_dim.*system=lcm"),
+        (_stub(scheduler={"_class_name": "LCMScheduler"}), "LCMScheduler, of models that were distilled to few steps"),
+        (_stub(scheduler={"_class_name": "TCDScheduler"}), "TCDScheduler, of .*name DDIMScheduler in its scheduler"),
         (_stub(scheduler={"_d2g_timestep": 999}), "a one-step student, no teacher"),
     ],
 )
@@ -381,9 +383,20 @@ def test_what_is_no_teacher_is_refused_before_it_is_solved(stub, message):
         Solution().schedule(stub)
 
 
-def test_ddim_with_linspace_is_warned_of():
-    with pytest.warns(UserWarning, match="ddim with linspace spacing"):
-        Solution(spacing="linspace").schedule(_stub())
+@pytest.mark.parametrize(
+    ("solution", "scheduler"),
+    [
+        (Solution(steps=7), {"timestep_spacing": "linspace"}),
+        (Solution(spacing="linspace"), {}),
+        (Solution(spacing="linspace"), {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}),
+    ],
+)
+def test_ddim_with_linspace_is_warned_of(solution, scheduler):
+    with pytest.warns(UserWarning, match="sd.*ddim with linspace spacing"):
+        solution.schedule(_stub(scheduler=scheduler))
+
+
+def test_only_ddim_with_linspace_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Solution(spacing="trailing").schedule(_stub())

@@ -245,5 +245,6 @@ def test_a_default_that_is_left_out_is_the_same_schedule(manifest, key):
 def test_a_teacher_that_was_moved_is_the_same(manifest, tmp_path):
     manifest.write(tmp_path)
     dataclasses.replace(manifest, teacher="moved").write(tmp_path)
+    dataclasses.replace(manifest, scheduler={**manifest.scheduler, "_diffusers_version": "0.36.0"}).write(tmp_path)
     with pytest.raises(UserError, match="teacher_hash is"):
         dataclasses.replace(manifest, teacher_hash="other").write(tmp_path)

@@ -193,6 +193,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_so_is_the_one_beside_it(lost, 
         read = checkpoints.metadata if lost == "metadata" else lambda: checkpoints.restore(meshes.place(state(0), mesh))
         with pytest.raises(UserError, match=r"16: a damaged checkpoint .*; remove that folder to go on from 8") as told:
             read()
+    reason = "metadata not found" if lost == "metadata" else f"({lost}/_METADATA is missing)"
+    assert reason in str(told.value)
     assert "\n" not in str(told.value)
     shutil.rmtree(tmp_path / "16")
     with Checkpoints(tmp_path) as checkpoints:
