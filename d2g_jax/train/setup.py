@@ -120,8 +120,10 @@ def build(
         **adversary,
     )
     towers = {} if manifest.text_shapes else pipeline.text_params
-    whole = d.generator_scale is None and d.discriminator_scale is None
-    return d, Frozen(towers, metric, {} if whole else _narrowed(pipeline.params["unet"], dtype))
+    base, whole = {}, d.generator_scale is None
+    if not whole or d.discriminator_scale is not None:
+        base = _narrowed(pipeline.params["unet"], dtype, own=whole)
+    return d, Frozen(towers, metric, base)
 
 
 def _adversary(
@@ -173,11 +175,17 @@ def _scales(config: ml_collections.ConfigDict) -> tuple[float | None, float | No
     return lora.scale(config.lora), 1.0 if c.lora_rank or c.backbone == "frozen" else None
 
 
-def _narrowed(params: Params, dtype: Any) -> Params:
-    """Kernels in `dtype`, as the networks take them anyway; of shapes their shapes."""
+def _narrowed(params: Params, dtype: Any, *, own: bool) -> Params:
+    """Kernels in `dtype`, as the networks take them anyway; of shapes their shapes.
 
-    narrow = lambda x: x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, x: narrow(x) if path[-1].key == "kernel" else x, params)
+    `own`: no array is one of `params`, which a generator that is trained whole gives away in its first step.
+    """
+
+    def narrow(path: Any, x: Any) -> Any:
+        wanted = dtype if path[-1].key == "kernel" else x.dtype
+        return x.update(dtype=wanted) if isinstance(x, jax.ShapeDtypeStruct) else jnp.astype(x, wanted, copy=own)
+
+    return jax.tree_util.tree_map_with_path(narrow, params)
 
 
 def load_metric(config: ml_collections.ConfigDict, pipeline: Pipeline) -> Metric | None:

@@ -103,6 +103,22 @@ def test_what_a_config_makes(changes, backbone, dtype):
     assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in jax.tree.leaves(state.generator))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("changes", [{"discriminator.lora_rank": 3}, {"discriminator.backbone": "frozen"}])
+def test_a_frozen_backbone_of_d_is_not_g_s_to_give_away(changes, dtype):
+    """The steps take the state's arrays for their results (they donate them): what is frozen must be other arrays."""
+    config = config_of(**{"train.dtype": dtype, "lora.rank": 0, **changes})
+    pipeline = Pipeline.load(config.pipeline)
+    d, frozen = setup.build(config, pipeline, MANIFEST)
+    state = setup.initial_state(config, d, pipeline, meshes.make_mesh(1, 1, jax.devices()[:1]))
+    assert d.generator_scale is None
+    of = lambda tree: {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}  # noqa: E731
+    assert frozen.teacher
+    assert not of(meshes.place(frozen, meshes.make_mesh(1, 1, jax.devices()[:1])).teacher) & of(state.generator)
+    for ours, theirs in zip(*map(jax.tree.leaves, (frozen.teacher, state.generator)), strict=True):
+        np.testing.assert_array_equal(ours, theirs.astype(ours.dtype))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
