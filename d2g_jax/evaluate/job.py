@@ -20,7 +20,7 @@ from d2g_jax.evaluate.features import make_extractor
 from d2g_jax.evaluate.images import Survey, batches, survey
 from d2g_jax.evaluate.opening import Opened, extractor_of, open_all, survey_several, wants_diversity
 from d2g_jax.evaluate.plan import Plan, Request, check_counts, make_plan
-from d2g_jax.evaluate.protocols import find_protocol
+from d2g_jax.evaluate.protocols import DIGITS, find_protocol
 from d2g_jax.evaluate.towers import SPACES, TOWERS
 from d2g_jax.inputs.places import check_output
 from d2g_jax.results import frechet
@@ -93,7 +93,7 @@ def make_reference(
     check_counts(batch_size, max_corrupt)
     found = find_protocol(protocol)
     spaces = [space for space in SPACES if space in weights]
-    if "inception" in weights or not spaces:
+    if "inception" in weights or found.features == DIGITS or not spaces:
         spaces.insert(0, found.features)
     extractors = {space: extractor_of(space, found, weights) for space in spaces}
     if not images.is_dir():

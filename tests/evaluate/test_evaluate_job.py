@@ -156,6 +156,35 @@ def test_a_folder_that_tfds_prepared_as_reference(real, tmp_path, capsys):
     assert "split train, record 0: 32x32 pixels; digits takes 64 and resizes nothing" in line
 
 
+def test_one_file_of_statistics_for_several_networks(real, make_clip, tiny_dino, tmp_path, capsys):
+    """Each by its own weights; of the very images they were taken from, every distance is zero."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(20):
+        shutil.copy(real / f"{i:05d}.png", images)
+    weights = [f"--weights-dinov2={tiny_dino}", f"--weights-clip-l14-336={make_clip(14, 24, 336)}"]
+    statistics = ["evaluate", "reference", "--protocol=digits", f"--images={images}"]
+    run(*statistics, *weights, f"--out={tmp_path / 'real.npz'}")
+    assert {"features", "dinov2_features", "clip_l14_336_features"} < set(np.load(tmp_path / "real.npz"))
+    asked = ["evaluate", "--protocol=digits", f"--images={images}", "--metrics=fd_dinov2,cmmd"]
+    reference = f"--reference={tmp_path / 'real.npz'}"
+    run(*asked, reference, *weights, "--samples=20", f"--out={tmp_path / 'a.json'}")
+    result = read_result(tmp_path / "a.json")
+    assert list(result["metrics"]) == ["fd_dinov2", "cmmd"]
+    assert all(abs(value) < 1e-3 for value in result["metrics"].values())
+    assert comparable(result, "cmmd")["weights"].startswith("clip_l14_336 ")
+    assert "FD-DINOv2 ↓" in table([result])
+    to = f"--out={tmp_path / 'b.json'}"
+    line = refused(capsys, *asked, reference, weights[0], "--samples=20", to)
+    assert "cmmd needs --weights-clip-l14-336=PATH; get it once with a network: hf download openai/clip" in line
+    assert "FD-DINOv2: 10 images of the system with 16" in refused(
+        capsys, *asked, reference, *weights, "--samples=10", to
+    )
+    run(*statistics, f"--out={tmp_path / 'own.npz'}")
+    own = f"--reference={tmp_path / 'own.npz'}"
+    assert "statistics with no dinov2_features" in refused(capsys, *asked, own, *weights, "--samples=20", to)
+
+
 def test_clip_score_of_a_folder(real, tiny_clip, tmp_path):
     pytest.importorskip("torch")
     prompts = tmp_path / "prompts.txt"
