@@ -208,22 +208,13 @@ def _zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-def to_x0_and_noise(
-    prediction_type: str, output: jax.Array, latents: jax.Array, alpha_bar: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The network's raw output as an estimate of (x_0, eps), both float32.
-
-    `alpha_bar` broadcasts against latents (B, h, w, C).
-    """
-    return split_signal_and_noise(prediction_type, output, latents, jnp.sqrt(alpha_bar), jnp.sqrt(1.0 - alpha_bar))
-
-
 def split_signal_and_noise(
     prediction_type: str, output: jax.Array, latents: jax.Array, signal: jax.Array, sigma: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`to_x0_and_noise` for latents signal * x_0 + sigma * eps with signal^2 + sigma^2 = 1.
+    """The network's raw output as an estimate of (x_0, eps), both float32, for latents signal * x_0 + sigma * eps.
 
-    For callers that know sigma better than float32's 1 - alpha_bar does: 2e-5 of it is lost at t = 0.
+    signal^2 + sigma^2 = 1, and both broadcast against latents (B, h, w, C). They are given apart because some callers
+    know sigma better than float32's 1 - alpha_bar does: 2e-5 of it is lost at t = 0.
     """
     output, latents = output.astype(jnp.float32), latents.astype(jnp.float32)
     if prediction_type == EDM:

@@ -134,8 +134,9 @@ def measure_dataset(folder: Path, protocol: Protocol, extractor: Extractor, batc
                     raise UserError(
                         f"{found.name(row)}: {sides}; {protocol.name} takes {protocol.size} and resizes nothing"
                     )
-            features.append(extractor.extract(np.stack(images)))
-            digest.update(np.stack(images).tobytes())
+            stacked = np.stack(images)
+            features.append(extractor.extract(stacked))
+            digest.update(stacked.tobytes())
             progress.advance(len(images))
     formats = {"TFDS": found.count}
     return _describe(

@@ -56,9 +56,8 @@ def test_a_perfect_model_is_solved_in_one_step(prediction_type):
 
 
 def test_x0_is_computed_in_float32_from_bfloat16_outputs():
-    x0, _ = diffusion.to_x0_and_noise(
-        "epsilon", jnp.ones((1, 1, 1, 1), jnp.bfloat16), jnp.full((1, 1, 1, 1), 1.01), 0.00466
-    )
+    ones, latents = jnp.ones((1, 1, 1, 1), jnp.bfloat16), jnp.full((1, 1, 1, 1), 1.01)
+    x0, _ = diffusion.split_signal_and_noise("epsilon", ones, latents, jnp.sqrt(0.00466), jnp.sqrt(1.0 - 0.00466))
     assert x0.dtype == jnp.float32
     assert float(x0[0, 0, 0, 0]) == pytest.approx((1.01 - np.sqrt(1 - 0.00466)) / np.sqrt(0.00466), rel=1e-4)
 
