@@ -5,8 +5,8 @@
     d2g train --config=configs/cifar10_ddpm.py --workdir=runs/cifar10_ddpm
 
 Not run here: no weights. Nothing is published for this teacher in one step; it is weaker than EDM's, and by DDIM in 50
-steps weaker still. Optimiser, batch and steps are those of configs/cifar10_edm.py, as DMD had for its unconditional
-run, and so is the number of pairs. docs/cifar10.md.
+steps weaker still. Rate, warm-up, batch and steps are those of configs/cifar10_edm.py; the rest of the optimiser is the
+base's, for an adversary. The number of pairs is what DMD had for its unconditional run. docs/cifar10.md.
 """
 
 from ml_collections import ConfigDict
