@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
     for section in (c.loss, c.overfit):
         section.update(metric=str(root / "metric"), lpips=str(root / "lpips"))
     c.discriminator.head_channels = 8
+    c.optimization_level = "UNKNOWN"  # the flags of conftest.py hold
     return c.lock()
 
 

@@ -16,7 +16,7 @@ def base_config() -> ConfigDict:
     c.seed = 0
     c.pipeline = ""  # a folder in diffusers' layout, a .safetensors file or a hub id: the teacher
     c.mesh = mesh()
-    c.optimization_level = "UNKNOWN"  # XLA's, O0 to O3, or UNKNOWN for its default
+    c.optimization_level = "UNKNOWN"  # XLA's (on CPUs LLVM's), O0 to O3, or UNKNOWN for its default
     c.pairs = pairs()
     c.loss = loss()
     c.lora = ConfigDict(  # low-rank updates of the frozen teacher in place of a generator trained whole: docs/lora.md

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from d2g_jax.diffusion.schedule import Schedule, guided, student_timestep
 from d2g_jax.diffusion.systems import OneStep, guidance_embedding
 from d2g_jax.inputs import numbers
 from d2g_jax.models import vae
-from d2g_jax.models.network import Params
+from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline.conditioning import Conditioning, encode_negative, encode_text, size_ids
 from d2g_jax.pipeline.folder import RECTIFIED_FLOW, Decoded, Pipeline, decode, quantise
 from d2g_jax.runtime import mesh as meshes
@@ -227,28 +228,35 @@ def one_step_programs(
 
     Raises `UserError` for a system that does not go with the schedule or with the UNet.
     """
-    schedule, unet = Schedule.from_config(pipeline.scheduler), meshes.place(unet, mesh)
-    embedding_size = pipeline.unet.config.time_cond_proj_dim
-    system.check_unet(embedding_size)
-    system.schedule(schedule)  # refuses a wrong timestep before anything compiles
-
-    @jax.jit
-    def solve(unet: Params, drawn: jax.Array, condition: Conditioning) -> jax.Array:
-        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-            weight = system.guidance_scale
-            embedded = () if weight is None else (guidance_embedding(weight, embedding_size, len(x)),)
-            return pipeline.unet.apply(unet, x, jnp.broadcast_to(t, x.shape[:1]), *condition, *embedded)
-
-        with meshes.traced_for(mesh):
-            latents = system.generate(denoise, schedule, _to_nhwc(drawn))
-        return _to_nchw(latents)
-
+    unet = meshes.place(unet, mesh)
+    system.check_unet(pipeline.unet.config.time_cond_proj_dim)
+    system.schedule(Schedule.from_config(pipeline.scheduler))  # refuses a wrong timestep before anything compiles
+    solve = _one_step(pipeline.unet, json.dumps(pipeline.scheduler), system, mesh)
     return Programs(
         _encoder(pipeline, mesh, size_ids(pipeline, size)),
         functools.partial(solve, unet),
         _tiled_decoder(pipeline, mesh) if tiled else _decoder(pipeline, mesh),
         1,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _one_step(network: Network, scheduler: str, system: OneStep, mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
+    """(parameters, noise, conditioning) to latents: of students that differ in parameters only, compiled once."""
+    schedule, embedding_size = Schedule.from_config(json.loads(scheduler)), network.config.time_cond_proj_dim
+
+    @jax.jit
+    def solve(unet: Params, drawn: jax.Array, condition: Conditioning) -> jax.Array:
+        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+            weight = system.guidance_scale
+            embedded = () if weight is None else (guidance_embedding(weight, embedding_size, len(x)),)
+            return network.apply(unet, x, jnp.broadcast_to(t, x.shape[:1]), *condition, *embedded)
+
+        with meshes.traced_for(mesh):
+            latents = system.generate(denoise, schedule, _to_nhwc(drawn))
+        return _to_nchw(latents)
+
+    return solve
 
 
 def _encoder(
