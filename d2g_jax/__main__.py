@@ -20,7 +20,7 @@ from typing import Any
 
 from d2g_jax.commands.common import JOBS, RESUMED
 from d2g_jax.runtime.errors import UserError, of_the_machine
-from d2g_jax.runtime.interrupt import Terminated, starting
+from d2g_jax.runtime.interrupt import Terminated, ended, interrupt_again, starting
 from d2g_jax.runtime.version import __version__
 
 _library_format, _library_unraisable = warnings.formatwarning, sys.unraisablehook
@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if distributed := _joined():
             distributed.crash()
         raise
+    finally:
+        if argv is None:
+            ended()
 
 
 def _what_is_kept(arguments: Sequence[str]) -> str:
@@ -92,8 +95,13 @@ def _format_warning(message: Warning | str, category: type[Warning], file: str, 
 
 
 def _unraisable(raised: Any) -> None:
-    """Not what TensorStore says of each array of a checkpoint that could not be written: that is said once, by us."""
-    if str(raised.exc_value) != "Event loop is closed":
+    """Not what TensorStore says of each array of a checkpoint that could not be written: that is said once, by us.
+
+    A Ctrl-C that struck where Python lets nothing out, as in what jax does while garbage is collected, comes again.
+    """
+    if raised.exc_type is KeyboardInterrupt:
+        interrupt_again()
+    elif str(raised.exc_value) != "Event loop is closed":
         _library_unraisable(raised)
 
 
