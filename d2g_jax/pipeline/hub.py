@@ -49,7 +49,7 @@ def resolve(model: str | Path, revision: str | None = None, with_extras: bool = 
             raise UserError(f"{model}: revision {revision!r} is for hub ids, and this is a local path; leave it out")
         return local
     if not _HUB_ID.fullmatch(name):
-        raise UserError(f"{name if len(name) <= 80 else name[:60] + '...'}: no such folder or file; {_REMEDY}")
+        raise UserError(f"{places.shown(name)}: no such folder or file; {_REMEDY}")
     return _fetch(name, revision, with_extras)
 
 
