@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from d2g_jax.commands.common import JOBS, RESUMED
+from d2g_jax.inputs.text import check_whole
 from d2g_jax.runtime.errors import UserError, of_the_machine
 from d2g_jax.runtime.interrupt import Terminated, ended, interrupt_again, starting
 from d2g_jax.runtime.version import __version__
@@ -113,6 +114,8 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"d2g_jax {__version__}")
         return 0
+    for argument in arguments:
+        check_whole(argument, f"argument {argument.partition('=')[0]!a}")
     job, rest = arguments[0], arguments[1:]
     if job not in JOBS:
         nearest = difflib.get_close_matches(job, JOBS, n=1)

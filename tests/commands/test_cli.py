@@ -233,6 +233,22 @@ def test_a_job_that_is_nearly_one(job, hint, capsys):
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        ["sample", "--model=m", "--out=o", "--prompt=caf\udce9"],
+        ["sample", "--model=m", "--out=o", "--prompt=a", "--negative=a \ud83d"],
+        ["sample", "--prompt=a", "--out=o", "--model=caf\udce9"],
+        ["evaluate", "--protocol=digits", "--out=o", "--name=caf\udce9"],
+        ["pairs", "--workdir=w", "--config.pairs.negative_prompt=caf\udce9"],
+        ["report", "--workdir", "caf\udce9"],
+        ["caf\udce9"],
+    ],
+)
+def test_bytes_of_a_terminal_that_are_no_text_are_named(command, capsys):
+    assert f"argument {command[-1].partition('=')[0]!a} holds half a character" in one_line(capsys, *command)
+
+
+@pytest.mark.parametrize(
     ("command", "said"),
     [
         (["export"], "interrupted; nothing was kept, the same command begins anew"),

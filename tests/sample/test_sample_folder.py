@@ -76,11 +76,6 @@ def test_the_tree_that_geneval_s_evaluator_reads(model, tmp_path, capsys):
     assert "layout='geneval', not None" in line
 
 
-@pytest.mark.parametrize("prompt", ["caf\udce9", "a \ud83d"])
-def test_a_prompt_that_is_no_text_is_named(prompt, capsys):
-    assert "--prompt holds half a character" in refused(capsys, "sample", "--model=m", f"--prompt={prompt}", "--out=o")
-
-
 def test_nothing_of_others_is_written_over(model, tmp_path, capsys):
     mine = tmp_path / "mine"
     mine.mkdir()
