@@ -267,6 +267,26 @@ def test_an_interrupted_job_says_what_is_kept(command, said, monkeypatch, capsys
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "spoken",
+    [
+        "warnings.warn_explicit('theirs', UserWarning, '/lib/orbax/checkpoint.py', 1)",
+        "warnings.warn_explicit('theirs', FutureWarning, '/lib/transformers/tokenizer.py', 1)",
+        "warnings.warn_explicit('theirs', DeprecationWarning, '/lib/flax/core.py', 1)",
+        "logging.getLogger('absl').error('theirs')",
+        "logging.getLogger('asyncio').error('theirs')",
+    ],
+)
+def test_what_libraries_say_is_not_our_output(spoken):
+    ours = "warnings.warn_explicit('ours', UserWarning, main.__code__.co_filename, 1)"
+    code = (
+        "import logging, warnings; from d2g_jax.__main__ import main; from d2g_jax.commands import report\n"
+        f"report.run = lambda _: [warnings.simplefilter('always'), {spoken}, {ours}, 0][-1]\nmain(['report'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "d2g: warning: ours\n"
+
+
 def test_a_latin_1_terminal_shows_what_it_can():
     code = "import sys; from d2g_jax.__main__ import main; main(['--version']); print('a – b “c”')"
     done = subprocess.run(
