@@ -177,8 +177,9 @@ def _explain(repo: str, revision: str | None, error: Exception) -> str:
         return f"{repo}: no local folder and not on the hub (a private one needs 'hf auth login'); {_REMEDY}"
     wanted = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
     return (
-        f"{repo}: not whole in the cache {constants.HF_HUB_CACHE} and cannot be fetched ({_first_line(error)}); on a "
-        f"machine with a network run '{wanted} --local-dir DIR', copy DIR here and pass it instead"
+        f"{repo}: no such folder, and not whole in the cache {constants.HF_HUB_CACHE} and cannot be fetched "
+        f"({_first_line(error)}); on a machine with a network run '{wanted} --local-dir DIR', copy DIR here and "
+        "pass it instead"
     )
 
 
