@@ -21,7 +21,7 @@ from typing import Any
 from d2g_jax.commands.common import JOBS, RESUMED
 from d2g_jax.inputs.text import check_whole
 from d2g_jax.runtime.errors import UserError, of_the_machine
-from d2g_jax.runtime.interrupt import Terminated, ended, interrupt_again, starting
+from d2g_jax.runtime.interrupt import Terminated, ended, interrupt_again, leave, starting
 from d2g_jax.runtime.version import __version__
 
 _library_format, _library_unraisable = warnings.formatwarning, sys.unraisablehook
@@ -45,10 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     except UserError as error:
         return _finish(2, str(error))
-    except KeyboardInterrupt:
-        return _finish(130, f"interrupted; {_what_is_kept(arguments)}")
-    except Terminated:
-        return _finish(143, f"terminated; {_what_is_kept(arguments)}")
+    except (KeyboardInterrupt, Terminated) as stop:
+        code, how = (143, "terminated") if isinstance(stop, Terminated) else (130, "interrupted")
+        _finish(code, f"{how}; {_what_is_kept(arguments)}")
+        if argv is None:
+            leave(code)
+        return code
     except BrokenPipeError:  # `| head` has seen enough
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes once more

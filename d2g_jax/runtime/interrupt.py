@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -68,6 +68,13 @@ def ended() -> None:
     main = threading.current_thread() is threading.main_thread()
     if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave_after)
+
+
+def leave(code: int) -> None:
+    """Ends the process, but leaves out Python's own end, in which jax crashes when it was stopped while it traced."""
+    with suppress(OSError):  # nobody may read any more
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def interrupt_again() -> None:

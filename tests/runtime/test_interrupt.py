@@ -137,7 +137,7 @@ def newest(workdir):
 
 
 STRIKES = """
-import atexit, gc, signal, sys, time, weakref
+import atexit, gc, os, signal, sys, time, weakref
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from d2g_jax.__main__ import main
 from d2g_jax.commands import report
@@ -167,6 +167,7 @@ sys.exit(main())
         ("Struck.__del__ = strike; del thing", 60, "interrupted; nothing was kept, the same command begins anew"),
         ("gc.callbacks.append(lambda *_: gc.callbacks.clear() or strike()); gc.collect()", 60, "interrupted; nothing"),
         ("seen = weakref.ref(thing, strike); del thing", 60, "interrupted; nothing was kept"),
+        ("atexit.register(os.abort); strike()", 60, "interrupted; nothing was kept"),  # what jax does now and then
         ("atexit.register(strike)", 0, "interrupted after the job's end"),
     ],
 )
