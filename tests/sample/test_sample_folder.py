@@ -187,7 +187,7 @@ def test_seeds_of_others_are_refused_with_the_range(seed, model, tmp_path, capsy
         ("--model=v1-5.ckpt", "pickles are refused because they can run code"),
         ("--model=student.zip", "an export to StableHLO draws by itself"),
         ("--model=gs://bucket/sd", "no such folder or file; pass a local folder"),
-        ("--prompts=" + "a long prompt " * 40, "No such file; .* a prompt itself goes to --prompt"),
+        ("--prompts=" + "a long prompt " * 40, "File name too long; .* a prompt itself goes to --prompt"),
         ("--prompts=https://host/a.txt", "an address"),
         ("--guidance=nan", "guidance_scale=nan; give a number from -100 to 100"),
         ("--latents=a.npz", "cannot be read as .npy"),
