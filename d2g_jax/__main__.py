@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from d2g_jax.commands.common import JOBS, RESUMED
+from d2g_jax.inputs.text import check_whole
 from d2g_jax.runtime.errors import UserError, of_the_machine
-from d2g_jax.runtime.interrupt import Terminated, starting
+from d2g_jax.runtime.interrupt import Terminated, ended, interrupt_again, leave, starting
 from d2g_jax.runtime.version import __version__
 
 _library_format, _library_unraisable = warnings.formatwarning, sys.unraisablehook
@@ -44,10 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     except UserError as error:
         return _finish(2, str(error))
-    except KeyboardInterrupt:
-        return _finish(130, f"interrupted; {_what_is_kept(arguments)}")
-    except Terminated:
-        return _finish(143, f"terminated; {_what_is_kept(arguments)}")
+    except (KeyboardInterrupt, Terminated) as stop:
+        code, how = (143, "terminated") if isinstance(stop, Terminated) else (130, "interrupted")
+        _finish(code, f"{how}; {_what_is_kept(arguments)}")
+        if argv is None:
+            leave(code)
+        return code
     except BrokenPipeError:  # `| head` has seen enough
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes once more
@@ -58,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if distributed := _joined():
             distributed.crash()
         raise
+    finally:
+        if argv is None:
+            ended()
 
 
 def _what_is_kept(arguments: Sequence[str]) -> str:
@@ -92,8 +98,13 @@ def _format_warning(message: Warning | str, category: type[Warning], file: str, 
 
 
 def _unraisable(raised: Any) -> None:
-    """Not what TensorStore says of each array of a checkpoint that could not be written: that is said once, by us."""
-    if str(raised.exc_value) != "Event loop is closed":
+    """Not what TensorStore says of each array of a checkpoint that could not be written: that is said once, by us.
+
+    A Ctrl-C that struck where Python lets nothing out, as in what jax does while garbage is collected, comes again.
+    """
+    if raised.exc_type is KeyboardInterrupt:
+        interrupt_again()
+    elif str(raised.exc_value) != "Event loop is closed":
         _library_unraisable(raised)
 
 
@@ -105,6 +116,8 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"d2g_jax {__version__}")
         return 0
+    for argument in arguments:
+        check_whole(argument, f"argument {argument.partition('=')[0]!a}")
     job, rest = arguments[0], arguments[1:]
     if job not in JOBS:
         nearest = difflib.get_close_matches(job, JOBS, n=1)

@@ -6,6 +6,7 @@ What reading it again takes, configs and the timestep, stands in the file's head
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def original_state(pipeline: Pipeline, names: tuple[str, ...]) -> dict[str, np.n
 def model_card(description: Mapping[str, Any], name: str, *, whole: bool) -> str:
     """README.md of a student: where it goes, how it is drawn with and where it comes from."""
     part, place = ("The whole model", "checkpoints") if whole else ("The UNet alone", "diffusion_models")
-    call = f"--model={name}.safetensors" if whole else f"--model=TEACHER --unet={name}.safetensors"
+    file = shlex.quote(f"{name}.safetensors")
+    call = f"--model={file}" if whole else f"--model=TEACHER --unet={file}"
     fields = {"name": name, "part": part, "place": place, "call": call}
     return folders.filled_in("card_single.md", description, fields)

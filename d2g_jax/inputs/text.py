@@ -54,15 +54,19 @@ def lines(text: str) -> list[str]:
 def as_prompt(value: object, name: str) -> str:
     """A prompt of one line: breaks become spaces, which tokenizers do not tell from them.
 
-    Raises `UserError` for what is no text, and for half a character: half an emoji in JSON, or bytes of a terminal that
-    are not UTF-8.
+    Raises `UserError` for what is no text, and as `check_whole` does.
     """
     if not isinstance(value, str):
         raise UserError(f"{name} holds {type(value).__name__}, no text; give text")
+    check_whole(value, name)
+    return " ".join(_BREAKS.split(value))
+
+
+def check_whole(value: str, name: str) -> None:
+    """Raises `UserError` for half a character: half an emoji in JSON, or bytes of a terminal that are not UTF-8."""
     if half := re.search("[\ud800-\udfff]", value):
         where = f"{half[0]!r} after {half.start()} characters"
         raise UserError(f"{name} holds half a character ({where}); write it again as UTF-8")
-    return " ".join(_BREAKS.split(value))
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:

@@ -69,8 +69,7 @@ def read_prompts(
         raise UserError(f"pairs.pairs_per_prompt={pairs_per_prompt}; it must be at least 1")
     source = places.expanded(source)
     if not places.is_there(source):
-        shown = f"{str(source)[:60]}..." if len(str(source)) > 250 else str(source)
-        raise UserError(f"{shown}: No such file; {_GIVE}; a prompt itself goes to --prompt")
+        raise UserError(f"{places.shown(str(source))}: No such file; {_GIVE}; a prompt itself goes to --prompt")
     kind = _folder_kind(source) if source.is_dir() else KINDS.get(source.suffix.lower())
     if kind is None:
         raise UserError(f"{source}: {source.suffix} files are not read as prompts; {_GIVE}")

@@ -18,6 +18,7 @@ from d2g_jax.diffusion import solvers
 from d2g_jax.diffusion.schedule import Schedule, guided, student_timestep
 from d2g_jax.diffusion.systems import OneStep, guidance_embedding
 from d2g_jax.inputs import numbers
+from d2g_jax.inputs.text import check_whole
 from d2g_jax.models import vae
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline.conditioning import Conditioning, encode_negative, encode_text, size_ids
@@ -58,6 +59,7 @@ class Solution:
         numbers.SHARE.check("guidance_rescale", self.guidance_rescale)
         if not isinstance(self.negative_prompt, str):
             raise UserError(f"negative_prompt={self.negative_prompt!r}; give one text, empty for none")
+        check_whole(self.negative_prompt, "negative_prompt")
 
     @classmethod
     def default(cls, pipeline: Pipeline) -> Solution:

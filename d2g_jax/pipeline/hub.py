@@ -49,7 +49,7 @@ def resolve(model: str | Path, revision: str | None = None, with_extras: bool = 
             raise UserError(f"{model}: revision {revision!r} is for hub ids, and this is a local path; leave it out")
         return local
     if not _HUB_ID.fullmatch(name):
-        raise UserError(f"{name if len(name) <= 80 else name[:60] + '...'}: no such folder or file; {_REMEDY}")
+        raise UserError(f"{places.shown(name)}: no such folder or file; {_REMEDY}")
     return _fetch(name, revision, with_extras)
 
 
@@ -177,8 +177,9 @@ def _explain(repo: str, revision: str | None, error: Exception) -> str:
         return f"{repo}: no local folder and not on the hub (a private one needs 'hf auth login'); {_REMEDY}"
     wanted = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
     return (
-        f"{repo}: not whole in the cache {constants.HF_HUB_CACHE} and cannot be fetched ({_first_line(error)}); on a "
-        f"machine with a network run '{wanted} --local-dir DIR', copy DIR here and pass it instead"
+        f"{repo}: no such folder, and not whole in the cache {constants.HF_HUB_CACHE} and cannot be fetched "
+        f"({_first_line(error)}); on a machine with a network run '{wanted} --local-dir DIR', copy DIR here and "
+        "pass it instead"
     )
 
 

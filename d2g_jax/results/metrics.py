@@ -72,7 +72,7 @@ def weights_of(metric: str, features: str) -> str | None:
 _REMEDIES = {
     REFERENCE: "--reference=FILE_OR_FOLDER (see `d2g evaluate reference --help`)",
     PROMPTS: "--prompts=FILE",
-    LABELS: "the digits protocol with its own prompts",
+    LABELS: "the digits protocol with --model, or with images that `d2g sample` drew of its own prompts",
     DIVERSITY: "--diversity-images=FOLDER, or --model",
     TEACHER: "--teacher-images=FOLDER",
 }

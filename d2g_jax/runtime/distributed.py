@@ -187,7 +187,7 @@ def _agree(facts: dict[str, Any]) -> None:
 def say(message: str) -> None:
     """One line on stderr: what all processes say is said by process 0 alone, what only one says names that one."""
     client, me = _client(), process_id()
-    key = f"{_SAID}/{hashlib.sha256(message.encode()).hexdigest()}"
+    key = f"{_SAID}/{hashlib.sha256(message.encode(errors='replace')).hexdigest()}"
     if client is not None and me:
         try:
             client.blocking_key_value_get(key, int(2 * _POLL_SECONDS * 1000))

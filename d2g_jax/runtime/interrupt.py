@@ -10,9 +10,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 from typing import Any
+
+_MOMENT = 0.05  # seconds
 
 
 class Terminated(Exception):
@@ -61,9 +63,37 @@ def started() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def ended() -> None:
+    """From here on, while Python clears up, Ctrl-C ends the process: an exception there changes no exit code."""
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave_after)
+
+
+def leave(code: int) -> None:
+    """Ends the process, but leaves out Python's own end, in which jax crashes when it was stopped while it traced."""
+    with suppress(OSError):  # nobody may read any more
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def interrupt_again() -> None:
+    """Ctrl-C once more, in a moment: at once it would be lost where the first was."""
+    main = threading.main_thread().ident
+    threading.Timer(_MOMENT, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+
+
 def _leave(number: int, frame: FrameType | None) -> None:
     began = number != signal.SIGINT  # which ends it here while jax is imported, whatever the job
     text = "terminated; the same command goes on from here" if began else "interrupted before anything was begun"
+    _exit(number, text)
+
+
+def _leave_after(number: int, frame: FrameType | None) -> None:
+    _exit(number, "interrupted after the job's end")
+
+
+def _exit(number: int, text: str) -> None:
     print(f"d2g: {text}", file=sys.stderr, flush=True)
     os._exit(128 + number)
 

@@ -233,6 +233,22 @@ def test_a_job_that_is_nearly_one(job, hint, capsys):
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        ["sample", "--model=m", "--out=o", "--prompt=caf\udce9"],
+        ["sample", "--model=m", "--out=o", "--prompt=a", "--negative=a \ud83d"],
+        ["sample", "--prompt=a", "--out=o", "--model=caf\udce9"],
+        ["evaluate", "--protocol=digits", "--out=o", "--name=caf\udce9"],
+        ["pairs", "--workdir=w", "--config.pairs.negative_prompt=caf\udce9"],
+        ["report", "--workdir", "caf\udce9"],
+        ["caf\udce9"],
+    ],
+)
+def test_bytes_of_a_terminal_that_are_no_text_are_named(command, capsys):
+    assert f"argument {command[-1].partition('=')[0]!a} holds half a character" in one_line(capsys, *command)
+
+
+@pytest.mark.parametrize(
     ("command", "said"),
     [
         (["export"], "interrupted; nothing was kept, the same command begins anew"),
@@ -249,6 +265,26 @@ def test_an_interrupted_job_says_what_is_kept(command, said, monkeypatch, capsys
     monkeypatch.setattr("d2g_jax.__main__._run", stopped)
     assert main(command) == 130
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "spoken",
+    [
+        "warnings.warn_explicit('theirs', UserWarning, '/lib/orbax/checkpoint.py', 1)",
+        "warnings.warn_explicit('theirs', FutureWarning, '/lib/transformers/tokenizer.py', 1)",
+        "warnings.warn_explicit('theirs', DeprecationWarning, '/lib/flax/core.py', 1)",
+        "logging.getLogger('absl').error('theirs')",
+        "logging.getLogger('asyncio').error('theirs')",
+    ],
+)
+def test_what_libraries_say_is_not_our_output(spoken):
+    ours = "warnings.warn_explicit('ours', UserWarning, main.__code__.co_filename, 1)"
+    code = (
+        "import logging, warnings; from d2g_jax.__main__ import main; from d2g_jax.commands import report\n"
+        f"report.run = lambda _: [warnings.simplefilter('always'), {spoken}, {ours}, 0][-1]\nmain(['report'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "d2g: warning: ours\n"
 
 
 def test_a_latin_1_terminal_shows_what_it_can():

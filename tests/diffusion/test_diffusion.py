@@ -155,6 +155,9 @@ def test_one_step_from_noise_alone_is_finite(prediction_type):
     ("config", "message"),
     [
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEulerDiscreteScheduler is no"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 1.0}, "FlowMatchHeunDiscreteScheduler is no"),
+        ({"_class_name": "VQDiffusionScheduler", "num_vec_classes": 8}, "VQDiffusionScheduler is no schedule of betas"),
+        ({"_class_name": "UnCLIPScheduler", "prediction_type": "epsilon"}, "UnCLIPScheduler is no schedule of betas"),
         ({"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}, "has none of beta_schedule, beta_start"),
         ({"prediction_type": "epsilon"}, "has none of beta_schedule"),
         (SD15 | {"use_flow_sigmas": True}, "use_flow_sigmas=true is not"),

@@ -223,7 +223,7 @@ def test_corrupt_files_are_left_out_by_flag_and_named(real, tmp_path, capsys):
         (["--metrics=lpips_diversity"], "--weights-lpips=PATH; get it once with a network: d2g metric convert"),
         (["--metrics=dreamsim_fidelity"], "--weights-dreamsim=PATH"),
         (["--metrics=clip_g14"], "hf download laion/CLIP-ViT-g-14-laion2B-s12B-b42K"),
-        (["--metrics=accuracy"], "accuracy needs the digits protocol with its own prompts"),
+        (["--metrics=accuracy"], "accuracy needs the digits protocol with --model, or with images that"),
         (["--reference=nowhere.npz"], "nowhere.npz: no such file"),
         (["--steps=4"], "--images are drawn already"),
         (["--model=x"], "either --model=M or --images=FOLDER"),

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 from d2g_jax.diffusion.schedule import STUDENT, Schedule, may_be_student, one_step, student_timestep
 from d2g_jax.diffusion.systems import OneStep
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.export import export_student, to_diffusers
+from d2g_jax.export import export_student, to_diffusers, to_single
 from d2g_jax.export.to_diffusers import one_step_scheduler
 from d2g_jax.models import attention, layers, platform
 from d2g_jax.pipeline import folder as pipelines
@@ -448,7 +449,7 @@ def test_layers_are_traced_for_another_platform():
     assert platform.platform() == jax.default_backend()
 
 
-@pytest.mark.parametrize("name", ['a"b', "a\\b", "plain"])
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "plain", "it's", "a `date` b"])
 def test_a_model_card_of_a_folder_with_a_quote_in_its_name_is_code(name):
     described = {
         "dtype": "float32",
@@ -461,6 +462,10 @@ def test_a_model_card_of_a_folder_with_a_quote_in_its_name_is_code(name):
     code = card.split("```python\n")[1].split("```")[0]
     assert f"from_pretrained({json.dumps(name)}, " in code
     compile(code, "README.md", "exec")
+    for whole, flag in ((True, "--model"), (False, "--unet")):
+        card = to_single.model_card(described, name, whole=whole)
+        (command,) = (line for line in card.splitlines() if line.startswith("    d2g sample"))
+        assert f"{flag}={name}.safetensors" in shlex.split(command)
 
 
 def test_a_student_that_diffusers_saved_again_is_still_one(tiny_sd: Path, tmp_path: Path):

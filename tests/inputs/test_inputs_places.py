@@ -14,7 +14,17 @@ def test_a_home_is_found_behind_an_equals_sign(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     assert local_path("~/out") == Path("/somewhere/out")
     assert local_path("a/~b") == Path("a/~b")
-    assert local_path("~nobody-of-this-name/out") == Path("~nobody-of-this-name/out")
+
+
+@pytest.mark.parametrize("text", ["~nobody-of-this-name", "~nobody-of-this-name/out", "~-/a.json"])
+def test_a_home_of_nobody_is_no_folder(text):
+    with pytest.raises(UserError, match=f"{text}: nobody knows this home; give the whole path, or ./~NAME"):
+        local_path(text)
+    assert local_path(f"./{text}") == Path(text)
+
+
+def test_a_folder_with_the_name_of_a_home():
+    assert local_path("./~/out") == Path("~/out")
 
 
 @pytest.mark.parametrize("text", ["gs://bucket/x", "s3://bucket/x", "HTTPS://host/x", "file:///x"])
@@ -40,6 +50,9 @@ def test_an_empty_variable_is_no_path(text):
         ["evaluate", "--protocol=digits", "--model=sd", "--out="],
         ["pairs", "--workdir="],
         ["train", "--workdir=x", "--pairs="],
+        ["evaluate", "--protocol=digits", "--out=a.json", "--images=" + "a long prompt " * 30],
+        ["metric", "--weights=metric", "--b=b", "--a=" + "a long prompt " * 30],
+        ["sample", "--model=sd", "--prompt=a", "--out=~nobody-of-this-name/x"],
     ],
 )
 def test_every_job_says_so_before_any_work(command, tmp_path, monkeypatch, capsys):
@@ -54,6 +67,16 @@ def test_every_job_says_so_before_any_work(command, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("text", ["a " * 500, "a/" + "b" * 300, "a\0b"])
 def test_a_long_prompt_is_no_path(text):
     assert not is_there(text)
+    with pytest.raises(UserError, match=r"(too long|null byte|null character).*; give another path") as refused:
+        local_path(text)
+    assert len(str(refused.value)) < 200
+    assert ("a prompt itself goes to --prompt" in str(refused.value)) == (" " in text)
+
+
+def test_links_in_a_circle_are_no_path(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "a")
+    with pytest.raises(UserError, match="a/b: Too many levels of symbolic links; give another path"):
+        local_path(tmp_path / "a" / "b")
 
 
 def test_outputs_that_cannot_be(tmp_path):
@@ -76,7 +99,7 @@ def test_outputs_that_cannot_be(tmp_path):
 @pytest.mark.parametrize("below", ["", "new", "new/er"])
 def test_what_no_disk_holds_is_not_begun(below, tmp_path):
     check_room(tmp_path / below, 1000, "images")
-    with pytest.raises(UserError, match=r"images take 1000000000.0 GB, .* GB are free; ask for less"):
+    with pytest.raises(UserError, match=r"images take 1,000,000,000,000.0 MB, .* MB are free; ask for less"):
         check_room(tmp_path / below, 10**18, "images")
 
 
@@ -88,7 +111,7 @@ def test_without_a_home_nothing_is_cached(monkeypatch):
     monkeypatch.setattr(Path, "expanduser", nobody)
     assert cache_folder() is None
     for text in ("~", "~/out", "~/a/b.json"):
-        with pytest.raises(UserError, match=f"{text}: nobody knows the home"):
+        with pytest.raises(UserError, match=f"{text}: nobody knows this home"):
             local_path(text)
     assert store.cached({"key": 1}, lambda: {"made": 1}) == {"made": 1}
 

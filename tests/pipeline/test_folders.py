@@ -193,18 +193,19 @@ def test_end_of_text(eos_token_id: int | None, sdxl: Path):
     assert relative(ours.text_embeds, theirs) <= 1e-5
 
 
-def test_only_the_fp16_variant(sd: Path, plain: Pipeline):
+@pytest.mark.parametrize(("variant", "dtype"), [("fp16", jnp.float16), ("bf16", jnp.bfloat16)])
+def test_only_one_variant(variant: str, dtype, sd: Path, plain: Pipeline):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(sd)
     for model in (theirs.text_encoder, theirs.unet, theirs.vae):
-        model.to(torch.float16)
+        model.to(getattr(torch, jnp.dtype(dtype).name))
     shutil.rmtree(sd)
-    theirs.save_pretrained(sd, variant="fp16")
+    theirs.save_pretrained(sd, variant=variant)
     assert {file.name for file in sd.rglob("*.safetensors")} == {
-        "model.fp16.safetensors", "diffusion_pytorch_model.fp16.safetensors"
+        f"model.{variant}.safetensors", f"diffusion_pytorch_model.{variant}.safetensors"
     }  # fmt: skip
     loaded = Pipeline.load(sd)
-    rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16).astype(np.float32), plain.params)
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), plain.params)
     assert equal(loaded.params, rounded)
     assert equals_torch(loaded.params["unet"], theirs.unet)
 

@@ -272,7 +272,7 @@ def test_without_a_network_the_cache_is_read(tmp_path: Path):
         ("owner/half --local", f"{REPO} --revision fp16 --local", "owner/absent --local"),
         strict=True,
     ):
-        assert line.startswith(f"UserError {repo}: not whole in the cache {tmp_path}")
+        assert line.startswith(f"UserError {repo}: no such folder, and not whole in the cache {tmp_path}")
         assert f"on a machine with a network run 'hf download {wanted}-dir DIR'" in line
 
 
@@ -284,7 +284,7 @@ def test_refused_connection_is_as_good_as_no_network(tmp_path: Path):
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == str(snapshot)
-    assert lines[1].startswith("UserError owner/absent: not whole in the cache")
+    assert lines[1].startswith("UserError owner/absent: no such folder, and not whole in the cache")
     assert "refused" in lines[1]
 
 

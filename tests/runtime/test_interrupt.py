@@ -134,3 +134,47 @@ def newest(workdir):
         images = checkpoints.latest()
         assert int(checkpoints.restore_any()["state"]["images"]) == images
     return images
+
+
+STRIKES = """
+import atexit, gc, os, signal, sys, time, weakref
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from d2g_jax.__main__ import main
+from d2g_jax.commands import report
+from d2g_jax.runtime.interrupt import started
+
+class Struck:
+    pass
+
+def strike(*_):
+    signal.raise_signal(signal.SIGINT)
+
+def job(arguments):
+    started()
+    thing = Struck()
+    {where}
+    time.sleep({seconds})
+    return 0
+
+report.run = job
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "seconds", "line"),
+    [
+        ("Struck.__del__ = strike; del thing", 60, "interrupted; nothing was kept, the same command begins anew"),
+        ("gc.callbacks.append(lambda *_: gc.callbacks.clear() or strike()); gc.collect()", 60, "interrupted; nothing"),
+        ("seen = weakref.ref(thing, strike); del thing", 60, "interrupted; nothing was kept"),
+        ("atexit.register(os.abort); strike()", 60, "interrupted; nothing was kept"),  # what jax does now and then
+        ("atexit.register(strike)", 0, "interrupted after the job's end"),
+    ],
+)
+def test_ctrl_c_where_python_lets_no_exception_out(where, seconds, line):
+    """As in what jax does while garbage is collected, and in what is left to do when a job has ended."""
+    script = STRIKES.format(where=where, seconds=seconds)
+    ended = subprocess.run([sys.executable, "-c", script, "report"], capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 130, ended.stderr
+    assert ended.stderr.startswith(f"d2g: {line}")
+    assert ended.stderr.count("\n") == 1

@@ -117,6 +117,7 @@ def test_bad_options_are_one_line(student, options, message):
         ({"steps": 2.0}, "steps=2.0"),
         ({"steps": 0}, "steps=0"),
         ({"negative_prompt": None}, "negative_prompt=None"),
+        ({"negative_prompt": "a \ud83d"}, "negative_prompt holds half a character"),
         ({"solver": "ddpm"}, "ddpm"),
     ],
 )
