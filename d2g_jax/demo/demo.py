@@ -135,8 +135,10 @@ def measure(
             systems[STUDENTS[name]] = sample.Sampler.load(workdir / "students" / name, mesh).programs(mesh)
         latents |= {name: held_out.solve(programs) for name, programs in systems.items() if name not in latents}
         calls = {name: programs.network_calls for name, programs in systems.items()}
-        images = {name: decode_all(teacher.pipeline, mesh, x, e.batch_size) for name, x in latents.items()}
-        other_images = decode_all(teacher.pipeline, mesh, latents_of_pairs(pairs_folder, e.samples), e.batch_size)
+        others = latents_of_pairs(pairs_folder, e.samples)
+        drawn = decode_all(teacher.pipeline, mesh, np.concatenate([*latents.values(), others]), e.batch_size)
+        *parts, other_images = np.split(drawn, e.samples * np.arange(1, len(latents) + 1))
+        images = dict(zip(latents, parts, strict=True))
         kinds = {"teacher": title, **STUDENTS}
         judge = judge_of(config)
         result = evaluation.score(judge, images, other_images, held_out.prompts, calls, latents, kinds)

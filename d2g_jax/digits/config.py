@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
         held_out=64,
         log_every=512,
         sample_every=2_048,
-        checkpoint_every=2_048,
+        checkpoint_every=4_096,  # a signal saves too
     )
     c.overfit.update(metric=str(WEIGHTS / "metric"), lpips=str(WEIGHTS / "lpips"), steps=1000, learning_rate=3e-2)
     c.evaluation = ConfigDict({"samples": 1000, "batch_size": 256, "seed": 1, "judge": str(JUDGE), "grounds": KINDS})

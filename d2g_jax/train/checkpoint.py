@@ -24,7 +24,7 @@ from d2g_jax.models.network import Params
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.train.state import TrainState
 
-# Orbax lets every replica write its part of an array. Of small arrays that is a program to cut each of them, for nothing.
+# Orbax lets every replica write its part of an array: of small arrays a program to cut each of them, for nothing.
 _HANDLER = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
 ocp.type_handlers.register_type_handler(jax.Array, _HANDLER, override=True)
 
