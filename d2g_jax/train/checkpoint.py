@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -25,8 +26,10 @@ from d2g_jax.runtime.errors import UserError
 from d2g_jax.train.state import TrainState
 
 # Orbax lets every replica write its part of an array: of small arrays a program to cut each of them, for nothing.
-_HANDLER = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
-ocp.type_handlers.register_type_handler(jax.Array, _HANDLER, override=True)
+_LARGE = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+_HANDLERS = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, _LARGE), (np.ndarray, ocp.type_handlers.NumpyHandler())
+)
 
 _NAMED = 3  # differing leaves in a message
 _LONGEST = 160  # characters of what a library says
@@ -55,7 +58,7 @@ class Checkpoints:
         }
         reading = {"create": False, "save_root_metadata": False}
         options = ocp.CheckpointManagerOptions(**(reading if keep is None else writing))
-        handlers = {item: ocp.StandardCheckpointHandler() for item in ("state", "ema")}
+        handlers = {item: ocp.PyTreeCheckpointHandler(type_handler_registry=_HANDLERS) for item in ("state", "ema")}
         handlers["metadata"] = ocp.JsonCheckpointHandler()
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
@@ -89,7 +92,7 @@ class Checkpoints:
         if images == self.latest():
             return
         rest, ema = _split(state)
-        items = {"state": ocp.args.StandardSave(rest), "ema": ocp.args.StandardSave(ema)}
+        items = {"state": ocp.args.PyTreeSave(rest), "ema": ocp.args.PyTreeSave(ema)}
         with self._writing():
             self._manager.save(
                 images,
@@ -130,7 +133,7 @@ class Checkpoints:
 
     def restore_any(self) -> dict[str, Any]:
         """The newest checkpoint's trees as they were saved, as host arrays, whatever networks they belong to."""
-        images, item = self._require(), ocp.args.StandardRestore()
+        images, item = self._require(), ocp.args.PyTreeRestore()
         with self._reading(images):
             items = self._manager.restore(images, args=ocp.args.Composite(state=item, ema=item))
         return {"state": items["state"], "ema": items["ema"]}
@@ -140,7 +143,8 @@ class Checkpoints:
         with self._reading(images):
             self._check_tree(images, item, like)
             target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-            arguments = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
+            places = ocp.checkpoint_utils.construct_restore_args(target)
+            arguments = ocp.args.Composite(**{item: ocp.args.PyTreeRestore(target, restore_args=places)})
             return self._manager.restore(images, args=arguments)[item]
 
     def _check_tree(self, images: int, item: str, like: Any) -> None:
