@@ -187,7 +187,7 @@ def _measure_images(plan: Plan, opened: Opened, found: Survey, result: dict[str,
         if isinstance(others, Survey):
             others = reference.measure_reference(others, protocol, own, request.batch_size)
         elif own and others is None:
-            others = reference.digits_reference(protocol, own)
+            others = reference.digits_reference(protocol, own, request.batch_size)
         for space in own:
             if needs == REFERENCE:
                 result["reference"] = others[space].describe()

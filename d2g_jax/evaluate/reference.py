@@ -98,14 +98,15 @@ def read_reference(path: Path, protocol: Protocol, extractor: Extractor, space: 
     return reference
 
 
-def digits_reference(protocol: Protocol, extractors: Mapping[str, Extractor]) -> dict[str, Reference]:
+def digits_reference(protocol: Protocol, extractors: Mapping[str, Extractor], batch: int) -> dict[str, Reference]:
     """Of 2,000 real scenes, which the package draws, by space: as the demo's "to real"."""
     from d2g_jax.digits.scenes import real_scenes
 
     images = real_scenes().images
     digest = hashlib.sha256(images.tobytes()).hexdigest()
     source = f"scikit-learn's digits in front of textures, {len(images)} images"
-    features = {space: [extractor.extract(images)] for space, extractor in extractors.items()}
+    parts = [images[first : first + batch] for first in range(0, len(images), batch)]
+    features = {space: [extractor.extract(part) for part in parts] for space, extractor in extractors.items()}
     return _describe(features, protocol, extractors, digest, {"array": len(images)}, source)
 
 
