@@ -223,14 +223,16 @@ def _opened(folder: Path, *classes: str) -> list[Any]:
     import transformers
 
     made = []
+    transformers.logging.set_verbosity_error()  # it lists, for one, the weights of a text tower that is not asked for
     for kind in classes:
         read = functools.partial(getattr(transformers, kind).from_pretrained, folder, local_files_only=True)
         if "Model" not in kind:
             made.append(read())
             continue
-        model, found = read(dtype=torch.float32, output_loading_info=True)
-        if found["missing_keys"]:  # transformers draws them at random
-            raise ValueError(f"its weights lack {min(found['missing_keys'])}")
+        model, found = read(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+        drawn = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}  # at random, by transformers
+        if drawn:
+            raise ValueError(f"its weights have no fitting {min(drawn)}")
         made.append(model.to(best_device(torch)).eval())
     return made
 

@@ -183,7 +183,8 @@ def truncated(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (rewritten(lambda x: {k: v for k, v in x.items() if "text_" not in k}), "its weights lack text_"),
+        (rewritten(lambda x: {k: v for k, v in x.items() if "text_" not in k}), "its weights have no fitting text_"),
+        (rewritten(lambda x: {**x, "logit_scale": np.zeros(3, np.float32)}), "no fitting logit_scale"),
         (rewritten(lambda x: x["visual_projection.weight"].fill(np.nan)), "NaN or infinity for a black image"),
         (truncated, "cannot be read as clip_b32"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json"),
@@ -204,7 +205,7 @@ def test_a_damaged_model_is_refused_before_it_measures(damage, message, tiny_cli
 def test_damaged_features_are_refused_before_they_measure(tiny_dino, make_clip, tmp_path):
     dino = shutil.copytree(tiny_dino, tmp_path / "dino")
     rewritten(lambda x: {k: v for k, v in x.items() if "layer.3." not in k})(dino)
-    with pytest.raises(UserError, match=r"cannot be read as dinov2 \(its weights lack encoder\.layer\.3\."):
+    with pytest.raises(UserError, match=r"cannot be read as dinov2 \(its weights have no fitting encoder\.layer\.3\."):
         towers.load_space("dinov2", dino)
     clip = shutil.copytree(make_clip(14, 24, 336), tmp_path / "clip")
     rewritten(lambda x: x["visual_projection.weight"].fill(0))(clip)  # of no length
