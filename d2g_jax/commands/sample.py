@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from d2g_jax.commands import common
 from d2g_jax.inputs.text import as_prompt, lines, read_text
@@ -39,7 +38,7 @@ def run(arguments: list[str]) -> int:
         raise UserError("--layout=geneval: give --prompts=evaluation_metadata.jsonl, and no --prompt")
     column = own.prompts_column or ("prompt" if as_tree else "")
     listed = own.prompts and read_prompts(own.prompts, column=column, asked="--prompts-column").lines
-    metadata = _metadata(own.prompts, len(listed)) if as_tree else ()
+    metadata = tuple(lines(read_text(own.prompts, "give GenEval's file"))) if as_tree else ()  # each has a prompt
     request = Request(
         prompts=(*(as_prompt(prompt, "--prompt") for prompt in own.prompt), *(listed or ())),
         images_per_prompt=own.images,
@@ -56,11 +55,3 @@ def run(arguments: list[str]) -> int:
     seconds = sample(own.model, request, own.out)
     print(json.dumps({"out": str(own.out), "seconds": {name: round(value, 3) for name, value in seconds.items()}}))
     return 0
-
-
-def _metadata(file: Path, count: int) -> tuple[str, ...]:
-    """The lines of GenEval's own prompt file, one for each of its `count` prompts; raises `UserError` for others."""
-    found = tuple(line for line in lines(read_text(file, "give GenEval's file")) if line.strip())
-    if len(found) != count:
-        raise UserError(f"{file}: {len(found)} lines and {count} prompts; give one object with a prompt on each line")
-    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from d2g_jax.runtime.errors import UserError
@@ -47,32 +49,36 @@ def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     return float((within.sum() - np.trace(within)) / (m * (m - 1)) - 2.0 * kernel(x, y).mean())
 
 
-def precision(generated: np.ndarray, real: np.ndarray, k: int) -> float:
-    """Improved precision (arXiv 1904.06991, eq. 1 and 2) of features (N, D) and (M, D); recall with both exchanged.
+NEIGHBOURLY = ("precision", "recall", "density", "coverage")
+"""What `neighbourly` finds."""
 
-    The share of generated features that lie in the ball of some real one, whose radius is the distance to its k-th
-    nearest neighbour among the real ones. Raises `UserError` as `check_neighbours`.
+
+def neighbourly(generated: np.ndarray, real: np.ndarray, ks: Sequence[int]) -> dict[int, dict[str, float]]:
+    """`NEIGHBOURLY` of features (N, D) and (M, D) for each k, in one pass.
+
+    The ball of a feature reaches to its k-th nearest neighbour on its own side. Precision (arXiv 1904.06991, eq. 1 and
+    2) is the share of generated features in the ball of some real one, recall the same with both exchanged. Density
+    (arXiv 2002.09797, eq. 4) is how many real balls a generated feature lies in on average, over k; coverage (eq. 5)
+    the share of real balls with a generated one: both without the balls' edges, as their authors' code has it, so that
+    equal sets have a density of 1. Raises `UserError` as `check_neighbours`.
     """
-    return float(np.mean(_balls(generated, real, k)[0] > 0))
-
-
-def density(generated: np.ndarray, real: np.ndarray, k: int) -> float:
-    """arXiv 2002.09797, eq. 4: balls of real features that a generated one lies in, on average, over k."""
-    return float(np.mean(_balls(generated, real, k)[0]) / k)
-
-
-def coverage(generated: np.ndarray, real: np.ndarray, k: int) -> float:
-    """The same, eq. 5: the share of real features in whose ball there is a generated one."""
-    return float(np.mean(_balls(generated, real, k)[1]))
-
-
-NEIGHBOURLY = {
-    "precision": precision,
-    "recall": lambda generated, real, k: precision(real, generated, k),
-    "density": density,
-    "coverage": coverage,
-}
-"""What is made of nearest neighbours, of (generated, real, k)."""
+    generated, real = generated.astype(np.float64), real.astype(np.float64)
+    for features in (generated, real):
+        check_neighbours(len(features), max(ks))
+    own, others = _radii(generated, ks), _radii(real, ks)
+    precise, balls = np.zeros((2, len(ks), len(generated)))
+    recalled, covered = np.zeros((2, len(ks), len(real)), bool)
+    for first in range(0, len(generated), _ROWS):
+        rows = slice(first, first + _ROWS)
+        distances = _squared_distances(generated[rows], real)
+        for i in range(len(ks)):
+            precise[i, rows] = (distances <= others[i]).any(1)
+            recalled[i] |= (distances <= own[i, rows, None]).any(0)
+            inside = distances < others[i]
+            balls[i, rows] = inside.sum(1)
+            covered[i] |= inside.any(0)
+    means = np.array([precise.mean(1), recalled.mean(1), balls.mean(1) / ks, covered.mean(1)])
+    return {k: dict(zip(NEIGHBOURLY, values.tolist(), strict=True)) for k, values in zip(ks, means.T, strict=True)}
 
 
 def clip_mmd(a: np.ndarray, b: np.ndarray) -> float:
@@ -97,28 +103,15 @@ def check_neighbours(count: int, k: int) -> None:
         )
 
 
-def _balls(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """In how many k-th-neighbour balls of `centres` each of `points` lies (N,), and whether each ball has one (M,)."""
-    points, centres = points.astype(np.float64), centres.astype(np.float64)
-    for features in (points, centres):
-        check_neighbours(len(features), k)
-    radii, counts, hit = _radii(centres, k), [], np.zeros(len(centres), bool)
-    for first in range(0, len(points), _ROWS):
-        inside = _squared_distances(points[first : first + _ROWS], centres) <= radii
-        counts.append(inside.sum(1))
-        hit |= inside.any(0)
-    return np.concatenate(counts), hit
-
-
-def _radii(points: np.ndarray, k: int) -> np.ndarray:
-    """Squared distance (N,) of each point to its k-th neighbour, itself not counted."""
+def _radii(points: np.ndarray, ks: Sequence[int]) -> np.ndarray:
+    """Squared distance (K, N) of each point to its k-th neighbour for each k, itself not counted."""
     parts = []
     for first in range(0, len(points), _ROWS):
         distances = _squared_distances(points[first : first + _ROWS], points)
         rows = np.arange(len(distances))
         distances[rows, first + rows] = -1.0  # itself, whatever the rounding: the 0th
-        parts.append(np.partition(distances, k, axis=1)[:, k])
-    return np.concatenate(parts)
+        parts.append(np.partition(distances, ks, axis=1)[:, ks])
+    return np.concatenate(parts).T
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:

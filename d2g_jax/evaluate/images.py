@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -64,20 +64,20 @@ class Survey:
         """Of all readable images' bytes, in order."""
         return hashlib.sha256("".join(self.digests).encode()).hexdigest()
 
-    def first(self, count: int) -> Survey:
-        """What remains of the first `count` images, the corrupt ones counted; `formats` and `size` are the folder's."""
-        kept = sum(index < count for index in self.indices)
-        parts = {name: getattr(self, name)[:kept] for name in ("names", "indices", "digests")}
+    def only(self, indices: Collection[int]) -> Survey:
+        """What there is of these images, the corrupt ones counted; `formats` and `size` are the folder's."""
+        kept = [place for place, index in enumerate(self.indices) if index in indices]
+        parts = {name: tuple(getattr(self, name)[i] for i in kept) for name in ("names", "indices", "digests")}
         return dataclasses.replace(self, **parts)
 
 
-def survey(folder: str | Path, protocol: Protocol, *, max_corrupt: int = 0, mixed: bool = False) -> Survey:
+def survey(folder: str | Path, protocol: Protocol, *, max_corrupt: int | None = None, mixed: bool = False) -> Survey:
     """Decodes every image of a folder.
 
     Args:
       folder: holds .png, .jpg or .jpeg; `grid.png` is no sample.
       protocol: whose size the images must have if it does not resize.
-      max_corrupt: files that may be unreadable, and are then left out and named.
+      max_corrupt: files that may be unreadable, and are then left out and named; None for none, whatever is asked for.
       mixed: whether sizes, formats and modes may differ, as in a data set of photographs.
 
     Raises:
@@ -94,10 +94,11 @@ def survey(folder: str | Path, protocol: Protocol, *, max_corrupt: int = 0, mixe
     with ThreadPoolExecutor(_THREADS) as pool:
         files = dict(zip(every, pool.map(lambda name: _examine(folder / name), every), strict=True))
     corrupt = {name: file.fault for name, file in files.items() if file.fault is not None}
-    if len(corrupt) > max_corrupt:
+    if len(corrupt) > (max_corrupt or 0):
+        remedy = "" if max_corrupt is None else f", or leave them out with --max-corrupt={len(corrupt)}"
         raise UserError(
             f"{folder}: {len(corrupt)} of {len(every)} images cannot be read: {_listed(list(corrupt))}; make them "
-            f"again, or leave them out with --max-corrupt={len(corrupt)}"
+            f"again{remedy}"
         )
     good = {name: file for name, file in files.items() if file.fault is None}
     if not good:

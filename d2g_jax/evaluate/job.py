@@ -45,6 +45,8 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
     plan = make_plan(request)
     opened = open_all(plan)
     found, several, drawing = _images(plan, opened)
+    if opened.teacher is not None:
+        opened = dataclasses.replace(opened, teacher=opened.teacher.only(set(found.indices)))
     result = {
         "format": FORMAT,
         "system": request.name or (request.model.model if request.model else found.folder.name),
@@ -101,7 +103,7 @@ def make_reference(
     measure, real = reference.measure_dataset, images
     if not (images / "dataset_info.json").is_file():
         measure, real = reference.measure_reference, survey(images, found, max_corrupt=max_corrupt, mixed=True)
-    made = {space: measure(real, found, extractor, batch_size) for space, extractor in extractors.items()}
+    made = measure(real, found, extractors, batch_size)
     reference.save(out, made, found)
     return made[spaces[0]].describe()
 
@@ -153,7 +155,7 @@ def _survey(plan: Plan, folder: Path) -> Survey:
             f"{folder}: {total} images; {plan.protocol.name} takes {plan.protocol.samples}; draw as many, or give "
             f"--samples=N for the first N and a result that says so"
         )
-    first = found.first(plan.samples)
+    first = found.only(range(plan.samples))
     if not len(first):
         raise UserError(f"{folder}: of the first {plan.samples} images none can be read; make them again")
     return first
@@ -179,17 +181,18 @@ def _measure_images(plan: Plan, opened: Opened, found: Survey, result: dict[str,
             progress.advance(len(images))
     for space, extractor in extractors.items():
         result["weights"][space] = {"name": extractor.name, "sha256": extractor.sha256}
-        drawn = np.concatenate(features[space])
-        for needs, others in ((REFERENCE, opened.real.get(space)), (TEACHER, opened.teacher)):
-            if not (names := plan.compared(needs).get(space)):
-                continue
-            if others is None:
-                others = reference.digits_reference(protocol, extractor)
-            elif isinstance(others, Survey):
-                others = reference.measure_reference(others, protocol, extractor, request.batch_size)
+    for needs, others in ((REFERENCE, opened.real), (TEACHER, opened.teacher)):
+        names = plan.compared(needs)
+        own = {space: extractors[space] for space in names}
+        if isinstance(others, Survey):
+            others = reference.measure_reference(others, protocol, own, request.batch_size)
+        elif own and others is None:
+            others = reference.digits_reference(protocol, own, request.batch_size)
+        for space in own:
             if needs == REFERENCE:
-                result["reference"] = others.describe()
-            result["metrics"] |= {name: _distance(plan, name, drawn, others.features) for name in names}
+                result["reference"] = others[space].describe()
+            drawn = np.concatenate(features[space])
+            result["metrics"] |= _distances(plan, names[space], drawn, others[space].features)
     for name, score in scores.items():
         result["weights"][name] = {"name": name, "sha256": score.sha256}
         result["metrics"][name] = float(np.concatenate(values[name]).mean())
@@ -199,8 +202,15 @@ def _measure_images(plan: Plan, opened: Opened, found: Survey, result: dict[str,
         result["metrics"]["accuracy"] = _accuracy([plan.labels[i] for i in found.indices], np.concatenate(kept))
 
 
+def _distances(plan: Plan, names: list[str], drawn: np.ndarray, others: np.ndarray) -> dict[str, Any]:
+    """The values of metrics that compare features (N, D) with (M, D)."""
+    of = {name: METRICS[name].distance for name in names}
+    ks = {name: plan.neighbours(kind) for name, kind in of.items() if kind in distances.NEIGHBOURLY}
+    around = distances.neighbourly(drawn, others, sorted(set(ks.values()))) if ks else {}
+    return {name: around[ks[name]][of[name]] if name in ks else _distance(plan, name, drawn, others) for name in names}
+
+
 def _distance(plan: Plan, name: str, drawn: np.ndarray, others: np.ndarray) -> Any:
-    """The value of a metric that compares features (N, D) with (M, D)."""
     protocol, metric = plan.protocol, METRICS[name]
     if metric.distance == FRECHET:
         whose = "the teacher" if metric.needs == TEACHER else "the reference"
@@ -211,8 +221,6 @@ def _distance(plan: Plan, name: str, drawn: np.ndarray, others: np.ndarray) -> A
         options = {"subsets": protocol.kid_subsets, "size": size, "seed": protocol.kid_seed}
         mean, deviation = distances.kernel_distance(drawn, others, **options)
         return {"mean": mean, "std": deviation, "subset_size": size}
-    if metric.distance in distances.NEIGHBOURLY:
-        return distances.NEIGHBOURLY[metric.distance](drawn, others, plan.neighbours(metric.distance))
     return distances.clip_mmd(drawn, others)
 
 
@@ -263,7 +271,7 @@ def _check_teacher(opened: Opened, indices: tuple[int, ...], student: dict[str, 
     if opened.teacher is None:
         return
     folder = opened.teacher.folder
-    if opened.teacher.indices != indices:
+    if opened.teacher.only(set(indices)).indices != indices:
         raise UserError(f"{folder}: {len(opened.teacher)} images of the teacher for {len(indices)}; give one for each")
     teacher = read_description(folder)
     if teacher is None or student is None:

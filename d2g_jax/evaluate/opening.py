@@ -30,7 +30,7 @@ class Opened:
 
     Attributes:
       extractors: of features, by the name of their space.
-      real: by space, statistics, or what is measured when all else is known to be right: a folder, or None, the digits'
+      real: statistics by space, or what is measured when all else is known to be right: a folder, or None, the digits'
         own.
       scores, pairs: by name.
       several: images of `--diversity-images`.
@@ -38,7 +38,7 @@ class Opened:
     """
 
     extractors: dict[str, Extractor]
-    real: dict[str, Reference | Survey | None]
+    real: dict[str, Reference] | Survey | None
     scores: dict[str, Score]
     pairs: dict[str, PairDistance]
     several: Survey | None
@@ -57,13 +57,14 @@ def open_all(plan: Plan) -> Opened:
     extractors = {
         space: extractor_of(space, protocol, request.weights) for space in dict.fromkeys((*of_reference, *of_teacher))
     }
-    real = {space: _open_reference(plan, space, extractors[space]) for space in of_reference}
+    real = _open_reference(plan, {space: extractors[space] for space in of_reference})
     for space, extractor in extractors.items():
-        if space in real:
-            count = REAL if real[space] is None else len(real[space])
-            _check_counts(plan, of_reference[space], extractor, count, "of the reference")
+        width = extractor.extract(np.zeros((1, protocol.size, protocol.size, 3), np.uint8)).shape[1]
+        if space in of_reference:
+            count = REAL if real is None else len(real[space] if isinstance(real, dict) else real)
+            _check_counts(plan, of_reference[space], width, count, "of the reference")
         if space in of_teacher:
-            _check_counts(plan, of_teacher[space], extractor, len(teacher), "of the teacher")
+            _check_counts(plan, of_teacher[space], width, len(teacher), "of the teacher")
     scores = {name: towers.load_score(name, request.weights[name]) for name in towers.SCORES if plan.wants(name)}
     wanted = [name for name in PAIRWISE if plan.wants(f"{name}_diversity", f"{name}_fidelity")]
     pairs = {name: pairwise.load(name, request.weights[name], protocol.size) for name in wanted}
@@ -90,30 +91,31 @@ def survey_several(plan: Plan, folder: Path) -> Survey:
 
 
 def _survey_teacher(plan: Plan, folder: Path) -> Survey:
-    found = survey(folder, plan.protocol).first(plan.samples)
-    # Corrupt ones of a folder of images may be left out, and the teacher's then are too: that is for `job` to compare.
+    found = survey(folder, plan.protocol).only(range(plan.samples))
+    # Corrupt ones of a folder of images may be left out, and the teacher's then are too: that is for `job` to do.
     if plan.request.model is not None and len(found) < plan.samples:
         raise UserError(f"{folder}: {len(found)} images of the teacher for {plan.samples}; give one for each")
     return found
 
 
-def _open_reference(plan: Plan, space: str, extractor: Extractor) -> Reference | Survey | None:
+def _open_reference(plan: Plan, extractors: dict[str, Extractor]) -> dict[str, Reference] | Survey | None:
     request, protocol = plan.request, plan.protocol
-    if request.reference is None:
+    if request.reference is None or not extractors:
         return None
     if request.reference.is_dir():
         return survey(request.reference, protocol, max_corrupt=request.max_corrupt, mixed=True)
-    return reference.read_reference(request.reference, protocol, extractor, space)
+    return {
+        space: reference.read_reference(request.reference, protocol, extractor, space)
+        for space, extractor in extractors.items()
+    }
 
 
-def _check_counts(plan: Plan, names: list[str], extractor: Extractor, others: int, whose: str) -> None:
-    """Raises `UserError` where the plan's images, or the `others`, are too few for a metric."""
+def _check_counts(plan: Plan, names: list[str], width: int, others: int, whose: str) -> None:
+    """Raises `UserError` where the plan's images, or the `others`, are too few for a metric of `width` features."""
     counts = {"of the system": plan.samples, whose: others}
     for name in names:
         metric = METRICS[name]
         if metric.distance == FRECHET:
-            side = plan.protocol.size
-            width = extractor.extract(np.zeros((1, side, side, 3), np.uint8)).shape[1]
             for of, count in counts.items():
                 if count <= width:
                     title = metric.title.split()[0]

@@ -98,32 +98,39 @@ def read_reference(path: Path, protocol: Protocol, extractor: Extractor, space: 
     return reference
 
 
-def digits_reference(protocol: Protocol, extractor: Extractor) -> Reference:
-    """2,000 real scenes, which the package draws: as the demo's "to real"."""
+def digits_reference(protocol: Protocol, extractors: Mapping[str, Extractor], batch: int) -> dict[str, Reference]:
+    """Of 2,000 real scenes, which the package draws, by space: as the demo's "to real"."""
     from d2g_jax.digits.scenes import real_scenes
 
     images = real_scenes().images
     digest = hashlib.sha256(images.tobytes()).hexdigest()
     source = f"scikit-learn's digits in front of textures, {len(images)} images"
-    return _describe(extractor.extract(images), protocol, extractor, digest, {"array": len(images)}, source)
+    parts = [images[first : first + batch] for first in range(0, len(images), batch)]
+    features = {space: [extractor.extract(part) for part in parts] for space, extractor in extractors.items()}
+    return _describe(features, protocol, extractors, digest, {"array": len(images)}, source)
 
 
-def measure_reference(found: Survey, protocol: Protocol, extractor: Extractor, batch: int) -> Reference:
-    """The features of a folder of real images, `batch` at a time."""
+def measure_reference(
+    found: Survey, protocol: Protocol, extractors: Mapping[str, Extractor], batch: int
+) -> dict[str, Reference]:
+    """By space, the features of a folder of real images, which are read once, `batch` at a time."""
+    features = {space: [] for space in extractors}
     with Progress("reference", len(found), "image") as progress:
-        features = []
         for _, images in batches(found, protocol, batch):
-            features.append(extractor.extract(images))
+            for space, extractor in extractors.items():
+                features[space].append(extractor.extract(images))
             progress.advance(len(images))
-    return _describe(np.concatenate(features), protocol, extractor, found.sha256, found.formats, str(found.folder))
+    return _describe(features, protocol, extractors, found.sha256, found.formats, str(found.folder))
 
 
-def measure_dataset(folder: Path, protocol: Protocol, extractor: Extractor, batch: int) -> Reference:
+def measure_dataset(
+    folder: Path, protocol: Protocol, extractors: Mapping[str, Extractor], batch: int
+) -> dict[str, Reference]:
     """The same of the split "train" of a folder that TFDS prepared; known by the hash of its pixels.
 
     Raises `UserError` as `open_tfds`, and for an image of another size than a protocol's that resizes nothing.
     """
-    found, digest, features = open_tfds(folder, "train"), hashlib.sha256(), []
+    found, digest, features = open_tfds(folder, "train"), hashlib.sha256(), {space: [] for space in extractors}
     with Progress("reference", found.count, "image") as progress:
         for first in range(0, found.count, batch):
             rows = range(first, min(first + batch, found.count))
@@ -135,20 +142,25 @@ def measure_dataset(folder: Path, protocol: Protocol, extractor: Extractor, batc
                         f"{found.name(row)}: {sides}; {protocol.name} takes {protocol.size} and resizes nothing"
                     )
             stacked = np.stack(images)
-            features.append(extractor.extract(stacked))
+            for space, extractor in extractors.items():
+                features[space].append(extractor.extract(stacked))
             digest.update(stacked.tobytes())
             progress.advance(len(images))
     formats = {"TFDS": found.count}
-    return _describe(
-        np.concatenate(features), protocol, extractor, digest.hexdigest(), formats, f"{folder}, split train"
-    )
+    return _describe(features, protocol, extractors, digest.hexdigest(), formats, f"{folder}, split train")
 
 
 def _describe(
-    features: np.ndarray, protocol: Protocol, extractor: Extractor, digest: str, formats: dict[str, int], source: str
-) -> Reference:
-    names = protocol.name, protocol.sha256, extractor.name, extractor.sha256
-    return Reference(features, *names, digest, formats, source)
+    features: Mapping[str, list[np.ndarray]],
+    protocol: Protocol,
+    extractors: Mapping[str, Extractor],
+    *images: Any,
+) -> dict[str, Reference]:
+    names = protocol.name, protocol.sha256
+    return {
+        space: Reference(np.concatenate(features[space]), *names, extractor.name, extractor.sha256, *images)
+        for space, extractor in extractors.items()
+    }
 
 
 def _from_file(file: Path, features_key: str, described_key: str) -> Reference:

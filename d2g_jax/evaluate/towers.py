@@ -7,9 +7,12 @@ choices. LAION's aesthetic score is a head of linear layers on CLIP ViT-L/14's i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,8 @@ SCORES = ("clip_b32", "clip_g14", "pickscore", "hpsv2", AESTHETIC)
 SPACES = ("dinov2", "clip_l14_336")
 """Those whose features two sets of images are compared in."""
 
-_IMAGENET = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+_IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+_BLANK = np.zeros((1, 64, 64, 3), np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,26 +75,32 @@ class Score:
 
 
 def load_score(name: str, folder: Path) -> Score:
-    """One of `SCORES` from a local folder in transformers' layout, with safetensors.
+    """One of `SCORES` from a local folder in transformers' layout; a pytorch_model.bin is read as plain tensors.
 
     The image is prepared as the folder's preprocessor_config.json says; the text is cut off after the model's length.
-    Raises `UserError` for a folder of another model or without safetensors, and without the extra `eval`.
+    Raises `UserError` for a folder of another model or a damaged one, and without the extra `eval`.
     """
     _check_folder(name, folder)
-    if name == AESTHETIC:
-        return _aesthetic(folder)
-    model, processor, tokenizer = _opened(name, folder, "CLIPModel", "CLIPImageProcessorPil", "CLIPTokenizer")
+    with _told(name, folder):
+        made = _aesthetic(folder) if name == AESTHETIC else _similarity(name, folder)
+        _check_finite(made.values(_BLANK, [""]))
+    return made
+
+
+def _similarity(name: str, folder: Path) -> Score:
+    model, processor, tokenizer = _opened(folder, "CLIPModel", "CLIPImageProcessorPil", "CLIPTokenizer")
     import torch
 
-    device = best_device(torch)
-    model, length = model.to(device).eval(), model.config.text_config.max_position_embeddings
+    length, tokens = model.config.text_config.max_position_embeddings, model.config.text_config.vocab_size
+    if len(tokenizer) < tokens:  # one without files is made, and empty
+        raise ValueError(f"its tokenizer knows {len(tokenizer)} tokens of {tokens}")
     factor = float(model.logit_scale.detach().exp()) if TOWERS[name].factor is None else TOWERS[name].factor
 
     def values(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
         tokens = tokenizer(
             list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).to(device)
-        pixels = processor(list(images), return_tensors="pt")["pixel_values"].to(device)
+        ).to(model.device)
+        pixels = processor(list(images), return_tensors="pt")["pixel_values"].to(model.device)
         with torch.inference_mode():
             output = model(input_ids=tokens["input_ids"], attention_mask=None, pixel_values=pixels)
             image, text = output.image_embeds.double(), output.text_embeds.double()
@@ -105,12 +115,32 @@ def load_space(name: str, folder: Path) -> Extractor:
     DINOv2's features are the last layer's class token behind its norm, CLIP's the projected image at unit length.
     """
     _check_folder(name, folder)
-    if name == "dinov2":
-        (model,) = _opened(name, folder, "Dinov2Model")
-        return _extractor(name, folder, model, 224, _IMAGENET, lambda output: output.pooler_output)
-    model, processor = _opened(name, folder, "CLIPVisionModelWithProjection", "CLIPImageProcessorPil")
-    scale = np.asarray(processor.image_mean), np.asarray(processor.image_std)
-    return _extractor(name, folder, model, model.config.image_size, scale, lambda output: _unit(output.image_embeds))
+    with _told(name, folder):
+        if name == "dinov2":
+            (model,) = _opened(folder, "Dinov2Model")
+            _resample_positions(model.embeddings, 224 // model.config.patch_size)
+            made = _extractor(name, folder, model, 224, _IMAGENET, lambda output: output.pooler_output)
+        else:
+            model, processor = _opened(folder, "CLIPVisionModelWithProjection", "CLIPImageProcessorPil")
+            scale, side = np.array([processor.image_mean, processor.image_std]), model.config.image_size
+            made = _extractor(name, folder, model, side, scale, lambda output: _unit(output.image_embeds))
+        _check_finite(made.extract(_BLANK))
+    return made
+
+
+def _resample_positions(embeddings: Any, side: int) -> None:
+    """Makes a DINOv2's grid of positions `side` wide as its authors' code does, which dgm-eval runs.
+
+    That steps by n / (side + 0.1) of n positions; transformers, left to itself, by n / side.
+    """
+    import torch
+
+    table = embeddings.position_embeddings.detach()  # (1, 1 + n n, D), the class token's first
+    n = math.isqrt(table.shape[1])
+    grid = table[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic")
+    table = torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+    embeddings.position_embeddings = torch.nn.Parameter(table)
 
 
 def _extractor(
@@ -118,20 +148,19 @@ def _extractor(
     folder: Path,
     model: Any,
     side: int,
-    scale: tuple[np.ndarray, np.ndarray],
+    scale: np.ndarray,
     features: Callable[[Any], Any],
 ) -> Extractor:
     import torch
     import transformers
 
-    device, (mean, deviation) = best_device(torch), scale
-    model = model.to(device).eval()
+    mean, deviation = scale
 
     def extract(images: np.ndarray) -> np.ndarray:
         sized = [np.asarray(Image.fromarray(one).resize((side, side), Image.Resampling.BICUBIC)) for one in images]
         pixels = ((np.stack(sized) / 255 - mean) / deviation).astype(np.float32)
         with torch.inference_mode():
-            return features(model(pixel_values=torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device))).cpu().numpy()
+            return features(model(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(model.device))).cpu().numpy()
 
     return Extractor(f"transformers {transformers.__version__}, {name}", metric_weights.sha256_of(folder), extract)
 
@@ -143,26 +172,24 @@ def _aesthetic(folder: Path) -> Score:
         given = f"{metric_weights.flag(AESTHETIC)}={folder}"
         raise UserError(f"{given}: {len(heads)} files .pth, not one head; {metric_weights.WHERE[AESTHETIC]}")
     state = read_torch(heads[0])
-    model, processor = _opened(AESTHETIC, folder, "CLIPVisionModelWithProjection", "CLIPImageProcessorPil")
+    model, processor = _opened(folder, "CLIPVisionModelWithProjection", "CLIPImageProcessorPil")
     width = model.config.projection_dim
+
+    def head(x: np.ndarray) -> np.ndarray:
+        for i in sorted({int(key.split(".")[1]) for key in state}):
+            x = x @ state[f"layers.{i}.weight"].T + state[f"layers.{i}.bias"]
+        return x.reshape(len(x))
+
     try:
-        numbers = sorted({int(key.split(".")[1]) for key in state})
-        layers = [(state[f"layers.{i}.weight"].T, state[f"layers.{i}.bias"]) for i in numbers]
-        np.linalg.multi_dot([np.zeros((1, width)), *(weight for weight, _ in layers), np.zeros((1, 1))])
+        head(np.zeros((2, width)))
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{heads[0]}: no head of linear layers from {width} numbers to 1 ({error})") from error
     import torch
 
-    device = best_device(torch)
-    model = model.to(device).eval()
-
     def values(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-        pixels = processor(list(images), return_tensors="pt")["pixel_values"].to(device)
+        pixels = processor(list(images), return_tensors="pt")["pixel_values"].to(model.device)
         with torch.inference_mode():
-            x = _unit(model(pixel_values=pixels).image_embeds).double().cpu().numpy()
-        for weight, bias in layers:
-            x = x @ weight + bias
-        return x[:, 0]
+            return head(_unit(model(pixel_values=pixels).image_embeds).double().cpu().numpy())
 
     return Score(metric_weights.sha256_of(folder), values)
 
@@ -171,22 +198,42 @@ def _unit(x: Any) -> Any:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def _opened(name: str, folder: Path, *classes: str) -> list[Any]:
-    """Objects of transformers' classes from a folder; raises `UserError` where it is damaged or none of theirs."""
+@contextlib.contextmanager
+def _told(name: str, folder: Path) -> Iterator[None]:
+    """Raises `UserError` for whatever stops a folder's model from being read and from measuring."""
     try:
-        import torch
-        import transformers
-        from safetensors import SafetensorError
+        yield
+    except UserError:
+        raise
     except ImportError as error:
         raise metric_weights.needs_extra(name, error) from error
-    made = []
-    try:
-        for kind in classes:
-            of_weights = {"use_safetensors": True, "dtype": torch.float32} if "Model" in kind else {}
-            made.append(getattr(transformers, kind).from_pretrained(folder, local_files_only=True, **of_weights))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # what damaged weights, tokenizers and settings raise is anybody's guess
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{folder}: cannot be read as {name} ({reason}); {metric_weights.WHERE[name]}") from error
+
+
+def _check_finite(numbers: np.ndarray) -> None:
+    if not np.isfinite(numbers).all():
+        raise ValueError("it gives NaN or infinity for a black image")
+
+
+def _opened(folder: Path, *classes: str) -> list[Any]:
+    """Objects of transformers' classes from a folder; models on the device, float32, with all of their weights."""
+    import torch
+    import transformers
+
+    made = []
+    transformers.logging.set_verbosity_error()  # it lists, for one, the weights of a text tower that is not asked for
+    for kind in classes:
+        read = functools.partial(getattr(transformers, kind).from_pretrained, folder, local_files_only=True)
+        if "Model" not in kind:
+            made.append(read())
+            continue
+        model, found = read(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+        drawn = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}  # at random, by transformers
+        if drawn:
+            raise ValueError(f"its weights have no fitting {min(drawn)}")
+        made.append(model.to(best_device(torch)).eval())
     return made
 
 
@@ -200,13 +247,10 @@ def _check_folder(name: str, folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{given}: no such model in transformers' layout; {metric_weights.WHERE[name]}") from error
     for what, found, wanted in (
+        ("type", config.get("model_type"), "dinov2" if name == "dinov2" else "clip"),
         ("patch", patch, tower.patch),
         ("layers", layers, tower.layers),
         ("side", side, tower.side),
     ):
         if wanted is not None and found != wanted:
             raise UserError(f"{given}: another model, {what} {found}, not {wanted}; {metric_weights.WHERE[name]}")
-    if name == "dinov2" and config.get("model_type") != "dinov2":
-        raise UserError(f"{given}: a {config.get('model_type')}, no DINOv2; {metric_weights.WHERE[name]}")
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{given}: holds no safetensors; {metric_weights.WHERE[name]}")

@@ -90,7 +90,8 @@ def sample(model: str | Path, request: Request, out: Path) -> dict[str, float]:
     COUNT.check("images of all prompts", count)
     check_room(out, 2 * count * one.noise[0].nbytes, f"noise and latents of {count} images")
     described = _describe(str(model), request, loaded, one.noise, given)
-    check(out, described)
+    if not check(out, described):
+        _write_prompts(out, request)  # what is said of them beside the prompt may have changed since
     warn_of_prompts(loaded.sampler.pipeline, request.prompts)
     shape = (count, *one.noise.shape[1:])
     arrays = {name: _Growing(out / name, shape) for name in ("noise.npy", "latents.npy")}

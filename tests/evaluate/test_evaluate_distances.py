@@ -11,8 +11,13 @@ def features(seed, count, shift=0.0, size=6):
     return (np.random.default_rng(seed).normal(size=(count, size)) + shift).astype(np.float32)
 
 
+def around(generated, real, k):
+    return distances.neighbourly(generated, real, [k])[k]
+
+
 def both(generated, real, k):
-    return tuple(distances.NEIGHBOURLY[name](generated, real, k) for name in ("precision", "recall"))
+    found = around(generated, real, k)
+    return found["precision"], found["recall"]
 
 
 def test_kid_of_whole_sets_is_the_unbiased_estimate_written_out():
@@ -74,7 +79,7 @@ def test_precision_and_recall_at_their_ends():
 
 def test_precision_and_recall_of_too_few():
     with pytest.raises(UserError, match="3-th neighbour"):
-        distances.precision(features(0, 3), features(1, 10), 3)
+        around(features(0, 3), features(1, 10), 3)
 
 
 def test_equal_to_torch_fidelity():
@@ -98,26 +103,24 @@ def test_density_and_coverage_written_out(monkeypatch):
     generated, real, k = features(6, 50), features(7, 40, 0.8), 5
     radii = [sorted(np.linalg.norm(r - real, axis=1))[k] for r in real]
     inside = np.array(
-        [[np.linalg.norm(g - r) <= radius for r, radius in zip(real, radii, strict=True)] for g in generated]
+        [[np.linalg.norm(g - r) < radius for r, radius in zip(real, radii, strict=True)] for g in generated]
     )
-    assert distances.density(generated, real, k) == pytest.approx(inside.sum() / (k * 50))
-    assert distances.coverage(generated, real, k) == inside.any(0).mean()
+    found = distances.neighbourly(generated, real, [3, k])
+    assert found[3] == around(generated, real, 3) != found[k]  # one pass for both
+    assert found[k]["density"] == pytest.approx(inside.sum() / (k * 50))
+    assert found[k]["coverage"] == inside.any(0).mean()
     assert 0 < inside.any(0).mean() < 1
-    few = np.concatenate([real[:1]] * 30)  # precise, and of no variety: the density of its place, nearly no coverage
-    assert distances.coverage(few, real, k) == inside_of_one(real, k) / 40
-
-
-def inside_of_one(real, k):
-    return sum(np.linalg.norm(r - real[0]) <= sorted(np.linalg.norm(r - real, axis=1))[k] for r in real)
+    few = np.concatenate([generated[:1]] * 30)  # of no variety: the density of its place, nearly no coverage
+    assert around(few, real, k)["coverage"] == inside[0].mean()
 
 
 def test_equal_to_prdc():
     prdc = pytest.importorskip("prdc")
     generated, real = features(9, 300, 0.3, size=20), features(10, 250, size=20)
-    theirs = prdc.compute_prdc(real, generated, 5)
-    for name, value in theirs.items():
-        # theirs leaves out the ball's very edge, where nothing lies but what made it
-        assert distances.NEIGHBOURLY[name](generated, real, 5) == pytest.approx(value, rel=1e-4), name
+    assert around(generated, real, 5) == pytest.approx(prdc.compute_prdc(real, generated, 5), rel=1e-4)
+    # of equal sets 1, but for a neighbour that makes a ball and is rounded into it; with all of them it were 1.2
+    assert around(real, real.copy(), 5) == pytest.approx(prdc.compute_prdc(real, real, 5), abs=0.01)
+    assert prdc.compute_prdc(real, real, 5)["density"] == 1
 
 
 def unit(seed, count, shift=0.0):

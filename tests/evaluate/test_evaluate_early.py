@@ -9,6 +9,7 @@ import pytest
 
 from d2g_jax.__main__ import main
 from d2g_jax.digits.config import WEIGHTS
+from d2g_jax.digits.scenes import real_scenes
 from d2g_jax.evaluate import drawing, features, job, pairwise, reference
 from d2g_jax.evaluate.protocols import PROTOCOLS
 from d2g_jax.pipeline import draw
@@ -124,6 +125,19 @@ def test_accuracy_says_whose_it_is(tmp_path):
     assert main(command) == 0
     digits = features.make_extractor(PROTOCOLS["digits"], None)
     assert read_result(tmp_path / "a.json")["weights"] == {"digits": {"name": digits.name, "sha256": digits.sha256}}
+
+
+def test_the_digits_reference_is_measured_in_batches():
+    """Two thousand images at once would take a large network's memory."""
+    sizes = []
+
+    def extract(images):
+        sizes.append(len(images))
+        return images.mean((1, 2), dtype=np.float32)
+
+    made = reference.digits_reference(PROTOCOLS["digits"], {"a": features.Extractor("a", "0", extract)}, 300)["a"]
+    assert sizes == [300] * 6 + [200]
+    np.testing.assert_array_equal(made.features, extract(real_scenes().images))
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_corrupt_files_are_named_counted_and_refused_above_the_threshold(tmp_pat
     found = survey(tmp_path, COCO, max_corrupt=2)
     assert set(found.corrupt) == {"1.png", "3.png"}
     assert found.indices == (0, 2, 4)  # the others keep their prompts
-    assert found.first(3).names == ("0.png", "2.png")
+    assert found.only(range(3)).names == ("0.png", "2.png")
     (tmp_path / "0.png").write_text("")
     with pytest.raises(UserError, match=r"3 of 5"):
         survey(tmp_path, COCO, max_corrupt=2)

@@ -110,7 +110,10 @@ def test_cifar_s_images_are_enlarged_by_the_network_itself(inception):
 
 def test_reference_statistics_survive_their_file(inception, folders, tmp_path):
     extractor = features.make_extractor(COCO, inception)
-    made = measure_reference(survey(folders[1], COCO, mixed=True), COCO, extractor, 16)
+    both = {"inception": extractor, "other": dataclasses.replace(extractor, extract=lambda x: extractor.extract(x) + 1)}
+    measured = measure_reference(survey(folders[1], COCO, mixed=True), COCO, both, 16)
+    made = measured["inception"]
+    np.testing.assert_array_equal(measured["other"].features, made.features + 1)
     save(tmp_path / "real.npz", {"inception": made}, COCO)
     again = read_reference(tmp_path / "real.npz", COCO, extractor, "inception")
     np.testing.assert_array_equal(again.features, made.features)

@@ -203,7 +203,8 @@ def test_clip_score_of_a_folder(real, tiny_clip, tmp_path):
     assert result["metrics"]["clip_b32"] == pytest.approx(np.mean(values), abs=1e-6)
 
 
-def test_corrupt_files_are_left_out_by_flag_and_named(real, tmp_path, capsys):
+@pytest.mark.filterwarnings("ignore:.*nothing says:UserWarning")
+def test_corrupt_files_are_left_out_by_flag_and_named(real, tiny_lpips, tmp_path, capsys):
     folder = shutil.copytree(real, tmp_path / "images")
     (folder / "00007.png").write_bytes(b"")
     command = [*DIGITS, f"--images={folder}", "--metrics=fid", f"--out={tmp_path / 'a.json'}"]
@@ -212,6 +213,12 @@ def test_corrupt_files_are_left_out_by_flag_and_named(real, tmp_path, capsys):
     run(*command, "--max-corrupt=1")
     result = read_result(tmp_path / "a.json")
     assert (result["samples"], list(result["corrupt"])) == (N - 1, ["00007.png"])
+    command = [*DIGITS, f"--weights-lpips={tiny_lpips}", "--metrics=lpips_fidelity", "--max-corrupt=1"]
+    to = f"--out={tmp_path / 'b.json'}"
+    run(*command, f"--images={folder}", f"--teacher-images={real}", to)
+    assert read_result(tmp_path / "b.json")["metrics"]["lpips_fidelity"] == 0.0  # the others keep their teacher's
+    line = refused(capsys, *command, f"--images={real}", f"--teacher-images={folder}", to)
+    assert line.endswith("1 of 80 images cannot be read: 00007.png; make them again")
 
 
 @pytest.mark.parametrize(

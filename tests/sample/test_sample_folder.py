@@ -61,6 +61,12 @@ def test_the_tree_that_geneval_s_evaluator_reads(model, tmp_path, capsys):
         flat = files(tmp_path / "flat")
         assert list(found.values()) == [flat[f"{3 * i + k:05d}.png"] for k in range(3)]
     assert (tmp_path / "tree" / "grid.png").read_bytes() == (tmp_path / "flat" / "grid.png").read_bytes()
+    lines[1] = '{"tag": "colors", "prompt": "a red 3"}'
+    listed.write_text("\r\n".join(lines))
+    (tmp_path / "tree" / "00001" / "samples" / "00002.png").unlink()  # stopped there
+    assert sample(model, tmp_path / "tree", *flags, "--layout=geneval") == 0
+    assert (tmp_path / "tree" / "00001" / "metadata.jsonl").read_text() == f"{lines[1]}\n"
+    assert list(files(tmp_path / "tree" / "00001" / "samples").values()) == list(flat.values())[3:6]
     for wrong in (["--prompt=a"], [f"--prompts={tmp_path / 'flat' / 'prompts.txt'}"]):
         line = refused(capsys, "sample", f"--model={model}", "--layout=geneval", f"--out={tmp_path / 'x'}", *wrong)
         assert "--layout=geneval: give --prompts=evaluation_metadata.jsonl" in line
