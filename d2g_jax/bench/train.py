@@ -59,7 +59,7 @@ class Request:
 
     Attributes:
       config: of a run; its `pipeline` may also be one of `architectures.MODELS`.
-      losses: names of `loss.name`; D, R1 and the loop are measured with the last of them.
+      losses: names of `loss.name`; D, R1 and the loop are measured with the last of them. None: mse and the config's.
       batches: images in a step, each measured; None is the config's `train.batch_size`.
       repeats: rounds of turns.
       torch: whether PyTorch's step runs too, where it is installed.
@@ -68,7 +68,7 @@ class Request:
     """
 
     config: ml_collections.ConfigDict
-    losses: tuple[str, ...] = ("mse", "e_latent_lpips")
+    losses: tuple[str, ...] | None = None
     batches: tuple[int, ...] | None = None
     repeats: int = 5
     torch: bool = True
@@ -78,13 +78,14 @@ class Request:
     def resolved(self) -> Request:
         """The request with the config's batch and this device's default; raises `UserError` that names the flag."""
         check_counts(self, "repeats")
-        if len(set(self.losses)) < max(1, len(self.losses)):
-            raise UserError(f"--losses={','.join(self.losses)}: give names of losses, each once")
+        losses = tuple(dict.fromkeys(("mse", self.config.loss.name))) if self.losses is None else self.losses
+        if len(set(losses)) < max(1, len(losses)):
+            raise UserError(f"--losses={','.join(losses)}: give names of losses, each once")
         batches = self.batches or (self.config.train.batch_size,)
         if min(batches) < 1 or len(set(batches)) < len(batches):
             raise UserError(f"--batches={','.join(map(str, batches))}: give numbers of images, each once")
         compiles = torch_pipeline.compiles(self.compile)
-        return dataclasses.replace(self, batches=batches, compile=compiles)
+        return dataclasses.replace(self, losses=losses, batches=batches, compile=compiles)
 
     def settings(self) -> dict[str, Any]:
         """Plain values for the report."""

@@ -85,7 +85,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--losses", type=_names, help="each with programs of its own; default mse,e_latent_lpips")
+    parser.add_argument("--losses", type=_names, help="each with programs of its own; default mse and the config's")
     parser.add_argument("--batches", type=common.numbers, help="images in a step, as 32,64; default: the config's")
     _add_torch(parser)
     parser.add_argument("--seed", type=int, help="of weights and data")

@@ -135,6 +135,14 @@ def test_pipelines_by_their_short_names():
     assert c.pipeline == "sdxl"
 
 
+@pytest.mark.parametrize(("loss", "losses"), [("e_lpips", ("mse", "e_lpips")), ("mse", ("mse",))])
+def test_the_config_s_own_loss_is_measured(loss, losses):
+    config = small_config()
+    with config.unlocked():
+        config.loss.name = loss
+    assert Request(config).resolved().losses == losses
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
