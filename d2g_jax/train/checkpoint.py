@@ -133,9 +133,12 @@ class Checkpoints:
 
     def restore_any(self) -> dict[str, Any]:
         """The newest checkpoint's trees as they were saved, as host arrays, whatever networks they belong to."""
-        images, item = self._require(), ocp.args.PyTreeRestore()
+        images = self._require()
         with self._reading(images):
-            items = self._manager.restore(images, args=ocp.args.Composite(state=item, ema=item))
+            saved = self._manager.item_metadata(images)
+            on_host = lambda name: jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved[name].tree)  # noqa: E731
+            arguments = {name: ocp.args.PyTreeRestore(restore_args=on_host(name)) for name in ("state", "ema")}
+            items = self._manager.restore(images, args=ocp.args.Composite(**arguments))
         return {"state": items["state"], "ema": items["ema"]}
 
     def _restore(self, item: str, like: Any) -> Any:
