@@ -12,6 +12,9 @@ Published for the paper's own run on 64 A100 (of unknown length): FID-30k 9.29 o
 For visual quality rather than FID the paper took guidance 8 and 12 M pairs:
 --config.pairs.guidance_scale=8 --config.pairs.count=12000000. One device: --config.mesh.fsdp=1.
 
+The adversary is the paper's: of what docs/ablations.md compares on the embedded world nothing is nearer. Without R1's
+program, a fifth slower: --config.adversarial.penalty=approximate_r1.
+
 Pruned relatives load by their own folder and train with less memory (D is then pruned too), the metric stays:
 --config.pipeline=nota-ai/bk-sdm-base (or -small, -tiny), --config.pipeline=segmind/small-sd.
 

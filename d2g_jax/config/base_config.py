@@ -112,7 +112,10 @@ def discriminator() -> ConfigDict:
 
 
 def adversarial() -> ConfigDict:
-    """The GAN term; weight 0 is a regression-only run without a discriminator."""
+    """The GAN term; weight 0 is a regression-only run without a discriminator.
+
+    The paper's loss and penalty: of what docs/ablations.md compares on the embedded world nothing is nearer.
+    """
     return ConfigDict(
         {
             "weight": 0.1,  # lambda_GAN, not in the paper: aim for 0.1 to 0.5 of the regression's gradient norm
