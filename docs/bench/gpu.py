@@ -33,7 +33,7 @@ SD15 = (
     "--config=configs/sd15.py", "--config.mesh.fsdp=1", "--config.train.remat=none", "--config.train.micro_batch=8",
     "--config.train.r1_micro_batch=1", "--config.train.batch_size=16", "--config.train.groups=1",
 )  # fmt: skip
-TINY = ("--config=configs/digits.py", "--config.train.batch_size=16", "--config.train.groups=1")
+TINY = ("--config=configs/digits.py", "--config.train.batch_size=16", "--config.train.groups=2")
 
 
 @dataclasses.dataclass(frozen=True)
