@@ -231,8 +231,6 @@ def one_step_programs(
     Raises `UserError` for a system that does not go with the schedule or with the UNet.
     """
     unet = meshes.place(unet, mesh)
-    system.check_unet(pipeline.unet.config.time_cond_proj_dim)
-    system.schedule(Schedule.from_config(pipeline.scheduler))  # refuses a wrong timestep before anything compiles
     solve = _one_step(pipeline.unet, json.dumps(pipeline.scheduler), system, mesh)
     return Programs(
         _encoder(pipeline, mesh, size_ids(pipeline, size)),
@@ -244,8 +242,13 @@ def one_step_programs(
 
 @functools.lru_cache(maxsize=1)
 def _one_step(network: Network, scheduler: str, system: OneStep, mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
-    """(parameters, noise, conditioning) to latents: of students that differ in parameters only, compiled once."""
+    """(parameters, noise, conditioning) to latents: of students that differ in parameters only, compiled once.
+
+    Raises as `one_step_programs` does.
+    """
     schedule, embedding_size = Schedule.from_config(json.loads(scheduler)), network.config.time_cond_proj_dim
+    system.check_unet(embedding_size)
+    system.schedule(schedule)  # refuses a wrong timestep before anything compiles
 
     @jax.jit
     def solve(unet: Params, drawn: jax.Array, condition: Conditioning) -> jax.Array:
