@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -112,22 +113,25 @@ class PairSchema:
             feature = tf_example_pb2.Example.FromString(data).features.feature
         except DecodeError as error:
             raise ValueError(f"not an Example: {error}") from None
-        tensors = self.tensors()
-        record = {}
-        for name in self.names() if names is None else names:
-            kind = "int64_list" if name in _INTEGERS else "bytes_list"
-            values = getattr(feature[name], kind).value
+        record, layout = {}, self._layout
+        for name in layout if names is None else names:
+            value, shape, dtype = feature[name], *layout[name]
+            values = value.int64_list.value if name in _INTEGERS else value.bytes_list.value
             if len(values) != 1:
                 raise ValueError(f"field {name!r} holds {len(values)} values, expected 1")
-            record[name] = _tensor(name, values[0], *tensors[name]) if name in tensors else _scalar(values[0])
+            record[name] = _array(name, values[0], shape, dtype)
         return record
 
+    @functools.cached_property
+    def _layout(self) -> dict[str, tuple[tuple[int, ...] | None, np.dtype | None]]:
+        """`tensors()` with the other fields, of which there is nothing to say, in the order of `names()`."""
+        return dict.fromkeys(self.names(), (None, None)) | self.tensors()
 
-def _scalar(value: int | bytes) -> np.ndarray:
-    return np.asarray(value.decode()) if isinstance(value, bytes) else np.asarray(value, np.int64)
 
-
-def _tensor(name: str, value: bytes, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    if len(value) != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"field {name!r} holds {len(value)} bytes, {dtype} {shape} needs another number")
-    return np.frombuffer(value, dtype).reshape(shape)
+def _array(name: str, value: int | bytes, shape: tuple[int, ...] | None, dtype: np.dtype | None) -> np.ndarray:
+    if shape is None or dtype is None:
+        return np.asarray(value.decode()) if isinstance(value, bytes) else np.asarray(value, np.int64)
+    try:
+        return np.frombuffer(value, dtype).reshape(shape)
+    except ValueError:
+        raise ValueError(f"field {name!r} holds {len(value)} bytes, {dtype} {shape} needs another number") from None
