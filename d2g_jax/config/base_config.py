@@ -175,7 +175,8 @@ def train() -> ConfigDict:
             # twice, and has a number of its own.
             "micro_batch": config_dict.placeholder(int),
             "r1_micro_batch": config_dict.placeholder(int),
-            # What the backward pass computes again: none, dots (all but products with weights), full (all of a block).
+            # What the backward pass computes again: none, elementwise (norms and activations: no products), dots (all
+            # but products with weights), full (all of a block).
             "remat": "none",
             "compile_workers": 1,  # programs compiled at once, at the price of their compilers' memory
             "ema_half_life_images": 500_000.0,  # about a decay of 0.999 at batch 1024; not in the paper

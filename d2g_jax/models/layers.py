@@ -22,8 +22,12 @@ from d2g_jax.runtime.sharding import by_sample, whole
 
 Padding = int | tuple[tuple[int, int], tuple[int, int]]
 
-REMATS = ("none", "dots", "full")
-"""What of a block the backward pass computes again: nothing; all but its products with weights; all but its inputs."""
+REMATS = ("none", "elementwise", "dots", "full")
+"""What of a block the backward pass computes again: nothing; what lies between its products (norms, activations); all
+but its products with weights, which is attention too; all but its inputs.
+
+With "none" a compiler keeps what differentiation asks for, of a norm of bfloat16 a float32 array and two more.
+"""
 
 
 def check_remat(remat: str) -> None:
@@ -32,14 +36,18 @@ def check_remat(remat: str) -> None:
         raise UserError(f"train.remat is {remat!r}; choose one of {', '.join(REMATS)}")
 
 
-def remat_call(remat: str, module: nnx.Module, *args: Any) -> Any:
-    """`module(*args)`, of whose activations the backward pass keeps what `remat`, one of `REMATS`, says."""
+def remat_call(remat: str, module: nnx.Module, *args: Any, method: str = "__call__") -> Any:
+    """`module.method(*args)`, of whose activations the backward pass keeps what `remat`, one of `REMATS`, says.
+
+    Attention is no part of a `method` that "elementwise" is for.
+    """
     check_remat(remat)
     if remat == "none":
-        return module(*args)
+        return getattr(module, method)(*args)
     graphdef, state = nnx.split(module)
-    policy = _is_product_with_weights if remat == "dots" else None
-    return jax.checkpoint(lambda state, *args: nnx.merge(graphdef, state)(*args), policy=policy)(state, *args)
+    policy = None if remat == "full" else _is_product_with_weights
+    call = lambda state, *args: getattr(nnx.merge(graphdef, state), method)(*args)  # noqa: E731
+    return jax.checkpoint(call, policy=policy)(state, *args)
 
 
 def _is_product_with_weights(primitive: Any, *args: Any, **params: Any) -> bool:

@@ -6,6 +6,7 @@ Two constants are easy to get wrong and are therefore said here: the GroupNorm a
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -41,13 +42,20 @@ class Attention(nnx.Module):
         self.heads, self.upcast, self.attention = heads, upcast, attention
 
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        return self.attend(*self.project(x, context))
+
+    def project(self, x: jax.Array, context: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries (B, T, N, d), keys and values (B, S, N, d)."""
         context = x if context is None else context
-        query, key, value = (
-            projection(source).reshape(*source.shape[:2], self.heads, -1)  # (B, T or S, N, d)
+        return tuple(
+            projection(source).reshape(*source.shape[:2], self.heads, -1)
             for projection, source in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
         )
+
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """(B, T, C) of what `project` gives."""
         out = dot_product_attention(query, key, value, attention=self.attention, upcast=self.upcast)
-        return self.to_out[0](out.reshape(*x.shape[:2], -1))
+        return self.to_out[0](out.reshape(*query.shape[:2], -1))
 
 
 class GEGLU(nnx.Module):
@@ -83,7 +91,16 @@ class BasicTransformerBlock(nnx.Module):
     """Self-attention, cross-attention and feed-forward, each after a LayerNorm and with a residual."""
 
     def __init__(
-        self, channels: int, *, heads: int, context_dim: int, upcast: bool, attention: str, dtype: Any, rngs: Keys
+        self,
+        channels: int,
+        *,
+        heads: int,
+        context_dim: int,
+        upcast: bool,
+        attention: str,
+        remat: str = "none",
+        dtype: Any,
+        rngs: Keys,
     ):
         kw = {"heads": heads, "head_dim": channels // heads, "upcast": upcast, "attention": attention}
         self.norm1 = LayerNorm(channels, dtype=dtype)
@@ -92,11 +109,26 @@ class BasicTransformerBlock(nnx.Module):
         self.attn2 = Attention(channels, context_dim=context_dim, **kw, dtype=dtype, rngs=rngs)
         self.norm3 = LayerNorm(channels, dtype=dtype)
         self.ff = FeedForward(channels, dtype=dtype, rngs=rngs)
+        self.remat = remat
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        return remat_call("none" if self.remat == "elementwise" else self.remat, self, x, context, method="_forward")
+
+    def _forward(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """What a call computes. "elementwise" is for what lies between attentions, which keep what they want."""
+        part = functools.partial(remat_call, "elementwise" if self.remat == "elementwise" else "none", self)
+        x = x + self.attn1.attend(*part(x, method="_self"))
+        x = x + self.attn2.attend(*part(x, context, method="_cross"))
+        return x + part(x, method="_feed")
+
+    def _self(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.attn1.project(self.norm1(x))
+
+    def _cross(self, x: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.attn2.project(self.norm2(x), context)
+
+    def _feed(self, x: jax.Array) -> jax.Array:
+        return self.ff(self.norm3(x))
 
 
 class Transformer2DModel(nnx.Module):
@@ -119,6 +151,7 @@ class Transformer2DModel(nnx.Module):
     ):
         kw = {"dtype": dtype, "rngs": rngs}
         block = {"heads": heads, "context_dim": context_dim, "upcast": upcast, "attention": attention, **kw}
+        blocks = [BasicTransformerBlock(channels, remat=remat, **block) for _ in range(depth)]
 
         def project() -> nnx.Module:
             return (
@@ -129,13 +162,16 @@ class Transformer2DModel(nnx.Module):
 
         self.norm = GroupNorm(groups, channels, 1e-6, dtype=dtype)
         self.proj_in = project()
-        self.transformer_blocks = nnx.List([BasicTransformerBlock(channels, **block) for _ in range(depth)])
+        self.transformer_blocks = nnx.List(blocks)
         self.proj_out = project()
         self.remat = remat
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        hidden = self.proj_in(self.norm(x))
+        hidden = remat_call(self.remat, self, x, method="_enter")
         hidden = hidden.reshape(x.shape[0], -1, x.shape[-1])  # (B, H W, C)
         for block in self.transformer_blocks:
-            hidden = remat_call(self.remat, block, hidden, context)
+            hidden = block(hidden, context)
         return self.proj_out(hidden.reshape(x.shape)) + x
+
+    def _enter(self, x: jax.Array) -> jax.Array:
+        return self.proj_in(self.norm(x))

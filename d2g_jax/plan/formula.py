@@ -29,8 +29,18 @@ from d2g_jax.runtime import mesh as meshes
 CODE_BYTES = 200 * 2**20
 """Assumed of one compiled step."""
 
-FUSED_FROM = {"gpu": 1, "tpu": MANY_KEYS, "cpu": MANY_KEYS}
-"""Keys from which on half-precision attention never writes its weights, by platform: see models/attention.py."""
+FUSED_FROM = {"gpu": 1, "cpu": MANY_KEYS}
+"""Keys from which on half-precision attention never writes its weights, by platform: see models/attention.py. A TPU's
+kernel is in the trace."""
+
+
+def traced_platform(target: Target) -> str:
+    """For what programs are traced that a formula counts.
+
+    For no platform: kernels that stand for attention are opaque, and cannot be traced where no GPU is; `Assumptions`
+    says what they save. For TPUs theirs is in the trace, because of how its operands lie in memory.
+    """
+    return "tpu" if target.chip.platform == "tpu" else ANY
 
 
 def formula_programs(shapes: Shapes, target: Target) -> dict[str, Program]:
@@ -51,28 +61,27 @@ def micro_batch_costs(shapes: Shapes, target: Target, micro: int, r1_micro: int)
     changes |= {"train.r1_micro_batch": r1_micro, "mesh.data": 1, "mesh.fsdp": 1}
     one = with_settings(shapes.config, changes).to_json()
     given = Assumptions(parameter_shares(shapes), FUSED_FROM.get(target.chip.platform))
+    platform = traced_platform(target)
     key = {
         "costs of": json.loads(one),
+        "platform": platform,
         "shares": sorted([list(shape), share] for shape, share in given.shares.items()),
         "fused_from": given.fused_from,
         "source": store.source_hash(),
         **store.versions(),
     }
-    costs = store.cached(
-        key,
-        lambda: {name: dataclasses.asdict(program_cost(jaxpr, given)) for name, jaxpr in _jaxprs(one).items()},
-    )
+    count = lambda jaxpr: dataclasses.asdict(program_cost(jaxpr, given))  # noqa: E731
+    costs = store.cached(key, lambda: {name: count(jaxpr) for name, jaxpr in _jaxprs(one, platform).items()})
     samples = {name: r1_micro if name == "r1" else whole for name in costs}
     divisor = {name: samples[name] // (r1_micro if name == "r1" else micro) for name in costs}
     return {name: _one_of(Cost(**fields), divisor[name], name, shapes) for name, fields in costs.items()}
 
 
 @functools.lru_cache(maxsize=2)
-def _jaxprs(config: str) -> dict[str, Any]:
-    """The planned steps of a config, given as JSON, traced on one device."""
+def _jaxprs(config: str, platform: str) -> dict[str, Any]:
+    """The planned steps of a config, given as JSON, traced on one device for a platform."""
     local = run_shapes(ml_collections.ConfigDict(json.loads(config)), meshes.make_mesh(1, 1, jax.devices("cpu")[:1]))
-    # As for no platform: kernels that stand for attention are opaque; `Assumptions` says what they save.
-    return {name: traced.jaxpr for name, traced in local.trace(ANY).items()}
+    return {name: traced.jaxpr for name, traced in local.trace(platform).items()}
 
 
 def parameter_shares(shapes: Shapes) -> dict[tuple[int, ...], float]:

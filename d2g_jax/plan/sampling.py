@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.diffusion.systems import OneStep
-from d2g_jax.models.platform import ANY, compiling_for
+from d2g_jax.models.platform import compiling_for
 from d2g_jax.pipeline.draw import one_step_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.plan.architectures import MODELS, abstract_pipeline, computing_in
-from d2g_jax.plan.formula import CODE_BYTES, FUSED_FROM
+from d2g_jax.plan.formula import CODE_BYTES, FUSED_FROM, traced_platform
 from d2g_jax.plan.plan import program_seconds
 from d2g_jax.plan.programs import Program, compile_program
 from d2g_jax.plan.targets import Chip, Target, described_tpu, devices
@@ -113,7 +113,8 @@ def plan_sampling(model: str, target: Target, dtype: str, batch: int, method: st
     shapes = {name: exported.stored_shapes(params, jnp.dtype(dtype)) for name, params in pipeline.params.items()}
     pipeline = dataclasses.replace(pipeline, params=shapes)
     host = meshes.make_mesh(1, 1, jax.devices("cpu")[:1])
-    programs = {name: _by_formula(name, traced, target) for name, traced in _trace(pipeline, host, batch, ANY).items()}
+    local = _trace(pipeline, host, batch, traced_platform(target))
+    programs = {name: _by_formula(name, traced, target) for name, traced in local.items()}
     if method == "compile":
         with described_tpu():
             mesh = meshes.make_mesh(1, 1, devices(target)[:1])

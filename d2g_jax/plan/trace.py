@@ -2,7 +2,9 @@
 
 The model of a compiler behind it: products, convolutions, reductions and the like write their results to memory; what
 is computed elementwise from one array is fused into whatever reads it and takes no memory of its own; the order of
-operations is the program's. Loops are counted as often as they run, which XLA's own cost analysis does not do.
+operations is the program's. Of what a backward pass reads, which differentiation puts by, a compiler keeps all that is
+no such function of an array kept as large or larger: of a norm of bfloat16 the float32 of its deviations. Loops are
+counted as often as they run, which XLA's own cost analysis does not do.
 """
 
 from __future__ import annotations
@@ -29,9 +31,12 @@ _MATERIALISED = [
     "dynamic_update_slice", "sort", "cumsum", "argmax", "argmin", "top_k", "iota", "random_bits", "threefry2x32",
     "select_and_scatter_add", "reduce_window", *_CUDNN,
 ]  # fmt: skip
+_VIEWS = ("reshape", "squeeze", "expand_dims", "slice", "split", "transpose", "copy")
 _PRODUCTS = ("dot_general", "conv_general_dilated")
 _RECOMPUTED = ("checkpoint", "remat2")
 """Names of `jax.checkpoint` in a backward pass, in different versions of jax."""
+
+_LANES = 128
 
 _SMALL = 8
 """An input so many times smaller than the result is no reason to keep anything: means, scales, biases."""
@@ -82,6 +87,9 @@ class _Value:
     shape: tuple[int, ...]
     whole: float  # bytes without sharding
     counted: bool = True  # False for arguments, which are counted elsewhere
+    level: int = 0  # how often the part of the program that makes it has been transposed: 1 in a backward pass
+    kept: bool = False  # a part of a higher level reads it
+    laid: bool = False  # a kernel reads it: in memory, as the kernel wants it
     roots: tuple[_Value, ...] = ()
     last_use: int = -1
 
@@ -129,6 +137,7 @@ def _cost(jaxpr: core.Jaxpr, given: Assumptions, carried: int) -> Cost:
         environment[var] = _argument(var.aval, given.shares)
     ops = list(_flatten(jaxpr, environment, given.shares))
     results = [environment[var] for var in jaxpr.outvars if not isinstance(var, core.Literal)]
+    _keep_what_is_viewed(ops)
     _fuse(ops, given)
     _set_last_uses(ops, results, carried)
     gathers = _gathers(ops)
@@ -162,16 +171,23 @@ def _gathers(ops: Iterable[_Op]) -> list[_Gather]:
     return list(gathers.values())
 
 
-def _flatten(jaxpr: core.Jaxpr, environment: dict[core.Var, _Value], shares: Shares) -> Iterator[_Op]:
-    """The operations of a jaxpr in order, with calls inlined (jit, checkpoint, custom derivatives), bodies kept."""
+def _flatten(jaxpr: core.Jaxpr, environment: dict[core.Var, _Value], shares: Shares, around: int = 0) -> Iterator[_Op]:
+    """The operations of a jaxpr in order, with calls inlined (jit, checkpoint, custom derivatives), bodies kept.
+
+    `around` is the level of the call that the jaxpr is of.
+    """
     for eqn in jaxpr.eqns:
+        level = max(around, str(eqn.source_info.name_stack).count("transpose("))
         if eqn.primitive.name == "optimization_barrier":
             environment.update({out: environment[v] for out, v in zip(eqn.outvars, eqn.invars, strict=True)})
             continue
         inputs = tuple(environment[v] for v in eqn.invars if not isinstance(v, core.Literal))
         inner = next((eqn.params[key] for key in _INLINED if key in eqn.params), None)
         if inner is None or eqn.primitive.name in _BODIES or eqn.primitive.name.startswith("reduce"):
-            outputs = tuple(_value(var.aval, shares) for var in eqn.outvars)
+            outputs = tuple(_value(var.aval, shares, level=level) for var in eqn.outvars)
+            for value in inputs:
+                value.kept |= value.counted and value.level < level
+                value.laid |= eqn.primitive.name == "pallas_call"
             environment.update(zip(eqn.outvars, outputs, strict=True))
             yield _Op(eqn.primitive.name, eqn.params, inputs, outputs)
             continue
@@ -183,18 +199,18 @@ def _flatten(jaxpr: core.Jaxpr, environment: dict[core.Var, _Value], shares: Sha
                 scope[var] = _argument(var.aval, shares)  # a parameter that is gathered anew
             else:
                 scope[var] = environment[outer]
-        yield from _flatten(inner, scope, shares)
+        yield from _flatten(inner, scope, shares, level)
         for var, outer in zip(inner.outvars, eqn.outvars, strict=True):
             literal = isinstance(var, core.Literal)
             environment[outer] = _argument(var.aval, shares) if literal else scope[var]
 
 
-def _value(aval: Any, shares: Shares, counted: bool = True) -> _Value:
+def _value(aval: Any, shares: Shares, counted: bool = True, level: int = 0) -> _Value:
     shape = tuple(getattr(aval, "shape", ()))
     dtype = getattr(aval, "dtype", np.dtype(np.float32))
     itemsize = 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype).itemsize
     whole = float(math.prod(shape) * itemsize)
-    return _Value(whole * shares.get(shape, 1.0), dtype, shape, whole, counted)
+    return _Value(whole * shares.get(shape, 1.0), dtype, shape, whole, counted, level)
 
 
 def _argument(aval: Any, shares: Shares) -> _Value:
@@ -206,6 +222,15 @@ def _argument(aval: Any, shares: Shares) -> _Value:
 def _is_shared(value: _Value) -> bool:
     """Whether it is an argument of which a device holds a part."""
     return value.size < value.whole and not value.counted
+
+
+def _keep_what_is_viewed(ops: list[_Op]) -> None:
+    """What a backward pass reads in another shape, it reads where that is from."""
+    for op in reversed(ops):
+        if op.name in _VIEWS and any(value.kept for value in op.outputs):
+            op.inputs[0].kept = op.inputs[0].counted
+            for value in op.outputs:
+                value.kept = False
 
 
 def _fuse(ops: Iterable[_Op], given: Assumptions) -> None:
@@ -220,9 +245,17 @@ def _fuse(ops: Iterable[_Op], given: Assumptions) -> None:
             narrows = op.name == "convert_element_type" and bool(kept) and out.whole < kept[0].whole and kept[0].size
             fused = len(kept) <= 1 and not narrows and op.name not in (*_MATERIALISED, *_BODIES)
             fused = fused and not op.name.startswith("reduce_")
+            fused = fused and not (out.kept and kept and kept[0].whole < out.whole)
+            if out.laid or op.name == "pallas_call":
+                out.size, fused = out.size * _padding(out.shape), False
             out.roots = tuple(large) if fused else (out,)
             if not fused and kept and op.name not in _MATERIALISED and not any(root.size for root in kept):
                 out.size = 0.0  # computed from attention weights inside the kernel
+
+
+def _padding(shape: tuple[int, ...]) -> float:
+    """Times its numbers' bytes an operand of a TPU's kernel takes: 40 channels of a head have the place of 128."""
+    return -(-shape[-1] // _LANES) * _LANES / shape[-1] if shape else 1.0
 
 
 def _is_attention_weights(op: _Op, out: _Value, keys: int) -> bool:

@@ -154,7 +154,7 @@ def test_a_formula_counts_micro_batches_as_one_batch():
 def test_a_formula_for_tpus_says_what_a_compiler_may_take():
     plan = plan_run(alone(), Target("four", CHIPS["v5e"], 4), "formula")
     (step,) = plan.programs
-    assert plan.compiled_bytes() == pytest.approx(plan.total_bytes() + 0.85 * step.temp_bytes)
+    assert plan.compiled_bytes() == pytest.approx(plan.total_bytes() + 0.2 * step.temp_bytes)
     (line,) = [line for line in format_plan(plan).splitlines() if "a compiler may take" in line]
     assert line.split()[-1] == f"{plan.compiled_bytes() / 2**30:.2f}"
     assert plan_run(alone(), parse_topology("gpu:2xH100"), "formula").compiled_bytes() is None

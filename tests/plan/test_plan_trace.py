@@ -3,9 +3,15 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from d2g_jax.models.attention import dot_product_attention
+from d2g_jax.models.layers import REMATS, ResnetBlock2D, remat_call
+from d2g_jax.models.network import Keys
 from d2g_jax.models.platform import ANY, compiling_for
+from d2g_jax.models.transformer import BasicTransformerBlock
+from d2g_jax.plan.programs import COMPILER_OPTIONS
+from d2g_jax.plan.targets import described_tpu, devices, parse_topology
 from d2g_jax.plan.trace import Assumptions, program_cost
 from d2g_jax.runtime import mesh as meshes
 
@@ -88,6 +94,42 @@ def test_what_is_elementwise_of_one_array_takes_no_memory():
     assert fused.temp_bytes == plain.temp_bytes
 
 
+def norms(checkpoint):
+    """Twice a product and a norm of it; the deviations are what differentiation keeps in float32."""
+
+    def norm(x):
+        centred = x.astype(F32) - x.astype(F32).mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True))).astype(BF16)
+
+    def loss(x, w):
+        for _ in range(2):
+            x = (jax.checkpoint(norm) if checkpoint else norm)(x @ w)
+        return jnp.sum(x.astype(F32))
+
+    return jax.grad(loss, argnums=(0, 1))
+
+
+def test_what_a_backward_pass_reads_is_kept_unless_it_is_computed_again():
+    shapes = ((4096, 64), BF16), ((64, 64), BF16)
+    kept, again = cost(norms(False), *shapes), cost(norms(True), *shapes)
+    array = 4096 * 64 * 2
+    # At the end of the forward pass: of each norm its float32 deviations and its result.
+    assert 6 * array <= kept.temp_bytes <= 9 * array
+    assert again.temp_bytes < 0.7 * kept.temp_bytes
+
+
+@pytest.mark.parametrize(("channels", "times"), [(40, 128 / 40), (128, 1)])
+def test_operands_of_a_tpu_s_kernel_are_as_wide_as_its_lanes(channels, times):
+    shape = (2, 512, 4, channels)
+    with compiling_for("tpu"), meshes.traced_for(meshes.make_mesh(1, 1, jax.devices()[:1])):
+        counted = cost(lambda *qkv: dot_product_attention(*(x * 2 for x in qkv)), *[(shape, BF16)] * 3)
+    array = 2 * 512 * 4 * channels * 2
+    sums = (
+        2 * 2 * 4 * 512 * 128 * 4
+    )  # of the softmax and its maxima, which the kernel writes where it is differentiated
+    assert 4 * times * array <= counted.temp_bytes <= 4 * times * array + sums + array
+
+
 def attention(query, key, value):
     return jnp.sum(jax.nn.dot_product_attention(query, key, value).astype(F32))
 
@@ -139,3 +181,46 @@ def test_gathered_parameters_stay_until_the_backward_pass_unless_it_recomputes(c
     whole, counted = 2 * 64 * 64, program_cost(jaxpr, Assumptions({(64, 64): 1 / 64}))
     assert counted.gathered_bytes == gathers * 6 * whole
     assert kept * whole < counted.temp_bytes < (kept + 2) * whole  # one more: a gradient before it is cut
+
+
+def blocks(kind, remat):
+    """Four of SD 1.5's resnets or three of its transformer blocks of 64 x 64 places, two samples: a loss' gradient."""
+    shape = (2, 64, 64, 320) if kind == "resnets" else (2, 4096, 320)
+    beside = (2, 1280) if kind == "resnets" else (2, 77, 768)
+
+    def make(rngs):
+        kw = {"dtype": BF16, "rngs": rngs}
+        if kind == "resnets":
+            return nnx.List([ResnetBlock2D(320, 320, 1280, **kw) for _ in range(4)])
+        kw |= {"heads": 8, "context_dim": 768, "upcast": False, "attention": "auto", "remat": remat}
+        return nnx.List([BasicTransformerBlock(320, **kw) for _ in range(3)])
+
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(Keys(jax.random.key(0)))))
+
+    def loss(state, x, beside):
+        for block in nnx.merge(graph, state):
+            x = remat_call(remat, block, x, beside) if kind == "resnets" else block(x, beside)
+        return jnp.sum(jnp.square(x.astype(F32)))
+
+    return jax.grad(loss, (0, 1)), (state, jax.ShapeDtypeStruct(shape, BF16), jax.ShapeDtypeStruct(beside, BF16))
+
+
+@pytest.mark.slow
+def test_temporaries_of_blocks_are_a_tpu_s_compiler_s(libtpu):
+    """Prints MiB by formula and compiled; docs/plan.md has them, and those of whole steps."""
+    found = {}
+    with described_tpu(), compiling_for("tpu"):
+        one = jax.sharding.SingleDeviceSharding(devices(parse_topology("v5p:1x1x1"))[0])
+        resnets = [("resnets", remat) for remat in REMATS[:2]]  # without attention "dots" is "elementwise"
+        for kind, remat in resnets + [("transformers", remat) for remat in REMATS[:3]]:
+            gradient, shapes = blocks(kind, remat)
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
+            traced = jax.jit(gradient).trace(*shapes)
+            compiled = traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=COMPILER_OPTIONS["tpu"])
+            taken = compiled.memory_analysis().temp_size_in_bytes
+            found[kind, remat] = program_cost(traced.jaxpr).temp_bytes, taken
+            print(kind, remat, *(round(n / 2**20) for n in found[kind, remat]))
+    for remat in REMATS[:3]:
+        counted, taken = found["transformers", remat]
+        assert counted == pytest.approx(taken, rel=0.35)
+    assert found["resnets", "elementwise"][1] < 0.5 * found["resnets", "none"][1]

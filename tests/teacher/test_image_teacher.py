@@ -1,6 +1,6 @@
 """The whole way of a teacher of images: trained on small scenes told their digit, distilled by two losses, exported.
 
-Prints its figures.
+Prints its figures. Half an hour of a core, with compilers that optimise: XLA_FLAGS= JAX_OPTIMIZATION_LEVEL=O1.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from d2g_jax.models.image_unet_config import ImageUNetConfig
 from d2g_jax.pipeline.images import save_images_pipeline
 from d2g_jax.results import frechet
 
-SIDE, STEPS, BATCH = 16, 1000, 64
+SIDE, STEPS, BATCH = 16, 5000, 32
 CONFIG = ImageUNetConfig(
-    sample_size=SIDE, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=16,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    num_class_embeds=10,
+    sample_size=SIDE, block_out_channels=(32, 64, 96), layers_per_block=1, norm_num_groups=8, attn_norm_num_groups=8,
+    attention_head_dim=16, resnet_time_scale_shift="scale_shift", num_class_embeds=10,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
 )  # fmt: skip
 SCHEDULER = {
     "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2",
@@ -96,9 +97,11 @@ def test_a_teacher_of_images_is_distilled(tmp_path, monkeypatch):
     real = figures(small(shown.images), shown.labels[:, 0], reference)
     found = {"real": real, "teacher again": figures(others.images, prompts, reference)}
     pairs = ["count=2048", "records_per_shard=1024", "batch_size=256", "steps=25"]
-    cli.main(["pairs", tiny_images.CONFIG, f"--workdir={tmp_path}", *(f"--config.pairs.{p}" for p in pairs)])
+    made = [f"--workdir={tmp_path}", *(f"--config.pairs.{p}" for p in pairs)]
+    assert cli.main(["pairs", tiny_images.CONFIG, *made]) == 0
     flags = [f"--config.pairs.{p}" for p in pairs] + [f"--config.loss.lpips={WEIGHTS / 'lpips'}"]
-    flags += ["--config.loss.size=32", "--config.adversarial.weight=0.0", "--config.train.images=12288"]
+    # LPIPS at the size that it was trained at, as the paper enlarges CIFAR's images to 224.
+    flags += ["--config.loss.size=64", "--config.adversarial.weight=0.0", "--config.train.images=12288"]
     flags += ["--config.optimizer.generator.learning_rate=0.001", "--config.optimizer.generator.warmup_images=1024"]
     flags += ["--config.train.sample_every=12288", "--config.train.checkpoint_every=12288"]
     students = {}
@@ -106,13 +109,30 @@ def test_a_teacher_of_images_is_distilled(tmp_path, monkeypatch):
         work = tmp_path / name
         work.mkdir()
         (work / "pairs").symlink_to(tmp_path / "pairs")
-        cli.main(["train", tiny_images.CONFIG, f"--workdir={work}", *flags, f"--config.loss.name={name}"])
+        student = [f"--workdir={work}", *flags, f"--config.loss.name={name}"]
+        assert cli.main(["train", tiny_images.CONFIG, *student]) == 0
         students[name] = load(work).draw(prompts, seed=100, batch=250)
         line = json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])
         found[name] = figures(students[name].images, prompts, reference)
         found[name]["unexplained"] = round(line["unexplained"], 3)
     print(json.dumps(found, indent=1))
-    assert found["real"]["digit"] > 0.5
+    assert found["real"]["digit"] > 0.9
     assert found["teacher again"]["digit"] > 0.8 * found["real"]["digit"]
-    assert found["e_lpips"]["fd"] < found["mse"]["fd"]
     assert found["e_lpips"]["digit"] > 0.8 * found["teacher again"]["digit"]
+    assert found["e_lpips"]["digit"] > found["mse"]["digit"]
+    exported_as_diffusers_draws_it(tmp_path / "e_lpips", tmp_path / "diffusers")
+
+
+def exported_as_diffusers_draws_it(work, out):
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    assert cli.main(["export", f"--model={work}", "--to=diffusers", f"--out={out}"]) == 0
+    noise = np.random.default_rng(0).standard_normal((4, 3, SIDE, SIDE)).astype(np.float32)
+    drawn = load(work).latents(["0", "3", "5", "9"], latents=noise)
+    unet = diffusers.UNet2DModel.from_pretrained(out / "unet")
+    scheduler = diffusers.DDIMScheduler.from_pretrained(out / "scheduler")
+    scheduler.set_timesteps(1)
+    (t,) = scheduler.timesteps
+    with torch.no_grad():
+        output = unet(torch.from_numpy(noise), t, class_labels=torch.tensor([0, 3, 5, 9])).sample
+        x = scheduler.step(output, t, torch.from_numpy(noise)).prev_sample.numpy()
+    np.testing.assert_allclose(x, drawn, atol=1e-4 * np.abs(x).max())
