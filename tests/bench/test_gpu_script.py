@@ -46,6 +46,7 @@ def test_what_is_cut_short_leaves_what_was_done(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "PARTS", (*parts, late))
     monkeypatch.setattr(script, "ROOT", tmp_path)
     monkeypatch.setattr(script, "LEAST", 1.0)
+    monkeypatch.setattr(script, "REHEARSAL", 1)
     monkeypatch.setattr(script, "_device", lambda: "NVIDIA nothing")
     assert script.main([f"--out={tmp_path / 'out'}"]) == 2  # a device without a plan
     assert script.main([f"--out={tmp_path / 'out'}", "--rehearse"]) == 0
