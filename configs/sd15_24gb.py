@@ -5,8 +5,8 @@
     d2g train --config=configs/sd15_24gb.py --workdir=runs/sd15
     d2g export --model=runs/sd15 --to=lora --out=student-lora
 
-Planned by formula, not measured: 10.2 of 22.8 GiB, 6.0 images/s on an RTX 4090 (40% of its peak), so that 5.12 M images
-take 236 hours, and 300,000 pairs 101; if a compiler takes 2.7 times the formula's temporaries, 19.3 GiB.
+Planned by formula, not measured: 10.0 of 22.8 GiB, 6.0 images/s on an RTX 4090 (40% of its peak), so that 5.12 M images
+take 236 hours, and 300,000 pairs 101; if a compiler takes 2.4 times the formula's temporaries, 17.1 GiB.
 --config.discriminator.backbone=frozen --config.discriminator.lora_rank=0 trains D's heads alone.
 
 Every field and its meaning: d2g_jax/config/base_config.py; what the updates cost and do: docs/lora.md.
@@ -31,5 +31,5 @@ def get_config() -> ConfigDict:
     c.mesh.fsdp = 1
     c.pairs.batch_size = 16
     c.adversarial.update(start_images=1_280_000, warmup_images=256_000)  # a quarter of the long run's, as its images
-    c.train.update(images=5_120_000, remat="none", micro_batch=2, r1_micro_batch=1)
+    c.train.update(images=5_120_000, remat="elementwise", micro_batch=2, r1_micro_batch=1)
     return c.lock()
