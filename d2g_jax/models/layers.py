@@ -26,7 +26,7 @@ REMATS = ("none", "elementwise", "dots", "full")
 """What of a block the backward pass computes again: nothing; what lies between its products (norms, activations); all
 but its products with weights, which is attention too; all but its inputs.
 
-With "none" a compiler keeps what differentiation asks for, of a norm of bfloat16 a float32 array and two more.
+With "none" a compiler keeps what differentiation asks for, of a norm of bfloat16 a float32 array above all.
 """
 
 
@@ -39,7 +39,7 @@ def check_remat(remat: str) -> None:
 def remat_call(remat: str, module: nnx.Module, *args: Any, method: str = "__call__") -> Any:
     """`module.method(*args)`, of whose activations the backward pass keeps what `remat`, one of `REMATS`, says.
 
-    Attention is no part of a `method` that "elementwise" is for.
+    "elementwise" and "dots" are one here: give "elementwise" methods without attention alone.
     """
     check_remat(remat)
     if remat == "none":
@@ -51,7 +51,7 @@ def remat_call(remat: str, module: nnx.Module, *args: Any, method: str = "__call
 
 
 def _is_product_with_weights(primitive: Any, *args: Any, **params: Any) -> bool:
-    """Linear layers and convolutions, but not attention's products, whose results are the largest of all."""
+    """Linear layers, convolutions and the sums of a norm, but not attention's products, the largest results of all."""
     if primitive.name == "conv_general_dilated":
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)

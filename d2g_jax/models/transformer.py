@@ -150,8 +150,8 @@ class Transformer2DModel(nnx.Module):
         rngs: Keys,
     ):
         kw = {"dtype": dtype, "rngs": rngs}
-        block = {"heads": heads, "context_dim": context_dim, "upcast": upcast, "attention": attention, **kw}
-        blocks = [BasicTransformerBlock(channels, remat=remat, **block) for _ in range(depth)]
+        block = {"heads": heads, "context_dim": context_dim, "upcast": upcast, "attention": attention}
+        block |= {"remat": remat, **kw}
 
         def project() -> nnx.Module:
             return (
@@ -162,7 +162,7 @@ class Transformer2DModel(nnx.Module):
 
         self.norm = GroupNorm(groups, channels, 1e-6, dtype=dtype)
         self.proj_in = project()
-        self.transformer_blocks = nnx.List(blocks)
+        self.transformer_blocks = nnx.List([BasicTransformerBlock(channels, **block) for _ in range(depth)])
         self.proj_out = project()
         self.remat = remat
 

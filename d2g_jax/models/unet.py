@@ -277,6 +277,6 @@ class UNet2DConditionModel(UNetBackbone):
 
 @functools.cache
 def build(config: UNetConfig, dtype: Any = jnp.float32, attention: str = "auto", remat: str = "none") -> Network:
-    """The UNet as a `Network`; `remat`, one of `layers.REMATS`, is for its resnets and transformer blocks."""
+    """The UNet as a `Network`; `remat`, one of `layers.REMATS`, is for its resnets and transformers."""
     kw = {"dtype": dtype, "attention": attention, "remat": remat}
     return Network.build(config, lambda rngs: UNet2DConditionModel(config, **kw, rngs=rngs))

@@ -14,7 +14,7 @@ ASSUMED_SHARE = 0.4
 """Of the peak, for predicted images/s; docs/plan.md says where it comes from."""
 
 TPU_TEMPORARIES = 1.2
-"""Times the formula's: what a TPU's compiler may take of a step; 1.13 was the most (docs/plan.md has the rows)."""
+"""Times the formula's: what a TPU's compiler may take. Of nine whole steps 1.13 was the most: docs/plan.md."""
 
 EFFICIENCY_SIZES = (16, 64, 256)
 EFFICIENCY_BAR = 0.9
@@ -98,7 +98,7 @@ class Plan:
     def floor_seconds(self) -> dict[str, float] | None:
         """Least time of one iteration by what limits it; None where the chip's peaks are unknown.
 
-        "floor" is the sum over programs of the largest of the three; no program can do better.
+        "floor" is the sum over programs of the largest of the three; no program that moves as much can do better.
         """
         chip = self.target.chip
         if chip.bf16_flops is None:

@@ -3,7 +3,7 @@
 The model of a compiler behind it: products, convolutions, reductions and the like write their results to memory; what
 is computed elementwise from one array is fused into whatever reads it and takes no memory of its own; the order of
 operations is the program's. Of what a backward pass reads, which differentiation puts by, a compiler keeps all that is
-no such function of an array kept as large or larger: of a norm of bfloat16 the float32 of its deviations. Loops are
+no such function of an array in memory at least as large: of a norm of bfloat16 the float32 of its deviations. Loops are
 counted as often as they run, which XLA's own cost analysis does not do.
 """
 
@@ -255,7 +255,7 @@ def _fuse(ops: Iterable[_Op], given: Assumptions) -> None:
 
 def _padding(shape: tuple[int, ...]) -> float:
     """Times its numbers' bytes an operand of a TPU's kernel takes: 40 channels of a head have the place of 128."""
-    return -(-shape[-1] // _LANES) * _LANES / shape[-1] if shape else 1.0
+    return -(-shape[-1] // _LANES) * _LANES / shape[-1] if shape and shape[-1] else 1.0
 
 
 def _is_attention_weights(op: _Op, out: _Value, keys: int) -> bool:

@@ -107,7 +107,8 @@ class PairSchema:
     def decode(self, data: bytes, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
         """A record from its bytes: integers and `prompt` as 0-d arrays, tensors read-only without a copy.
 
-        `names` picks the fields to decode, all by default. Raises `ValueError` on bytes that are no such record.
+        `names` picks the fields to decode, all by default, of `names()`. Raises `ValueError` on bytes that are no such
+        record.
         """
         try:
             feature = tf_example_pb2.Example.FromString(data).features.feature

@@ -44,7 +44,6 @@ def test_policies_change_the_work_and_not_the_gradient():
         found[remat] = products(jax.make_jaxpr(gradient)(params).jaxpr)
         gradients[remat] = jax.tree.leaves(gradient(params))
     none, elementwise, dots, full = (found[remat] for remat in REMATS)
-    # The products of GroupNorm's sums are no products with weights: what is elementwise has them again.
     assert elementwise[0] == dots[0]
     assert elementwise[1] == none[1]
     assert dots[0] == none[0] < full[0]  # products with weights are kept

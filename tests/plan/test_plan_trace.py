@@ -124,10 +124,7 @@ def test_operands_of_a_tpu_s_kernel_are_as_wide_as_its_lanes(channels, times):
     with compiling_for("tpu"), meshes.traced_for(meshes.make_mesh(1, 1, jax.devices()[:1])):
         counted = cost(lambda *qkv: dot_product_attention(*(x * 2 for x in qkv)), *[(shape, BF16)] * 3)
     array = 2 * 512 * 4 * channels * 2
-    sums = (
-        2 * 2 * 4 * 512 * 128 * 4
-    )  # of the softmax and its maxima, which the kernel writes where it is differentiated
-    assert 4 * times * array <= counted.temp_bytes <= 4 * times * array + sums + array
+    assert 4 * times * array <= counted.temp_bytes <= 4 * times * array + array
 
 
 def attention(query, key, value):
