@@ -145,6 +145,10 @@ class Rest:
     def __len__(self) -> int:
         return len(self._source) - len(self._before)
 
+    @property
+    def folder(self) -> Path | buckets.BucketPath:
+        return self._source.folder
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return self._source[index + int(np.searchsorted(self._before, index, side="right"))]
 

@@ -27,7 +27,7 @@ def dataset(
     start: int = 0,
     rows: np.ndarray | None = None,
     shuffle: bool = True,
-    num_threads: int = 2,
+    num_threads: int = 1,
     prefetch: int = 4,
 ) -> grain.IterDataset:
     """Endless batches of `source`, read ahead by grain's threads.
@@ -43,7 +43,8 @@ def dataset(
         start: images that the run has consumed already.
         rows: of every batch that this process reads (`mesh.own_rows`), from 0 to batch_size - 1; None for all.
         shuffle: False reads in order of id.
-        num_threads: that read and decode; 0 reads in the calling thread.
+        num_threads: that read and decode; 0 reads in the calling thread. Decoding is Python, so that more than one are
+            slower, but where they wait for a network.
         prefetch: batches read ahead.
 
     Returns:

@@ -14,6 +14,7 @@ import numpy as np
 from d2g_jax import records
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.report import LivePage
+from d2g_jax.runtime import buckets
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.interrupt import StopRequests
 from d2g_jax.runtime.maintenance import maintenance_notices
@@ -26,6 +27,9 @@ from d2g_jax.train.painter import Painter
 from d2g_jax.train.programs import compile_programs, iteration
 from d2g_jax.train.state import TrainState
 from d2g_jax.train.step import Distillation, Frozen
+
+BUCKET_READERS = 8
+"""Threads that read where each record waits for a network."""
 
 
 def loop(
@@ -115,6 +119,7 @@ def read_batches(
         seed=config.seed,
         start=images,
         rows=meshes.own_rows(mesh, config.train.batch_size),
+        num_threads=1 if buckets.is_local(source.folder) else BUCKET_READERS,
     )
     for batch in stream:
         # Record ids enter threefry as 32-bit words.
