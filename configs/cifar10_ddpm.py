@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
         side.update(warmup_images=500 * BATCH, moment_dtype="float32")
     c.optimizer.generator.learning_rate = 5e-5
     c.train.update(
+        remat="elementwise",
         images=STEPS * BATCH,
         batch_size=BATCH,
         groups=56,

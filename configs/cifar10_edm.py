@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
         moment_dtype="float32",
     )
     c.train.update(
+        remat="elementwise",
         images=STEPS * BATCH,
         batch_size=BATCH,
         groups=56,
