@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import jax
+import numpy as np
 import tiny
 from ml_collections import ConfigDict
 
@@ -39,6 +40,20 @@ def make(folder: Path, config: ImageUNetConfig = CLASSES, scheduler: dict = DDIM
     """A pipeline folder."""
     save_images_pipeline(folder, config, image_unet.build(config).init(jax.random.key(0)), scheduler)
     return folder
+
+
+def one_step_by_diffusers(folder: Path, noise: np.ndarray, classes: list[int]) -> np.ndarray:
+    """What diffusers draws in one step with an exported student of classes: (N, 3, h, w)."""
+    import diffusers
+    import torch
+
+    unet = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+    scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
+    scheduler.set_timesteps(1)
+    (t,) = scheduler.timesteps
+    x = torch.from_numpy(noise)
+    with torch.no_grad():
+        return scheduler.step(unet(x, t, class_labels=torch.tensor(classes)).sample, t, x).prev_sample.numpy()
 
 
 def get_config() -> ConfigDict:

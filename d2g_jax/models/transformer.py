@@ -109,14 +109,14 @@ class BasicTransformerBlock(nnx.Module):
         self.attn2 = Attention(channels, context_dim=context_dim, **kw, dtype=dtype, rngs=rngs)
         self.norm3 = LayerNorm(channels, dtype=dtype)
         self.ff = FeedForward(channels, dtype=dtype, rngs=rngs)
-        self.remat = remat
+        # "elementwise" is for what lies between attentions, which keep what they want; the others are for all of it.
+        self.whole, self.parts = ("none", remat) if remat == "elementwise" else (remat, "none")
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        return remat_call("none" if self.remat == "elementwise" else self.remat, self, x, context, method="_forward")
+        return remat_call(self.whole, self, x, context, method="_forward")
 
     def _forward(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """What a call computes. "elementwise" is for what lies between attentions, which keep what they want."""
-        part = functools.partial(remat_call, "elementwise" if self.remat == "elementwise" else "none", self)
+        part = functools.partial(remat_call, self.parts, self)
         x = x + self.attn1.attend(*part(x, method="_self"))
         x = x + self.attn2.attend(*part(x, context, method="_cross"))
         return x + part(x, method="_feed")

@@ -121,18 +121,15 @@ def test_a_teacher_of_images_is_distilled(tmp_path, monkeypatch):
     assert found["e_lpips"]["digit"] > 0.8 * found["teacher again"]["digit"]
     assert found["e_lpips"]["digit"] > found["mse"]["digit"]
     exported_as_diffusers_draws_it(tmp_path / "e_lpips", tmp_path / "diffusers")
+    if found["e_lpips"]["fd"] >= found["mse"]["fd"]:
+        pytest.xfail("a bar that is missed: squared error is nearer in Frechet distance, see docs/cifar10.md")
 
 
 def exported_as_diffusers_draws_it(work, out):
-    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    pytest.importorskip("torch")
     assert cli.main(["export", f"--model={work}", "--to=diffusers", f"--out={out}"]) == 0
     noise = np.random.default_rng(0).standard_normal((4, 3, SIDE, SIDE)).astype(np.float32)
     drawn = load(work).latents(["0", "3", "5", "9"], latents=noise)
-    unet = diffusers.UNet2DModel.from_pretrained(out / "unet")
-    scheduler = diffusers.DDIMScheduler.from_pretrained(out / "scheduler")
-    scheduler.set_timesteps(1)
-    (t,) = scheduler.timesteps
-    with torch.no_grad():
-        output = unet(torch.from_numpy(noise), t, class_labels=torch.tensor([0, 3, 5, 9])).sample
-        x = scheduler.step(output, t, torch.from_numpy(noise)).prev_sample.numpy()
+    x = tiny_images.one_step_by_diffusers(out, noise, [0, 3, 5, 9])
     np.testing.assert_allclose(x, drawn, atol=1e-4 * np.abs(x).max())
