@@ -19,6 +19,7 @@ from d2g_jax.bench.training import Run, Training
 from d2g_jax.diffusion import noise
 from d2g_jax.models import clip
 from d2g_jax.plan.architectures import abstract_pipeline
+from d2g_jax.train.packed import unpack
 from d2g_jax.train.state import ema_decay
 
 
@@ -52,7 +53,7 @@ def _build(run: Run, training: Training, data: dict[str, np.ndarray], *, compile
     pipeline = abstract_pipeline(config.pipeline)
     g, t = config.optimizer.generator, config.train
     compute = getattr(torch, t.dtype)
-    unet = torch_pipeline.module(pipeline.unet, training.state.generator, "float32").train()
+    unet = torch_pipeline.module(pipeline.unet, unpack(training.state.generator), "float32").train()
     if t.remat != "none":
         unet.enable_gradient_checkpointing()
     network = torch.compile(unet) if compiles else unet

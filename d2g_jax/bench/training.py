@@ -19,7 +19,8 @@ from d2g_jax.pipeline.folder import placer
 from d2g_jax.plan.architectures import MODELS, abstract_pipeline
 from d2g_jax.plan.shapes import Shapes, run_shapes
 from d2g_jax.runtime import mesh as meshes
-from d2g_jax.train.programs import Programs, iteration, trace_programs, without_adversary
+from d2g_jax.train.packed import pack, unpack
+from d2g_jax.train.programs import Programs, compiler_options, iteration, trace_programs, without_adversary
 from d2g_jax.train.setup import Metric
 from d2g_jax.train.state import TrainState, create_state
 from d2g_jax.train.step import Frozen, Metrics
@@ -72,10 +73,11 @@ def compile_run(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, name
     """
     shapes = run_shapes(config, mesh)
     arguments = config, shapes.d, shapes.frozen, shapes.state, shapes.batch, mesh
+    options = compiler_options(config.optimization_level, mesh)
     programs, facts, start = {}, {}, time.perf_counter()
     for name, traced in trace_programs(*arguments, images=0, names=names).items():
         with meshes.traced_for(mesh):
-            programs[name] = traced.lower().compile()
+            programs[name] = traced.lower().compile(compiler_options=options)
         facts[name] = facts_of(traced, programs[name], time.perf_counter() - start)
         start = time.perf_counter()
     return Run(shapes, Programs(**programs), facts)
@@ -154,7 +156,9 @@ class Training:
 
 
 def _random(shapes: Any, mesh: jax.sharding.Mesh, seed: int) -> Any:
-    return random_params(shapes, seed, placer(mesh, np.float32))
+    tree = jax.eval_shape(unpack, shapes)
+    drawn = random_params(tree, seed, placer(mesh, np.float32))
+    return drawn if jax.tree.structure(tree) == jax.tree.structure(shapes) else pack(drawn)
 
 
 def _random_metric(metric: Metric, seed: int) -> Metric:

@@ -29,6 +29,7 @@ from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import exported
 from d2g_jax.train.checkpoint import Checkpoints
+from d2g_jax.train.packed import pack, unpack
 
 ONE_STEP = "leave out steps, guidance, solver, spacing and negative prompt"
 """What to do with a teacher's options that a one-step generator is given."""
@@ -150,7 +151,9 @@ class Sampler:
             pipeline = Pipeline.load(teacher, dtype, mesh, storage, without, **parts.said)
             shapes = pipeline.unet.abstract()
             like = shapes if scale is None else lora.abstract(shapes, settings["rank"], settings["targets"])
-            average = checkpoints.restore_ema(meshes.place(like, mesh))
+            if metadata.get("config", {}).get("train", {}).get("packed"):
+                like = jax.eval_shape(pack, like)
+            average = unpack(checkpoints.restore_ema(meshes.place(like, mesh)))
         update = None if scale is None else lora.scaled(average, scale)
         unet = exported.store(average, storage) if update is None else lora.merge(pipeline.params["unet"], update)
         pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})

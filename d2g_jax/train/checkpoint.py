@@ -131,16 +131,6 @@ class Checkpoints:
         """The averaged generator of the newest checkpoint alone, placed like `like`."""
         return self._restore("ema", like)
 
-    def restore_any(self) -> dict[str, Any]:
-        """The newest checkpoint's trees as they were saved, as host arrays, whatever networks they belong to."""
-        images = self._require()
-        with self._reading(images):
-            saved = self._manager.item_metadata(images)
-            on_host = lambda name: jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved[name].tree)  # noqa: E731
-            arguments = {name: ocp.args.PyTreeRestore(restore_args=on_host(name)) for name in ("state", "ema")}
-            items = self._manager.restore(images, args=ocp.args.Composite(**arguments))
-        return {"state": items["state"], "ema": items["ema"]}
-
     def _restore(self, item: str, like: Any) -> Any:
         images = self._require()
         with self._reading(images):

@@ -27,6 +27,7 @@ from d2g_jax.pipeline.hub import folder_hash
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.processes import first_decides
+from d2g_jax.train.packed import pack
 from d2g_jax.train.state import TrainState, create_state, discriminator_optimizer, generator_optimizer
 from d2g_jax.train.step import Distillation, Frozen
 
@@ -238,4 +239,6 @@ def first_state(config: ml_collections.ConfigDict, d: Distillation, teacher: Par
             backbone = adversary.pop(discriminators.BACKBONE)
             if rank := config.discriminator.lora_rank:
                 adversary[discriminators.BACKBONE] = lora.init(jax.random.fold_in(key, 2), backbone, rank, targets)
+    if config.train.packed:
+        generator, adversary = pack(generator), None if adversary is None else pack(adversary)
     return create_state(generator, d.generator_optimizer, adversary, d.discriminator_optimizer)

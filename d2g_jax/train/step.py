@@ -24,6 +24,7 @@ from d2g_jax.pipeline.conditioning import Conditioning
 from d2g_jax.runtime.sharding import shards
 from d2g_jax.train import guard
 from d2g_jax.train.accumulation import accumulate
+from d2g_jax.train.packed import unpack
 from d2g_jax.train.state import TrainState, ema_decay, update_ema
 
 Batch = dict[str, jax.Array]
@@ -143,11 +144,13 @@ def condition(d: Distillation, frozen: Frozen, batch: Batch) -> Condition:
 
 def generator(d: Distillation, frozen: Frozen, trained: Params) -> Params:
     """The generator's parameters, given what of it is trained: all, or low-rank updates of the frozen teacher."""
+    trained = unpack(trained)
     return trained if d.generator_scale is None else lora.merge(frozen.teacher, trained, d.generator_scale)
 
 
 def discriminator(d: Distillation, frozen: Frozen, trained: Params) -> Params:
     """The same for the discriminator, whose new layers are always trained."""
+    trained = unpack(trained)
     if d.discriminator_scale is None:
         return trained
     backbone = {name: frozen.teacher[name] for name in d.discriminator.shapes[BACKBONE]}

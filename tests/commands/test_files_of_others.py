@@ -20,6 +20,7 @@ from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime import runs
 from d2g_jax.sample.sampler import Sampler
 from d2g_jax.train.checkpoint import Checkpoints
+from d2g_jax.train.packed import pack
 from d2g_jax.train.state import UPDATES, TrainState
 
 RANK = {"lora.rank": 2, "adversarial.weight": 0.0, "pairs.count": 8, "pairs.records_per_shard": 8, "pairs.steps": 2}
@@ -129,7 +130,7 @@ def workdir(teacher, tmp_path_factory) -> Path:
     shapes = lora.abstract(teacher.unet.abstract(), 2, config.lora.targets)
     empty = {field.name: {} for field in dataclasses.fields(TrainState)}
     counts = {"step": np.int32(1), "images": np.int32(8), "left_out": {update: np.int32(0) for update in UPDATES}}
-    state = TrainState(**{**empty, **counts, "ema": jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1), shapes)})
+    state = TrainState(**{**empty, **counts, "ema": pack(jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1), shapes))})
     metadata = {"config": runs.to_json(config), "pipeline": config.pipeline, "timestep": 999}
     with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(meshes.place(state, meshes.make_mesh()), metadata)

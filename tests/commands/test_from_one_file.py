@@ -6,13 +6,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import saved
 import tiny
 
 import d2g_jax
 from d2g_jax.__main__ import main
 from d2g_jax.models import lora
 from d2g_jax.pipeline import lora_files
-from d2g_jax.train.checkpoint import Checkpoints
 
 SETTINGS = {
     "pairs.count": 20, "pairs.records_per_shard": 8, "pairs.steps": 2, "pairs.batch_size": 8,
@@ -50,21 +50,14 @@ def flags(teacher: Path) -> list[str]:
     return [tiny.CONFIG, *(f"--config.{key}={value}" for key, value in settings.items())]
 
 
-def arrays(workdir: Path) -> dict[str, np.ndarray]:
-    """All of the newest checkpoint by path."""
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        tree = checkpoints.restore_any()
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 @pytest.mark.slow
 def test_a_resumed_lora_is_the_uninterrupted_one_to_the_bit(teacher, workdir, tmp_path):
     """Parameters, optimisers, averages and counters of G's and D's updates, stopped while the adversary is at work."""
     train = "train", *flags(teacher), f"--workdir={tmp_path}", f"--pairs={workdir / 'pairs' / '1.0.0'}"
     d2g(*train, "--config.train.images=24")
-    assert arrays(tmp_path)["['state']['images']"] == 24
+    assert saved.arrays(tmp_path)["['state']['images']"] == 24
     d2g(*train, "--config.train.images=40")
-    whole, resumed = arrays(workdir), arrays(tmp_path)
+    whole, resumed = saved.arrays(workdir), saved.arrays(tmp_path)
     assert whole.keys() == resumed.keys()
     assert sum("['down']" in path and "['ema']" in path for path in whole) >= 8
     for path, value in whole.items():

@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
+import saved
 from PIL import Image
 from tiny import get_config
 
@@ -186,13 +186,6 @@ def test_the_teacher_in_diffusers_draws_the_same_digits(tmp_path):
     np.testing.assert_array_equal(np.load(again / "latents.npy"), np.load(out / "latents.npy"))
 
 
-def state_of(workdir):
-    """Every array of the newest checkpoint, by path."""
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        tree = checkpoints.restore_any()
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 def metrics_of(workdir):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
@@ -290,13 +283,13 @@ train(pickle.load(open(sys.argv[1], "rb")), Path(sys.argv[2]), Path(sys.argv[3])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "saved", "killed"), [(6, 3, 5), (40, 20, 37)])
-def test_killed_equals_uninterrupted_to_the_bit(steps, saved, killed, trained, tmp_path):
+@pytest.mark.parametrize(("steps", "kept", "killed"), [(6, 3, 5), (40, 20, 37)])
+def test_killed_equals_uninterrupted_to_the_bit(steps, kept, killed, trained, tmp_path):
     """`kill -9` in the middle of a line's steps, then the same command: parameters, optimisers, EMA, data, metrics."""
     _, config, folder = trained
     config = copy.deepcopy(config)
     config.train.log_every = 16  # so that a checkpoint after an odd number of steps falls between two lines
-    config.train.update(images=8 * steps, checkpoint_every=8 * saved)
+    config.train.update(images=8 * steps, checkpoint_every=8 * kept)
     train(config, tmp_path / "whole", folder)
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
     command = [sys.executable, "-c", KILLED, tmp_path / "config.pickle", tmp_path / "killed", folder, str(8 * killed)]
@@ -304,17 +297,17 @@ def test_killed_equals_uninterrupted_to_the_bit(steps, saved, killed, trained, t
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [row["images"] for row in metrics_of(tmp_path / "killed")] == list(range(16, 8 * killed, 16))
     with Checkpoints(tmp_path / "killed" / "checkpoints") as checkpoints:
-        assert checkpoints.all() == [8 * saved]
+        assert checkpoints.all() == [8 * kept]
         metadata = checkpoints.metadata()
     found = (metadata["images"], metadata["step"], metadata["config_hash"])
-    assert found == (8 * saved, saved, runs.config_hash(config))
-    assert [images for images, _ in metadata["since_last_line"]] == ([8 * saved] if saved % 2 else [])
+    assert found == (8 * kept, kept, runs.config_hash(config))
+    assert [images for images, _ in metadata["since_last_line"]] == ([8 * kept] if kept % 2 else [])
     train(config, tmp_path / "killed", folder)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 def assert_same_run(workdir, tmp_path):
-    whole, resumed = state_of(workdir), state_of(tmp_path)
+    whole, resumed = saved.arrays(workdir), saved.arrays(tmp_path)
     assert whole.keys() == resumed.keys()
     assert len(whole) > 500
     for path, value in whole.items():
@@ -438,7 +431,7 @@ def test_after_a_nan_good_data_lead_where_an_undisturbed_run_ends(trained, tmp_p
         with pytest.raises(UserError, match="not finite"):
             train(config, tmp_path, folder)
     train(config, tmp_path, folder)
-    whole, resumed = state_of(workdir), state_of(tmp_path)
+    whole, resumed = saved.arrays(workdir), saved.arrays(tmp_path)
     for path, value in whole.items():
         np.testing.assert_array_equal(resumed[path], value, err_msg=path)
 
@@ -457,7 +450,7 @@ def test_bad_updates_may_be_left_out(trained, tmp_path, monkeypatch, capsys):
     ]
     assert np.isfinite(first["loss_regression"])
     assert capsys.readouterr().err.count("d2g: left out the generator's update") == 2
-    assert all(np.isfinite(value).all() for value in state_of(tmp_path).values())
+    assert all(np.isfinite(value).all() for value in saved.arrays(tmp_path).values())
     assert "Updates left out" in (tmp_path / "report.html").read_text()
 
 

@@ -94,7 +94,7 @@ def tiny(config: Any) -> tuple[Any, Any, Any, dict[str, np.ndarray]]:
     from test_step import problem
 
     sharding._MIN_SHARDED_SIZE = 64  # its kernels are small
-    d, frozen, state, batch = problem(config.train.batch_size, config.train.groups)
+    d, frozen, state, batch = problem(config.train.batch_size, config.train.groups, packed=False)
     # Adam divides a gradient by its own size: where that is all but zero, rounding decides the step, and R1, which goes
     # through the new layers twice, makes 3e-5 of it. With a large epsilon meshes can be told from rounding.
     smooth = optax.adamw(1e-2, 0.9, 0.99, eps=0.1)

@@ -21,6 +21,7 @@ from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime import sharding
 from d2g_jax.teacher.teacher import SCHEDULER
 from d2g_jax.train import guard
+from d2g_jax.train.packed import pack, unpack
 from d2g_jax.train.state import create_state, discriminator_optimizer, ema_decay, generator_optimizer
 from d2g_jax.train.step import Distillation, Frozen, condition, d_step, draw_level, g_step, generate, judge, r1_step
 
@@ -38,7 +39,7 @@ TEXT = clip.ClipTextConfig(
 
 
 @functools.cache
-def problem(size=BATCH, groups=GROUPS):
+def problem(size=BATCH, groups=GROUPS, packed=True):
     """(static half, frozen parameters, first state, batch of `size`), all on the host's default device."""
     d_config = discriminator.DiscriminatorConfig(UNET, head_channels=8)
     rates = optimizer()
@@ -72,6 +73,8 @@ def problem(size=BATCH, groups=GROUPS):
     adversary = jax.tree.map(
         lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), adversary
     )
+    if packed:
+        teacher, adversary = pack(teacher), pack(adversary)
     state = create_state(teacher, d.generator_optimizer, adversary, d.discriminator_optimizer)
     rng = np.random.default_rng(0)
     batch = {
@@ -128,11 +131,11 @@ def test_g_step_follows_the_gradient_of_the_whole_loss():
         c = condition(d, frozen, batch)
         x = generate(d, frozen, params, c.noise, c.text)
         fooling = adversarial.generator_loss(
-            "non_saturating", d.discriminator.apply(state.discriminator, x, c.noise, *c.text), None
+            "non_saturating", d.discriminator.apply(unpack(state.discriminator), x, c.noise, *c.text), None
         ).mean()
         return mse(x, c.target).mean() + d.adversarial_weight * fooling
 
-    expected = jax.jit(jax.grad(loss))(state.generator)
+    expected = jax.jit(jax.grad(loss))(unpack(state.generator))
     norm = np.sqrt(sum(float(jnp.square(g).sum()) for g in jax.tree.leaves(expected)))
     new, generated, metrics = programs()[0](frozen, state, batch)
     assert float(metrics["gradient_generator"]) == pytest.approx(norm, rel=1e-4)
@@ -152,6 +155,21 @@ def test_regression_alone_falls():
         losses.append(float(metrics["loss_regression"]))
     assert losses[-1] < 0.7 * losses[0]
     assert "loss_adversarial" not in metrics
+
+
+def test_a_packed_network_is_updated_as_its_arrays_one_by_one_are():
+    """And its average; D's, with its two rates, is compared by `test_two_devices_give_the_numbers_of_one`."""
+    d, frozen, state, batch = problem(packed=False)
+    _, _, as_vectors, _ = problem()
+    assert len(jax.tree.leaves(as_vectors.generator)) == len(state.generator) < len(jax.tree.leaves(state.generator))
+    after, generated, metrics = jax.jit(functools.partial(g_step, d, False))(frozen, state, batch)
+    packed, also, same = jax.jit(functools.partial(g_step, d, False))(frozen, as_vectors, batch)
+    np.testing.assert_allclose(generated, also, rtol=1e-5, atol=1e-6)
+    assert float(same["gradient_generator"]) == pytest.approx(float(metrics["gradient_generator"]), rel=1e-5)
+    for name in ("generator", "ema"):
+        found, expected = unpack(getattr(packed, name)), getattr(after, name)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        assert moved(found, expected) < 1e-6 < moved(state.generator, expected)
 
 
 def test_d_learns_to_tell_and_leaves_g_alone():
@@ -182,7 +200,7 @@ def today():
     d, frozen, state, batch = problem()
     d = dataclasses.replace(d, **VARIANTS["today"], mix_and_match=0.0)
     c = condition(d, frozen, batch)
-    maps = jax.jit(lambda params, x, level: judge(d, d.discriminator, params, x, (c.noise, c.text, level)))
+    maps = jax.jit(lambda params, x, level: judge(d, d.discriminator, unpack(params), x, (c.noise, c.text, level)))
     return d, frozen, state, batch, c, maps
 
 
@@ -246,7 +264,7 @@ def test_two_devices_give_the_numbers_of_one(variant, name, fsdp, monkeypatch):
     if jax.device_count() < 2:
         pytest.skip("needs two devices")
     monkeypatch.setattr(sharding, "_MIN_SHARDED_SIZE", 64)  # the kernels here are small
-    static, frozen, state, batch = problem()
+    static, frozen, state, batch = problem(packed=False)
     static = dataclasses.replace(static, **VARIANTS[variant], micro_batch=5, r1_micro_batch=1)
     mesh = meshes.make_mesh(fsdp=fsdp)
     generated, expected = one_device(variant)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import saved
 from test_step import problem
 from tiny import get_config
 
@@ -20,12 +21,13 @@ from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample.sampler import Sampler
 from d2g_jax.train import setup, step
 from d2g_jax.train.checkpoint import Checkpoints
+from d2g_jax.train.packed import unpack
 from d2g_jax.train.state import create_state
 
 
 def low_rank(backbone_rank):
     """The problem of test_step.py with low-rank updates of G, and of D's backbone or with that frozen (0)."""
-    d, frozen, state, batch = problem()
+    d, frozen, state, batch = problem(packed=False)
     d = dataclasses.replace(d, generator_scale=0.5, discriminator_scale=1.0)
     frozen = dataclasses.replace(frozen, teacher=state.generator)
     new = {name: part for name, part in state.discriminator.items() if name != BACKBONE}
@@ -115,7 +117,7 @@ def test_a_frozen_backbone_of_d_is_not_g_s_to_give_away(changes, dtype):
     of = lambda tree: {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}  # noqa: E731
     assert frozen.teacher
     assert not of(meshes.place(frozen, meshes.make_mesh(1, 1, jax.devices()[:1])).teacher) & of(state.generator)
-    for ours, theirs in zip(*map(jax.tree.leaves, (frozen.teacher, state.generator)), strict=True):
+    for ours, theirs in zip(*map(jax.tree.leaves, (frozen.teacher, unpack(state.generator))), strict=True):
         np.testing.assert_array_equal(ours, theirs.astype(ours.dtype))
 
 
@@ -136,9 +138,10 @@ def test_settings_that_are_refused(changes, message):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_holds_the_updates_and_a_sampler_the_student(tmp_path):
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_checkpoint_holds_the_updates_and_a_sampler_the_student(packed, tmp_path):
     """Its shapes say that nothing else is saved; another rank does not take it up."""
-    config = config_of(**{"adversarial.weight": 0.0})
+    config = config_of(**{"adversarial.weight": 0.0, "train.packed": packed})
     pipeline = Pipeline.load(config.pipeline)
     d, _ = setup.build(config, pipeline, MANIFEST)
     teacher = pipeline.params["unet"]
@@ -149,13 +152,14 @@ def test_a_checkpoint_holds_the_updates_and_a_sampler_the_student(tmp_path):
     with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
         checkpoints.save(state, metadata)
         checkpoints.wait()
-        whole = checkpoints.restore_any()
-        other = setup.first_state(config_of(**{"lora.rank": 3, "adversarial.weight": 0.0}), d, teacher)
+        whole = saved.trees(checkpoints.folder)
+        other = {"lora.rank": 3, "adversarial.weight": 0.0, "train.packed": packed}
+        other = setup.first_state(config_of(**other), d, teacher)
         with pytest.raises(UserError, match="not a checkpoint of this config's networks"):
             checkpoints.restore(meshes.place(other, meshes.make_mesh()))
     assert jax.tree.structure(whole["ema"]) == jax.tree.structure(whole["state"]["generator"])
-    assert jax.tree.structure(whole["ema"]) == jax.tree.structure(average)
-    sampler = Sampler.load(tmp_path, meshes.make_mesh())
+    assert [leaf.shape for leaf in jax.tree.leaves(whole["ema"])] == [leaf.shape for leaf in jax.tree.leaves(average)]
+    sampler, average = Sampler.load(tmp_path, meshes.make_mesh()), unpack(average)
     expected = lora.merge(teacher, average)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), sampler.pipeline.params["unet"], expected)
     assert all(map(jnp.array_equal, jax.tree.leaves(sampler.lora), jax.tree.leaves(average)))
