@@ -42,9 +42,9 @@ class StudentJudge:
         file = workdir / "evaluation" / "teacher.npy"
         self._teacher = cached(file, self._held_out, lambda: teacher.programs(self._mesh, solution))
         drawn = self._decode(self._teacher)
-        self._reference, self._sharp = self._judge.features(drawn), sharp_energy(drawn)
+        self._reference, self._sharp = self._judge.see(drawn)[0], sharp_energy(drawn)
         others = latents_of_pairs(pairs_folder, e.samples)
-        self.floor = frechet_distance(self._judge.features(self._decode(others)), self._reference)
+        self.floor = frechet_distance(self._judge.see(self._decode(others))[0], self._reference)
         self.protocol = self._held_out.protocol | {
             "frechet_to_teacher": f"{e.samples} images of each, {self._judge.protocol['frechet']}",
             "accuracy": f"shares of images that are as asked: {self._judge.protocol['accuracy']}",
@@ -56,9 +56,10 @@ class StudentJudge:
         """Of the newest moving average in a training workdir."""
         latents = self._held_out.solve(sample.Sampler.load(student, self._mesh).programs(self._mesh))
         images = self._decode(latents)
-        accuracy = self._judge.accuracy(images, self._held_out.prompts)
+        features, seen = self._judge.see(images)
+        accuracy = self._judge.accuracy(seen, self._held_out.prompts)
         return {
-            "frechet_to_teacher": frechet_distance(self._judge.features(images), self._reference),
+            "frechet_to_teacher": frechet_distance(features, self._reference),
             **{f"accuracy_{name}": value for name, value in accuracy.items()},
             "latent_std": float(np.std(latents)),
             "sharpness": sharp_energy(images) / self._sharp,

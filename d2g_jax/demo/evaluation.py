@@ -50,30 +50,31 @@ def score(
     """
     teacher = kinds["teacher"]
     real_features, digits = judge.real()
-    teacher_features, sharp = judge.features(images[teacher]), sharp_energy(images[teacher])
-    test, accuracy = judge.test()
+    looks = {name: judge.see(drawn) for name, drawn in images.items()}
+    teacher_features, sharp = looks[teacher][0], sharp_energy(images[teacher])
+    test, test_features, accuracy = judge.test()
     systems: dict[str, Any] = {
         REAL: {
             "samples": len(test),
-            "frechet_to_teacher": frechet_distance(judge.features(test), teacher_features),
+            "frechet_to_teacher": frechet_distance(test_features, teacher_features),
             "accuracy": accuracy,
             "sharpness": sharp_energy(test) / sharp,
         }
     }
     for name, drawn in images.items():
-        features = judge.features(drawn)
+        features, seen = looks[name]
         systems[name] = {
             "samples": len(drawn),
             "frechet_to_teacher": None if name == teacher else frechet_distance(features, teacher_features),
             "frechet_to_real": frechet_distance(features, real_features),
-            "accuracy": judge.accuracy(drawn, prompts),
+            "accuracy": judge.accuracy(seen, prompts),
             "network_calls": calls[name],
             "latent_std": float(np.std(latents[name])),
             "sharpness": sharp_energy(drawn) / sharp,
             "unexplained": None if name == teacher else unexplained(latents[name], latents[teacher]),
         }
     floors = {
-        "teacher_vs_teacher": frechet_distance(judge.features(more_teacher_images), teacher_features),
+        "teacher_vs_teacher": frechet_distance(judge.see(more_teacher_images)[0], teacher_features),
         "real_vs_real": real_against_real(real_features, digits),
     }
     return {

@@ -36,23 +36,24 @@ class Judge:
         """Each with a `prompt` and the labels that it was made of."""
         return captions.evaluation_prompts(count, seed, grounds)
 
-    def features(self, images: np.ndarray) -> np.ndarray:
-        """float64 (N, 64) of uint8 images (N, 64, 64, 3)."""
-        return judge.judge(self._params, images)[0]
+    def see(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Features float64 (N, 64) of uint8 images (N, 64, 64, 3), and what is seen there, labels int64 (N, 7)."""
+        return judge.judge(self._params, images)
 
-    def accuracy(self, images: np.ndarray, prompts: Sequence[captions.Prompt]) -> dict[str, float]:
-        """Shares of images that show what their prompts ask for, by part and under "all"."""
-        return scores.prompt_accuracy(judge.judge(self._params, images)[1], np.array([p.scene for p in prompts]))
+    def accuracy(self, seen: np.ndarray, prompts: Sequence[captions.Prompt]) -> dict[str, float]:
+        """Shares of images, by what is seen there, that show what their prompts ask for: by part and under "all"."""
+        return scores.prompt_accuracy(seen, np.array([p.scene for p in prompts]))
 
     def real(self) -> tuple[np.ndarray, np.ndarray]:
         """Features of real images to compare with, and their digits (N,)."""
         shown = scenes.real_scenes()
-        return self.features(shown.images), shown.labels[:, 0]
+        return self.see(shown.images)[0], shown.labels[:, 0]
 
-    def test(self) -> tuple[np.ndarray, dict[str, float]]:
-        """Real uint8 images that nothing was trained on, and their accuracy for what they show."""
+    def test(self) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+        """Real uint8 images that nothing was trained on, their features, and their accuracy for what they show."""
         shown = scenes.real_scenes(test=True)
-        return shown.images, scores.prompt_accuracy(judge.judge(self._params, shown.images)[1], shown.labels)
+        features, seen = self.see(shown.images)
+        return shown.images, features, scores.prompt_accuracy(seen, shown.labels)
 
     def bars(self, systems: Mapping[str, Any], floors: Mapping[str, float], kinds: Mapping[str, str]) -> list[Bar]:
         """Set beforehand. `kinds`: the names of systems under teacher, mse, e_latent_lpips and full."""
