@@ -20,7 +20,7 @@ from d2g_jax.models.network import Params
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("vector",), meta_fields=("structure", "shapes"))
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
     """A tree of arrays of one dtype as one vector.
 
