@@ -240,6 +240,8 @@ def test_the_command_prints_and_writes(capsys, tmp_path):
     predicted, hours = (float(re.search(rf"{before}([\d.e-]+)", out)[1]) for before in ("predicted ", "images: "))
     assert "images/s a chip: at most" in out
     assert hours * 3600 * 4 * predicted == pytest.approx(read_config().train.images, rel=0.1)
+    assert main(["plan", *flags, "--config.adversarial.weight=0.0", "--config.train.packed=False"]) == 0
+    assert capsys.readouterr().out == out  # packed networks are planned array by array
     assert main(["plan", "table", str(file)]) == 0
     row = capsys.readouterr().out.splitlines()[-1]
     assert row.startswith("| digits | gpu:4xL4 | formula |")
