@@ -45,6 +45,7 @@ class Spec:
       problem: "tiny" (that of test_step.py) or "digits" (the demo's networks and settings, made-up pairs).
       size, groups: of the batch; micro_batch, r1_micro_batch: see accumulation.py.
       steps: iterations of all three updates.
+      packed: whether the digits' networks are vectors (train.packed).
       out: where metrics and state go, .npz.
       collectives: where what the programs move goes, .json; empty for nowhere.
       checkpoints: a folder; `save` writes the last state there, `restore` starts from it.
@@ -58,6 +59,7 @@ class Spec:
     micro_batch: int | None = None
     r1_micro_batch: int | None = None
     steps: int = 2
+    packed: bool = False
     out: str = ""
     collectives: str = ""
     checkpoints: str = ""
@@ -68,7 +70,7 @@ class Spec:
 def config_of(spec: Spec) -> Any:
     """The digits' config with all three updates in every iteration."""
     config = get_config()
-    config.train.update(batch_size=spec.size, groups=spec.groups, images=spec.size * 1000)
+    config.train.update(batch_size=spec.size, groups=spec.groups, images=spec.size * 1000, packed=spec.packed)
     config.adversarial.update(start_images=0, warmup_images=0, r1_interval=1)
     return config
 
