@@ -178,8 +178,8 @@ def train() -> ConfigDict:
             # What the backward pass computes again: none, elementwise (norms and activations: no products), dots (all
             # but products with weights), full (all of a block).
             "remat": "none",
-            # Parameters as one vector for each part of a network: small ones compile and are saved faster, large ones
-            # are gathered in larger pieces with mesh.fsdp.
+            # Parameters as one vector for each part of a network: for small ones, whose steps compile faster. Large
+            # ones would be gathered part by part with mesh.fsdp, not kernel by kernel.
             "packed": False,
             "compile_workers": 1,  # programs compiled at once, at the price of their compilers' memory
             "ema_half_life_images": 500_000.0,  # about a decay of 0.999 at batch 1024; not in the paper

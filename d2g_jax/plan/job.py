@@ -15,7 +15,6 @@ from d2g_jax.plan import sampling, store
 from d2g_jax.plan.plan import Plan, from_json, to_json
 from d2g_jax.plan.planner import find_fit, plan_run
 from d2g_jax.plan.report import format_plan, format_sampling, format_search, format_table
-from d2g_jax.plan.settings import with_settings
 from d2g_jax.plan.targets import Target, check_libtpu, parse_topology
 from d2g_jax.runtime import atomic
 from d2g_jax.runtime import mesh as meshes
@@ -41,11 +40,7 @@ def start(topology: str, method: str) -> Target:
 def make_report(
     config: ml_collections.ConfigDict, target: Target, method: str, *, search: bool
 ) -> tuple[str, dict[str, Any]]:
-    """The plan as text and as plain values for JSON; with `search`, where it does not fit, also what does.
-
-    Networks are planned array by array: packed ones hold and move as much, but a formula does not see it in them.
-    """
-    config = with_settings(config, {"train.packed": False})
+    """The plan as text and as plain values for JSON; with `search`, where it does not fit, also what does."""
     plan = plan_run(config, target, method)
     text, found, tried = format_plan(plan), None, []
     if search and not plan.fits:

@@ -28,7 +28,7 @@ PROBES = (1, 2)
 
 
 def plan_run(config: ml_collections.ConfigDict, target: Target, method: str) -> Plan:
-    """The plan of a config as it is.
+    """The plan of a config as it is, but for packed networks, which are planned array by array: formulas go by arrays.
 
     Args:
       method: "compile" for the target's own compiler, "formula" for the traced program alone. GPUs are always planned
@@ -37,6 +37,7 @@ def plan_run(config: ml_collections.ConfigDict, target: Target, method: str) -> 
     Raises:
       UserError: a mesh that does not divide, a batch that does not, no libtpu, an unknown pipeline.
     """
+    config = with_settings(config, {"train.packed": False})
     method = "formula" if target.chip.platform == "gpu" else method
     key = {
         "config": json.loads(config.to_json()),
@@ -135,7 +136,7 @@ def candidates(config: ml_collections.ConfigDict, target: Target, room: float) -
     here = settings(config)
     runs = {
         dtype: run_shapes(
-            with_settings(config, dict.fromkeys(MOMENTS, dtype)),
+            with_settings(config, {"train.packed": False, **dict.fromkeys(MOMENTS, dtype)}),
             jax.sharding.AbstractMesh((1, target.count), ("data", "fsdp")),
         )
         for dtype in MOMENT_DTYPES[MOMENT_DTYPES.index(here[MOMENTS[0]]) :]

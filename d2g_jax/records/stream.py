@@ -106,10 +106,10 @@ class _Batches:
 
 
 def _stacked(records: Iterable[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
-    """As `np.stack` of each field of `count` records, but each is let go as soon as it is copied.
+    """As `np.stack` of each field of `count` records, which have the same fields, shapes and dtypes.
 
-    Kept until the batch is whole, records of 33 KB have the allocator give pages back to the system and fetch them
-    again with every batch, which takes longer than reading them.
+    A record is let go as soon as it is copied. Kept until the batch is whole, records of 33 KB have the allocator give
+    pages back to the system and fetch them again with every batch, which takes longer than reading them.
     """
     batch: dict[str, Any] = {}
     for row, record in enumerate(records):

@@ -27,6 +27,8 @@ FREE = (
     "train.r1_micro_batch", "optimization_level", "mesh", "pairs.batch_size", "pairs.lease_seconds", "pairs.skip_empty",
 )  # fmt: skip
 """Settings and groups that may change when a run goes on: how long, where and how often, but not what is computed."""
+_OFF = ("train.packed",)
+"""Switches that runs from before they were there go on with as if they were off."""
 _NAMED = 3  # differing settings in a message
 
 
@@ -87,6 +89,7 @@ def _bound(config: dict[str, Any]) -> dict[str, Any]:
     flat = flatten({key: value for key, value in config.items() if key not in _PLACE_KEYS})
     # Whoever has pairs knows their teacher by its content (`records.check_fits`), wherever it lies.
     free = (*FREE, "pipeline") if "pairs" in config else FREE
+    free = (*free, *(key for key in _OFF if not flat.get(key)))
     return {key: value for key, value in flat.items() if key not in free and key.split(".")[0] not in free}
 
 

@@ -153,7 +153,7 @@ class Sampler:
             like = shapes if scale is None else lora.abstract(shapes, settings["rank"], settings["targets"])
             if metadata.get("config", {}).get("train", {}).get("packed"):
                 like = jax.eval_shape(pack, like)
-            average = unpack(checkpoints.restore_ema(meshes.place(like, mesh)))
+            average = meshes.place(unpack(checkpoints.restore_ema(meshes.place(like, mesh))), mesh)
         update = None if scale is None else lora.scaled(average, scale)
         unet = exported.store(average, storage) if update is None else lora.merge(pipeline.params["unet"], update)
         pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})

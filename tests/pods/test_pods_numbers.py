@@ -109,7 +109,7 @@ def test_digits_on_every_mesh_of_eight_devices(fsdp, digits_on_one_device, tmp_p
 
 
 def test_packed_digits_in_two_processes_of_four_devices(digits_on_one_device, tmp_path):
-    """Their vectors shared by four devices each; saved, and gone on with on one mesh of another shape."""
+    """Vectors whose length four divides shared by four devices; saved, and gone on with on a mesh of another shape."""
     spec = {**DIGITS, "packed": True, "checkpoints": str(tmp_path / "checkpoints")}
     first = work(2, devices=4, fsdp=4, save=True, out=str(tmp_path / "first.npz"), **{**spec, "steps": 3})
     second = work(devices=2, fsdp=1, restore=True, out=str(tmp_path / "second.npz"), **{**spec, "steps": 2})

@@ -41,6 +41,13 @@ def test_every_difference_counts_and_three_are_named(tmp_path):
         runs.check_same({**mine, "more": 0}, theirs, tmp_path)
 
 
+def test_runs_from_before_networks_could_be_packed_go_on_as_they_are(tmp_path):
+    before, now = {"train": {"rate": 0.5}}, lambda packed: {"train": {"rate": 0.5, "packed": packed}}
+    runs.check_same(now(packed=False), before, tmp_path)
+    with pytest.raises(UserError, match=r"train\.packed=None \(this one has True\)"):
+        runs.check_same(now(packed=True), before, tmp_path)
+
+
 def test_the_hash_is_that_of_what_a_run_is_bound_to():
     assert runs.config_hash(config()) == runs.config_hash(config(images=20))
     assert runs.config_hash(config()) != runs.config_hash(config(rate=0.25))

@@ -92,9 +92,9 @@ def test_what_a_config_makes(changes, backbone, dtype):
     d, frozen = setup.build(config, pipeline, MANIFEST)
     state = setup.first_state(config, d, pipeline.params["unet"])
     assert (d.generator_scale, d.discriminator_scale) == (0.5, None if backbone == "whole" else 1.0)
-    assert {leaf.shape[-1] for path, leaf in lora.flat(state.generator).items() if path.endswith("down")} == {2}
+    assert {leaf.shape[-1] for path, leaf in lora.flat(unpack(state.generator)).items() if path.endswith("down")} == {2}
     assert {str(leaf.dtype) for path, leaf in lora.flat(frozen.teacher).items() if path.endswith("kernel")} == {dtype}
-    held = lora.flat(state.discriminator)
+    held = lora.flat(unpack(state.discriminator))
     ranks = {len(leaf) for path, leaf in held.items() if path.startswith(BACKBONE) and path.endswith("up")}
     assert ranks == ({backbone} if backbone in (3,) else set())
     assert any(path.startswith(BACKBONE) for path in held) == bool(backbone)
