@@ -19,7 +19,7 @@ from d2g_jax.pipeline.folder import placer
 from d2g_jax.plan.architectures import MODELS, abstract_pipeline
 from d2g_jax.plan.shapes import Shapes, run_shapes
 from d2g_jax.runtime import mesh as meshes
-from d2g_jax.train.packed import pack, unpack
+from d2g_jax.train.packed import Packed, pack, unpack
 from d2g_jax.train.programs import Programs, compiler_options, iteration, trace_programs, without_adversary
 from d2g_jax.train.setup import Metric
 from d2g_jax.train.state import TrainState, create_state
@@ -156,9 +156,8 @@ class Training:
 
 
 def _random(shapes: Any, mesh: jax.sharding.Mesh, seed: int) -> Any:
-    tree = jax.eval_shape(unpack, shapes)
-    drawn = random_params(tree, seed, placer(mesh, np.float32))
-    return drawn if jax.tree.structure(tree) == jax.tree.structure(shapes) else pack(drawn)
+    drawn = random_params(jax.eval_shape(unpack, shapes), seed, placer(mesh, np.float32))
+    return pack(drawn) if any(isinstance(part, Packed) for part in shapes.values()) else drawn
 
 
 def _random_metric(metric: Metric, seed: int) -> Metric:

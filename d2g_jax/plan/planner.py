@@ -26,6 +26,8 @@ from d2g_jax.train.state import MOMENT_DTYPES
 PROBES = (1, 2)
 """Micro-batches that are traced; those between and beyond are interpolated until one is chosen."""
 
+_BY_ARRAYS = {"train.packed": False}  # what formulas see of a network
+
 
 def plan_run(config: ml_collections.ConfigDict, target: Target, method: str) -> Plan:
     """The plan of a config as it is, but for packed networks, which are planned array by array: formulas go by arrays.
@@ -37,7 +39,7 @@ def plan_run(config: ml_collections.ConfigDict, target: Target, method: str) -> 
     Raises:
       UserError: a mesh that does not divide, a batch that does not, no libtpu, an unknown pipeline.
     """
-    config = with_settings(config, {"train.packed": False})
+    config = with_settings(config, _BY_ARRAYS)
     method = "formula" if target.chip.platform == "gpu" else method
     key = {
         "config": json.loads(config.to_json()),
@@ -133,10 +135,10 @@ def candidates(config: ml_collections.ConfigDict, target: Target, room: float) -
 
     Within these, a larger micro-batch is never slower: parameters are gathered less often.
     """
-    here = settings(config)
+    here, config = settings(config), with_settings(config, _BY_ARRAYS)
     runs = {
         dtype: run_shapes(
-            with_settings(config, {"train.packed": False, **dict.fromkeys(MOMENTS, dtype)}),
+            with_settings(config, dict.fromkeys(MOMENTS, dtype)),
             jax.sharding.AbstractMesh((1, target.count), ("data", "fsdp")),
         )
         for dtype in MOMENT_DTYPES[MOMENT_DTYPES.index(here[MOMENTS[0]]) :]

@@ -176,6 +176,7 @@ def test_a_config_that_does_not_fit_is_changed_until_it_does():
     assert found.total_bytes() <= target.chip.memory_bytes
     assert found.settings != settings(config)
     assert all(not plan.fits for plan in tried)
+    assert find_fit(with_settings(config, {"train.packed": False}), target, "formula") == (found, tried)
     nothing, _ = find_fit(config, small_chip(1), "formula")
     assert nothing is None
 

@@ -158,6 +158,7 @@ def test_a_checkpoint_holds_the_updates_and_a_sampler_the_student(packed, tmp_pa
         with pytest.raises(UserError, match="not a checkpoint of this config's networks"):
             checkpoints.restore(meshes.place(other, meshes.make_mesh()))
     assert jax.tree.structure(whole["ema"]) == jax.tree.structure(whole["state"]["generator"])
+    assert packed or jax.tree.structure(whole["ema"]) == jax.tree.structure(average)
     assert [leaf.shape for leaf in jax.tree.leaves(whole["ema"])] == [leaf.shape for leaf in jax.tree.leaves(average)]
     sampler, average = Sampler.load(tmp_path, meshes.make_mesh()), unpack(average)
     expected = lora.merge(teacher, average)
