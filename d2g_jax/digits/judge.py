@@ -61,9 +61,10 @@ def by_part(logits: np.ndarray) -> dict[str, np.ndarray]:
 def judge(params: Params, images: np.ndarray, batch: int = 250) -> tuple[np.ndarray, np.ndarray]:
     """Features float64 (N, 64) and labels int64 (N, 7), in the order of `PARTS`, of uint8 images (N, 64, 64, 3).
 
-    The last batch is padded, so that one program serves any N.
+    The last batch is padded, so that one program serves any N above `batch`; fewer are padded to a power of two.
     """
     features, labels = [], []
+    batch = min(batch, 1 << (len(images) - 1).bit_length())
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
         filled = np.pad(part, ((0, batch - len(part)), (0, 0), (0, 0), (0, 0)))

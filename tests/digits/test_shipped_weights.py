@@ -6,7 +6,7 @@ import pytest
 
 from d2g_jax.digits import scenes
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.digits.judge import load_judge
+from d2g_jax.digits.judge import judge, load_judge
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
@@ -27,6 +27,16 @@ def test_the_judge_is_right_about_digits_that_it_has_never_seen():
     assert min(found[name] for name in ("ink", "texture", "dark", "light")) > 0.99
     assert found["digit"] > 0.95
     assert min(found["weight"], found["slant"]) > 0.88
+
+
+def test_an_image_is_judged_alike_alone_and_among_many():
+    """Few images are padded less than many."""
+    params, images = load_judge(WEIGHTS / "judge.safetensors"), scenes.render(300, 7, test=True).images
+    features, labels = judge(params, images)
+    for one in (slice(0, 1), slice(0, 3), slice(249, 260)):
+        found = judge(params, images[one])
+        np.testing.assert_allclose(found[0], features[one], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(found[1], labels[one])
 
 
 def test_the_metric_prefers_a_sharp_texture_of_another_phase_to_a_flat_patch_of_the_right_mean(encode):
