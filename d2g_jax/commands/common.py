@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ def start(config: Any = None, *, cache: bool = True, same: dict[str, Any] | None
     folder = places.cache_folder()
     jax.config.update("jax_enable_compilation_cache", cache and folder is not None)
     jax.config.update("jax_compilation_cache_dir", folder and str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     started()
     if same is not None:
         from d2g_jax.runtime import distributed

@@ -13,6 +13,7 @@ import pytest
 
 import d2g_jax
 from d2g_jax.__main__ import main
+from d2g_jax.commands import common
 from d2g_jax.commands.common import JOBS
 from d2g_jax.config.configuration import read_config
 from d2g_jax.runtime.errors import UserError
@@ -138,6 +139,22 @@ def test_metric_prints_json(capsys, latents):
     assert measured["metric"] == "e_latent_lpips"
     assert len(measured["distances"]) == 3
     assert min(measured["distances"]) > 0
+
+
+@pytest.mark.parametrize(("given", "expected"), [("0", 0.0), (None, 0.5)])
+def test_the_environment_decides_how_small_a_program_is_kept(given, expected, monkeypatch):
+    """Otherwise those that take half a second to compile."""
+    variable, option = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "jax_persistent_cache_min_compile_time_secs"
+    monkeypatch.delenv(variable, raising=False)
+    if given is not None:
+        monkeypatch.setenv(variable, given)
+    before = getattr(jax.config, option)
+    try:
+        jax.config.update(option, 0.0)  # what jax made of the variable when it started
+        common.start()
+        assert getattr(jax.config, option) == expected
+    finally:
+        jax.config.update(option, before)
 
 
 def test_warnings_are_one_line(latents):
