@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Compilation, not computation, takes the tests' time: LLVM's optimiser doubles it, and a resumed or repeated run
-# compiles what an earlier test compiled, maybe in the other worker. All of these are read when jax starts; a maximum
-# size is what makes jax lock the cache. The older emitters of loops, which jaxlib 0.12 no longer has, are a quarter
-# faster still, and a program in one piece is so on two cores that are busy anyway.
+# compiles what an earlier test compiled, maybe in the other worker. All of these are read when jax starts. The older
+# emitters of loops, which jaxlib 0.12 no longer has, are a quarter faster still, and a program in one piece is so on
+# two cores that are busy anyway.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
@@ -23,17 +23,21 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_OPTIMIZATION_LEVEL", "O0")
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="d2g_jax_tests_")
-    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(8 * 2**30)
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**40)  # a size is what makes jax lock the cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["D2G_JAX_TINY"] = _tiny = tempfile.mkdtemp(prefix="d2g_jax_tiny_")
     for _folder in (_cache, _tiny):
         atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 
 import jax
 import pytest
+from jax._src import lru_cache
 
 from d2g_jax.runtime import mesh
 
 mesh.use_cpu_devices(2)  # as the demo has
+# With a size jax looks at all entries before it writes another: of thousands of small ones, longer than they compile.
+lru_cache.LRUCache._evict_if_needed = lambda cache, additional_size=0: None
 
 
 HEAVY = ("test_jobs.py", "test_step.py", "test_interrupt.py", "test_demo.py")
@@ -47,10 +51,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """A file's compiled programs go with it: together they would take ten gigabytes."""
+    """A file's compiled programs go with it: together they would take ten gigabytes.
+
+    What is left is frozen: mostly modules and their classes, which every later collection would walk through.
+    """
     yield
     jax.clear_caches()
     gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

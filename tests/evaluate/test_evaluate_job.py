@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from tfds_folders import example, write_tfds
+from tiny import get_config
 
 from d2g_jax.__main__ import main
 from d2g_jax.digits import judge, scenes
-from d2g_jax.digits.config import JUDGE, WEIGHTS
+from d2g_jax.digits.config import JUDGE
 from d2g_jax.evaluate import pairwise
 from d2g_jax.evaluate.images import survey
 from d2g_jax.evaluate.protocols import PROTOCOLS
@@ -24,7 +25,6 @@ from d2g_jax.runtime.errors import UserError
 
 N = 80
 OF_FEATURES = {"fid", "kid", "precision", "recall", "density", "coverage"}
-PIPELINE = WEIGHTS / "pipeline"
 DIGITS = ["evaluate", "--protocol=digits", f"--samples={N}"]
 
 
@@ -38,11 +38,25 @@ def refused(capsys, *arguments):
     return line
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_real_scenes():
+    """A tenth: they are drawn and judged with every evaluation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "REAL", scenes.REAL // 10)
+        yield
+
+
 @pytest.fixture(scope="module")
-def drawn(tiny_lpips, tmp_path_factory):
-    """A result of the digits teacher in one step, and its images."""
+def teacher():
+    """Flags: a tiny teacher in one step."""
+    return [f"--model={get_config().pipeline}", "--steps=1", "--guidance=1"]
+
+
+@pytest.fixture(scope="module")
+def drawn(teacher, tiny_lpips, tmp_path_factory):
+    """A result of the tiny teacher, and its images."""
     folder = tmp_path_factory.mktemp("evaluate")
-    flags = [f"--model={PIPELINE}", "--steps=1", "--guidance=1", f"--weights-lpips={tiny_lpips}", "--seed=3"]
+    flags = [*teacher, f"--weights-lpips={tiny_lpips}", "--seed=3"]
     run(*DIGITS, *flags, "--draw-batch=40", f"--out={folder / 'result.json'}", "--name=one step")
     return folder
 
@@ -78,12 +92,12 @@ def test_its_frechet_distance_is_the_demo_s(drawn):
     assert read_result(drawn / "result.json")["metrics"]["fid"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_drawing_is_gone_on_with_and_never_mixed(drawn, tmp_path, capsys):
+def test_a_drawing_is_gone_on_with_and_never_mixed(drawn, teacher, tmp_path, capsys):
     work = shutil.copytree(drawn, tmp_path / "work")
     images = work / "result-drawn" / "images"
     before = {file.name: file.read_bytes() for file in images.glob("*.png")}
     (images / "00050.png").unlink()
-    flags = [f"--model={PIPELINE}", "--steps=1", "--guidance=1", "--draw-batch=40", "--metrics=fid"]
+    flags = [*teacher, "--draw-batch=40", "--metrics=fid"]
     run(*DIGITS, *flags, "--seed=3", f"--out={work / 'result.json'}")
     assert {file.name: file.read_bytes() for file in images.glob("*.png")} == before
     result = read_result(work / "result.json")["metrics"]
@@ -92,13 +106,12 @@ def test_a_drawing_is_gone_on_with_and_never_mixed(drawn, tmp_path, capsys):
     assert "seed=3, not 4" in line
 
 
-def test_images_are_those_of_d2g_sample(drawn, tmp_path):
+def test_images_are_those_of_d2g_sample(drawn, teacher, tmp_path):
     prompts = tmp_path / "prompts.txt"
     from d2g_jax.digits.captions import evaluation_prompts
 
     prompts.write_text("".join(f"{p.prompt}\n" for p in evaluation_prompts(2000, 1)[:40]))
-    flags = [f"--prompts={prompts}", "--steps=1", "--guidance=1", "--seed=3", "--batch=40"]
-    run("sample", f"--model={PIPELINE}", f"--out={tmp_path / 'out'}", *flags)
+    run("sample", *teacher, f"--out={tmp_path / 'out'}", f"--prompts={prompts}", "--seed=3", "--batch=40")
     for i in (0, 17, 39):
         name = f"{i:05d}.png"
         assert (tmp_path / "out" / name).read_bytes() == (drawn / "result-drawn" / "images" / name).read_bytes()

@@ -41,15 +41,6 @@ def picture(rng: np.random.Generator, colour: tuple[int, int, int], size: int) -
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _keep_every_program():
-    """A job that goes on compiles again what the stopped one compiled; most of it takes less than jax's one second."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-
-
 @pytest.fixture
 def shipped() -> ConfigDict:
     """`configs/lpips.py` as it is."""

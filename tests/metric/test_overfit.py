@@ -8,17 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import get_config
 
 from d2g_jax.digits import scenes
-from d2g_jax.digits.config import WEIGHTS, get_config
+from d2g_jax.digits.config import WEIGHTS
+from d2g_jax.digits.config import get_config as digits_config
 from d2g_jax.metric import overfit as job
 from d2g_jax.runtime import runs
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import sampler as sample
 
 
-def config(**settings):
-    c = get_config()
+def config(made=get_config, **settings):
+    c = made()
     with c.unlocked():
         c.overfit.update({"targets": 2, "steps": 4, "every": 2, **settings})
     return c
@@ -43,7 +45,8 @@ def finished(tmp_path_factory):
 
 
 def test_squared_error_finds_the_target(tmp_path):
-    job.overfit(config(losses=("mse",), steps=300, every=100, learning_rate=0.1), tmp_path)
+    settings = {"losses": ("mse",), "steps": 300, "every": 100, "learning_rate": 0.1}
+    job.overfit(config(digits_config, **settings), tmp_path)
     measured = figures(tmp_path)
     last, references = measured["systems"][job.TITLES["mse"]], measured["pixel_lpips_of"]
     assert last["latent_mse"] < 1e-4
