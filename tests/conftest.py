@@ -33,6 +33,7 @@ import jax
 import pytest
 from jax._src import lru_cache
 
+from d2g_jax.digits import scenes
 from d2g_jax.runtime import mesh
 
 mesh.use_cpu_devices(2)  # as the demo has
@@ -59,6 +60,14 @@ def _forget_programs():
     jax.clear_caches()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def few_real_scenes():
+    """A tenth of them: they are drawn and judged with every evaluation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "REAL", scenes.REAL // 10)
+        yield
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def by_part(logits: np.ndarray) -> dict[str, np.ndarray]:
 def judge(params: Params, images: np.ndarray, batch: int = 250) -> tuple[np.ndarray, np.ndarray]:
     """Features float64 (N, 64) and labels int64 (N, 7), in the order of `PARTS`, of uint8 images (N, 64, 64, 3).
 
-    The last batch is padded, so that one program serves any N above `batch`; fewer are padded to a power of two.
+    The last batch is padded, so that one program serves any N from `batch` on; fewer are padded to a power of two.
     """
     features, labels = [], []
     batch = min(batch, 1 << (len(images) - 1).bit_length())

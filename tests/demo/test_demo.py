@@ -10,7 +10,6 @@ from tiny import CONFIG, get_config
 from d2g_jax.__main__ import main
 from d2g_jax.demo import demo, evaluation
 from d2g_jax.demo.judge import Judge
-from d2g_jax.digits import scenes
 from d2g_jax.report.status import read_status
 from d2g_jax.runtime import runs
 from d2g_jax.train import job
@@ -34,6 +33,7 @@ SMALL = (
     "--config.optimizer.discriminator.warmup_images=16",
 )
 TEACHER = "teacher, 2 steps"
+pytestmark = pytest.mark.usefixtures("few_real_scenes")
 
 
 def figures(workdir):
@@ -52,14 +52,6 @@ def stand_still(config, d, frozen, state, source, mesh, checkpoints, workdir, pi
     line = {"run": config.name, "images": images, "seconds": 1.0, "loss_regression": 0.5}
     (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     return state
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_real_scenes():
-    """A tenth: they are drawn and judged with every evaluation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenes, "REAL", scenes.REAL // 10)
-        yield
 
 
 @pytest.fixture(scope="module")

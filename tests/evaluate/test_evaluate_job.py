@@ -26,6 +26,7 @@ from d2g_jax.runtime.errors import UserError
 N = 80
 OF_FEATURES = {"fid", "kid", "precision", "recall", "density", "coverage"}
 DIGITS = ["evaluate", "--protocol=digits", f"--samples={N}"]
+pytestmark = pytest.mark.usefixtures("few_real_scenes")
 
 
 def run(*arguments):
@@ -36,14 +37,6 @@ def refused(capsys, *arguments):
     assert main([str(argument) for argument in arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     return line
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_real_scenes():
-    """A tenth: they are drawn and judged with every evaluation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenes, "REAL", scenes.REAL // 10)
-        yield
 
 
 @pytest.fixture(scope="module")
