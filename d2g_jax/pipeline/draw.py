@@ -268,7 +268,9 @@ def _encoder(
     pipeline: Pipeline, mesh: jax.sharding.Mesh, sizes: tuple[int, ...]
 ) -> Callable[[jax.Array], Conditioning]:
     towers = meshes.place(pipeline.text_params, mesh)
-    encode = jax.jit(lambda towers, input_ids: encode_text(pipeline, towers, input_ids, sizes))
+    # said outright, so that `solve` is one program for what was encoded just now and for what comes from the host
+    by_batch = jax.sharding.NamedSharding(mesh, meshes.BATCH)
+    encode = jax.jit(lambda towers, ids: encode_text(pipeline, towers, ids, sizes), out_shardings=by_batch)
     return functools.partial(encode, towers)
 
 

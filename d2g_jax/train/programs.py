@@ -52,16 +52,21 @@ def compile_programs(
     traced = trace_programs(config, d, frozen, state, batch, mesh, int(state.images))
     with meshes.traced_for(mesh):
         lowered = {name: program.lower() for name, program in traced.items()}
-    options, t = compiler_options(config.optimization_level, mesh), config.train
-    with ThreadPoolExecutor(t.compile_workers) as pool:
-        compiled = pool.map(lambda one: one.compile(compiler_options=options), lowered.values())
+    options = [compiler_options(name, config.optimization_level, mesh) for name in lowered]
+    with ThreadPoolExecutor(config.train.compile_workers) as pool:
+        compiled = pool.map(lambda one, how: one.compile(compiler_options=how), lowered.values(), options)
         return Programs(**dict(zip(lowered, compiled, strict=True)))
 
 
-def compiler_options(level: str, mesh: jax.sharding.Mesh) -> dict[str, int]:
-    """What O0 to O3 mean on CPUs, where XLA's own level changes nothing: LLVM's."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return {"xla_backend_optimization_level": int(level[1])} if on_cpu and level != "UNKNOWN" else {}
+def compiler_options(name: str, level: str, mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """What O0 to O3 mean for a step on CPUs, where XLA's own level changes nothing: LLVM's.
+
+    Of the penalty's step always O0, where a level is set: it is the largest program and the least work, a few samples
+    every `r1_interval` iterations.
+    """
+    if mesh.devices.flat[0].platform != "cpu" or level == "UNKNOWN":
+        return {}
+    return {"xla_backend_optimization_level": 0 if name == "r1" else int(level[1])}
 
 
 def trace_programs(

@@ -55,6 +55,16 @@ def test_sd_with_euler_rescaled_guidance_and_a_portrait_format(tiny_sd, tmp_path
     assert expected.std() > 10
 
 
+def test_text_from_the_host_and_text_just_encoded_are_solved_by_one_program(tiny_sd):
+    mesh = meshes.make_mesh()
+    sampler = Sampler.load(tiny_sd, mesh)
+    programs, batch = sampler.programs(mesh, Solution(steps=1)), 2 * mesh.size
+    ids = np.zeros((batch, sampler.pipeline.token_length), np.int32)
+    encoded = programs.encode(meshes.place_batch({"ids": ids}, mesh)["ids"])
+    placed = meshes.place_batch({"text": np.asarray(encoded.encoder_hidden_states)}, mesh)["text"]
+    assert encoded.encoder_hidden_states.sharding == placed.sharding
+
+
 def test_large_images_in_tiles(tiny_sd, tmp_path):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     ours, noise, _ = drawn(tiny_sd, tmp_path, "--steps=2", "--tiled", "--height=64", "--width=56")
