@@ -74,7 +74,7 @@ def compile_run(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, name
     shapes = run_shapes(config, mesh)
     arguments = config, shapes.d, shapes.frozen, shapes.state, shapes.batch, mesh
     programs, facts, start = {}, {}, time.perf_counter()
-    for name, traced in trace_programs(*arguments, images=0, names=names).items():
+    for name, traced in trace_programs(*arguments, images=0, names=names):
         options = compiler_options(name, config.optimization_level, mesh)
         with meshes.traced_for(mesh):
             programs[name] = traced.lower().compile(compiler_options=options)

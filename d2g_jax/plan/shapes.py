@@ -64,7 +64,7 @@ class Shapes:
         """The run's planned steps, formulated for "cpu", "gpu", "tpu" or `ANY`."""
         arguments = self.config, self.d, self.frozen, self.state, self.batch, self.mesh
         with compiling_for(platform):
-            return trace_programs(*arguments, images=0, names=planned_steps(self.config))
+            return dict(trace_programs(*arguments, images=0, names=planned_steps(self.config)))
 
     def resident_bytes(self) -> dict[str, float]:
         """What stays on each device from step to step, by what it is."""

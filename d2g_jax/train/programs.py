@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -47,15 +47,17 @@ def compile_programs(
 ) -> Programs:
     """Compiles all that the rest of the run needs: no pause when the adversary starts, no late surprise.
 
-    A program is traced under Python's lock and compiled without it, so `train.compile_workers` threads share the work.
+    A program is traced under Python's lock and compiled without it: the next one is traced meanwhile, and
+    `train.compile_workers` threads share the work.
     """
-    traced = trace_programs(config, d, frozen, state, batch, mesh, int(state.images))
-    with meshes.traced_for(mesh):
-        lowered = {name: program.lower() for name, program in traced.items()}
-    options = [compiler_options(name, config.optimization_level, mesh) for name in lowered]
+    compiled = {}
     with ThreadPoolExecutor(config.train.compile_workers) as pool:
-        compiled = pool.map(lambda one, how: one.compile(compiler_options=how), lowered.values(), options)
-        return Programs(**dict(zip(lowered, compiled, strict=True)))
+        for name, traced in trace_programs(config, d, frozen, state, batch, mesh, int(state.images)):
+            with meshes.traced_for(mesh):
+                lowered = traced.lower()
+            options = compiler_options(name, config.optimization_level, mesh)
+            compiled[name] = pool.submit(lowered.compile, compiler_options=options)
+        return Programs(**{name: program.result() for name, program in compiled.items()})
 
 
 def compiler_options(name: str, level: str, mesh: jax.sharding.Mesh) -> dict[str, int]:
@@ -78,8 +80,8 @@ def trace_programs(
     mesh: jax.sharding.Mesh,
     images: int,
     names: Collection[str] | None = None,
-) -> dict[str, jax.stages.Traced]:
-    """The steps that a run needs after `images` (of `names` only), traced, under the names of `Programs`.
+) -> Iterator[tuple[str, jax.stages.Traced]]:
+    """The steps that a run needs after `images` (of `names` only), each traced when its turn comes, after its name.
 
     Of `frozen`, `state` and `batch` only shapes, dtypes and shardings are looked at: `jax.ShapeDtypeStruct`s will do.
     """
@@ -99,12 +101,11 @@ def trace_programs(
         steps["d"] = (functools.partial(d_step, d), (state, batch, generated), (of(state), None))
     if adversary and d.discriminator_r1 is not None:
         steps["r1"] = (functools.partial(r1_step, d), (state, batch), (of(state), None))
-    with meshes.traced_for(mesh):
-        return {
-            name: jax.jit(step, donate_argnums=1, out_shardings=out).trace(frozen, *arguments)
-            for name, (step, arguments, out) in steps.items()
-            if names is None or name in names
-        }
+    for name, (step, arguments, out) in steps.items():
+        if names is None or name in names:
+            with meshes.traced_for(mesh):
+                traced = jax.jit(step, donate_argnums=1, out_shardings=out).trace(frozen, *arguments)
+            yield name, traced
 
 
 def without_adversary(state: TrainState) -> TrainState:
