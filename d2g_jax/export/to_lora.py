@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from d2g_jax.models.network import Params
 from d2g_jax.pipeline import lora_files
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
+from d2g_jax.pipeline.single_file import HEADER
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.atomic import write_json
 from d2g_jax.runtime.errors import UserError
@@ -30,7 +32,7 @@ REPORT = "lora.json"
 
 
 def write(sampler: Sampler, out: Path, dtype: str, rank: int | None) -> None:
-    """Writes the folder.
+    """Writes the folder; both files say in their headers that they are a student and of which timestep.
 
     A student that was trained as a LoRA is written as it is, or truncated to a lower rank. Of one that was trained
     whole each kernel's difference from the teacher's is truncated; biases and norms are the teacher's then.
@@ -46,7 +48,8 @@ def write(sampler: Sampler, out: Path, dtype: str, rank: int | None) -> None:
     report |= {"relative_error_of_kernels": {path: float(f"{error:.4g}") for path, error in errors.items()}}
     with folders.new_folder(out) as folder:
         for form, file in (("diffusers", lora_files.FOLDERS_FILE), ("kohya", KOHYA_FILE)):
-            lora_files.write({"unet": update}, folder / file, form, sampler.pipeline, np.dtype(dtype))
+            said = {HEADER: json.dumps(described)}
+            lora_files.write({"unet": update}, folder / file, form, sampler.pipeline, np.dtype(dtype), said)
         scheduler = one_step_scheduler(sampler.pipeline.scheduler, sampler.timestep)
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler, ensure_ascii=False)
         write_json(folder / REPORT, report, ensure_ascii=False)
@@ -56,7 +59,7 @@ def _update(sampler: Sampler, rank: int | None) -> tuple[lora_files.Update, dict
     """The student's update by path, and the relative error of each kernel of it."""
     if sampler.lora is None:
         if rank is None:
-            raise UserError("to=lora: this student was trained whole; give the rank of its LoRA, such as rank=64")
+            raise UserError("to=lora: this student was trained whole; give the rank of its LoRA, such as --rank=64")
         whole = _differences(sampler)
     else:
         trained = lora.flat(jax.device_get(sampler.lora), is_leaf=lambda path, part: "down" in part)

@@ -109,7 +109,14 @@ def read(file: Path, pipeline: Pipeline) -> dict[str, Update]:
     return updates
 
 
-def write(updates: Mapping[str, Update], file: Path, form: str, pipeline: Pipeline, dtype: Any = np.float32) -> None:
+def write(
+    updates: Mapping[str, Update],
+    file: Path,
+    form: str,
+    pipeline: Pipeline,
+    dtype: Any = np.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes updates by network under the names of a format of `FORMS`; alpha, where it has one, is the rank.
 
     Raises `UserError` as `weights.save_state_dict` does.
@@ -125,7 +132,7 @@ def write(updates: Mapping[str, Update], file: Path, form: str, pipeline: Pipeli
         down, up = (down.transpose(3, 2, 0, 1), up.T[..., None, None]) if down.ndim == 4 else (down.T, up.T)
         values = {"down": np.ascontiguousarray(down), "up": np.ascontiguousarray(up), "alpha": np.float32(len(down))}
         state |= {place + FORMS[form][part][0]: np.asarray(values[part]) for part in values if FORMS[form][part]}
-    weights.save_state_dict(state, file, dtype)
+    weights.save_state_dict(state, file, dtype, metadata)
 
 
 def _modules(pipeline: Pipeline, form: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:

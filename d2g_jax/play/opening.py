@@ -80,12 +80,12 @@ def open_studio(choice: Choice) -> Studio:
 
 
 def _find_teacher(choice: Choice, sampler: Sampler, mesh: jax.sharding.Mesh) -> Sampler | None:
-    """The teacher to draw beside `sampler`: the one that was named, or that of a workdir, or a teacher itself."""
-    dtype = jnp.dtype(choice.dtype)
+    """The teacher to draw beside `sampler`: the one that was named, that of a workdir or of a LoRA, or itself."""
+    dtype, parts = jnp.dtype(choice.dtype), choice.parts.of_teacher()
     if choice.teacher == NONE:
         return None
     if choice.teacher is not None:
-        teacher = Sampler.load(choice.teacher, mesh, dtype, dtype, Parts(lora=choice.parts.lora))
+        teacher = Sampler.load(choice.teacher, mesh, dtype, dtype, Parts(lora=parts.lora))
         if teacher.one_step is not None:
             raise UserError(f"--teacher={choice.teacher}: a one-step student; give the pipeline it was distilled from")
         mine, theirs = sampler.pipeline.latent_shape, teacher.pipeline.latent_shape
@@ -95,8 +95,11 @@ def _find_teacher(choice: Choice, sampler: Sampler, mesh: jax.sharding.Mesh) -> 
     if sampler.one_step is None:
         return sampler
     if not Path(choice.model, "checkpoints").is_dir():
-        return None  # an export knows its teacher's name at most
-    parts, without = choice.parts, (*sampler.pipeline.towers, "vae")
+        if len(parts.lora) == len(choice.parts.lora):
+            return None  # an export knows its teacher's name at most
+        without_student = Sampler.load(choice.model, mesh, dtype, dtype, parts)
+        return without_student if without_student.one_step is None else None
+    without = (*sampler.pipeline.towers, "vae")
     own = Pipeline.load(sampler.pipeline.folder, dtype, mesh, dtype, without, **parts.said)
     worn = lora_files.put_on(own, parts.worn(), networks=("unet",))
     params = {**sampler.pipeline.params, "unet": worn.params["unet"]}

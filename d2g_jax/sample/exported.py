@@ -82,8 +82,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file}: timestep must be a number from 0 or null, not {timestep!r}; export the student again")
     if value.get("version", VERSION) != VERSION:
         raise UserError(f"{file}: version {value['version']!r} is not {VERSION}; take the d2g_jax that wrote it")
-    if value.get("format", "diffusers") not in ("diffusers", "flax", "single"):
-        raise UserError(f"{file}: format {value['format']!r} is unknown; expected diffusers or flax")
+    if value.get("format", "diffusers") not in FORMATS[:-1]:
+        raise UserError(f"{file}: format {value['format']!r} is unknown; expected {', '.join(FORMATS[:-1])}")
     return value
 
 

@@ -68,6 +68,11 @@ class Parts:
         """Raises `UserError` as `Worn.parse` does."""
         return [lora_files.Worn.parse(text) for text in self.lora]
 
+    def of_teacher(self) -> Parts:
+        """Without LoRAs that are students of ours: what the teacher wears."""
+        styles = (text for text in self.lora if not exported.read_description(lora_files.Worn.parse(text).file))
+        return dataclasses.replace(self, lora=tuple(styles))
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -105,7 +110,7 @@ class Sampler:
         """From a folder in diffusers' layout or a single file (a teacher, or an exported student), a hub id, a workdir.
 
         Of a workdir the newest average is taken. `dtype` and `storage`: see `Pipeline.load`. A UNet that is a student
-        of `d2g export --only=unet` is called as one.
+        of `d2g export --only=unet`, and a teacher that wears one of `--to=lora`, is called as one.
 
         Raises `UserError` for a student of ours with a system or a UNet, as `Pipeline.load` does, and for a folder
         that is neither pipeline nor workdir; for LoRAs as `Worn.parse` does, first of all, and `lora_files.read`.
@@ -132,7 +137,7 @@ class Sampler:
         timestep = described["timestep"] if described else student_timestep(pipeline.scheduler)
         if timestep is not None:
             _check_own(model, system=parts.system, unet=parts.unet)
-        elif parts.unet is not None and (timestep := _unet_timestep(Path(parts.unet), pipeline)) is not None:
+        elif parts.unet is not None and (timestep := _described_timestep(Path(parts.unet), pipeline)) is not None:
             _check_own(parts.unet, system=parts.system)
         elif foreign is None and not described and may_be_student(pipeline.scheduler):
             student = "a one-step student that an earlier d2g_jax exported and diffusers saved again"
@@ -144,7 +149,7 @@ class Sampler:
         cls, workdir: Path, mesh: jax.sharding.Mesh, dtype: jnp.dtype, storage: jnp.dtype, parts: Parts
     ) -> Sampler:
         with Checkpoints(workdir / "checkpoints") as checkpoints:
-            metadata = checkpoints.metadata()
+            metadata = checkpoints.metadata("pipeline", "timestep")
             settings = metadata.get("config", {}).get("lora", {"rank": 0})
             scale, teacher = lora.scale(settings), _teacher(workdir, metadata, parts.pipeline)
             without = ("unet",) if scale is None else ()  # the teacher's, which the average is an update of
@@ -160,9 +165,16 @@ class Sampler:
         return cls(pipeline, metadata["timestep"], lora=update)
 
     def _wearing(self, worn: Sequence[lora_files.Worn]) -> Sampler:
+        timestep = self.timestep
+        for one in worn if timestep is None else ():
+            if (theirs := _described_timestep(one.file, self.pipeline)) is not None:
+                _check_own(one.file, system=self.system)
+                if timestep not in (None, theirs):
+                    raise UserError(f"{one.file}: a student of timestep {theirs}, another is of {timestep}; give one")
+                timestep = theirs
         pipeline, before = lora_files.put_on(self.pipeline, worn), self.pipeline.params
         anew = tuple(name for name in before if name == "unet" or pipeline.params[name] is not before[name])
-        return dataclasses.replace(self, pipeline=pipeline, anew=anew)
+        return dataclasses.replace(self, pipeline=pipeline, timestep=timestep, anew=anew)
 
     def programs(
         self,
@@ -202,8 +214,8 @@ def _of_file(file: Path) -> str:
     return "give the folder of a pipeline, an export or a workdir"
 
 
-def _unet_timestep(file: Path, pipeline: Pipeline) -> int | None:
-    """That of a student's UNet by itself; None for the UNet of a teacher.
+def _described_timestep(file: Path, pipeline: Pipeline) -> int | None:
+    """That of a student's UNet or LoRA by itself; None for the UNet of a teacher, and for other LoRAs.
 
     Raises `UserError` where it predicts another thing than the pipeline's own does.
     """

@@ -71,6 +71,26 @@ def test_a_whole_student_is_truncated_layer_by_layer(tiny_sd, tmp_path):
     assert errors[1][1] > 100 * errors[2][1]
 
 
+def test_a_teacher_that_wears_a_student_is_the_student(tiny_sd, tmp_path, monkeypatch):
+    monkeypatch.setattr(to_lora, "_error_of_latents", lambda *_: 0.0)  # which draws
+    student, mesh = trained(tiny_sd), meshes.make_mesh()
+    export_student(student, "lora", tmp_path / "out")
+    export_student(dataclasses.replace(student, timestep=7), "lora", tmp_path / "other")
+    expected = lora.flat(student.pipeline.params["unet"])
+    for file in (tmp_path / "out", tmp_path / "out" / to_lora.KOHYA_FILE):
+        parts = Parts(lora=[str(file)])
+        worn = Sampler.load(tiny_sd, mesh, parts=parts)
+        assert worn.timestep == 399
+        for path, value in lora.flat(worn.pipeline.params["unet"]).items():
+            np.testing.assert_allclose(value, expected[path], atol=1e-6)
+        assert parts.of_teacher() == Parts()
+    folder, other = f"{tmp_path / 'out'}:0.5", str(tmp_path / "other")
+    with pytest.raises(UserError, match=r"pytorch_lora_weights.safetensors: a student of d2g_jax.*leave out system$"):
+        Sampler.load(tiny_sd, mesh, parts=Parts(lora=[folder], system="lcm"))
+    with pytest.raises(UserError, match=r"a student of timestep 7, another is of 399; give one$"):
+        Sampler.load(tiny_sd, mesh, parts=Parts(lora=[folder, other]))
+
+
 @pytest.mark.parametrize(
     ("of", "rank", "message"),
     [
