@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
-from d2g_jax.inputs.numbers import Range
+from d2g_jax.inputs.numbers import COUNT, LAYERS, Range
 from d2g_jax.runtime.errors import UserError
 
 
@@ -14,6 +14,16 @@ def check_kinds(cls: type, values: Mapping[str, Any], source: object) -> None:
     for name, kind in get_type_hints(cls).items():
         if name in values and not _is(values[name], kind):
             raise UserError(f"{source}: {name} = {values[name]!r}; give {getattr(kind, '__name__', kind)}")
+
+
+def check_sizes(values: Mapping[str, Any], source: object) -> None:
+    """Raises `UserError` for a list that is empty and for whole numbers below 1, or more layers than `LAYERS`."""
+    for name, value in values.items():
+        if value == ():
+            raise UserError(f"{source}: {name} is empty; give one for each level")
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) is int:
+                (LAYERS if "layers" in name else COUNT).check(f"{source}: {name}", number)
 
 
 def _is(value: Any, kind: Any) -> bool:

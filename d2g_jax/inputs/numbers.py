@@ -42,6 +42,8 @@ def _text(bound: float) -> str:
 
 
 COUNT = Range(1, 2**31 - 1, whole=True)
+LAYERS = Range(1, 256, whole=True)
+"""Of a network's level: more are a slip, and building them would take hours."""
 AMOUNT = Range(0, 2**31 - 1, whole=True)
 """Compiled programs count in 32 bits."""
 SEED = Range(0, 2**32 - 1, whole=True)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from d2g_jax.inputs.fields import check_kinds
+from d2g_jax.inputs.fields import check_kinds, check_sizes
 from d2g_jax.models.layers import LayerNorm, Linear
 from d2g_jax.models.network import Network
 from d2g_jax.runtime.errors import UserError
@@ -74,6 +74,7 @@ class ClipTextConfig:
         names = {field.name for field in dataclasses.fields(cls)} - {"architecture"}
         known = {name: config[name] for name in names if name in config}
         check_kinds(cls, known, source)
+        check_sizes({name: value for name, value in known.items() if not name.endswith("_token_id")}, source)
         result = cls(architecture=architecture, **known)
         if result.hidden_act not in _ACTIVATIONS:
             raise UserError(f"{source}: hidden_act {result.hidden_act} is unknown; expected {tuple(_ACTIVATIONS)}")

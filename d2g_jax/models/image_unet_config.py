@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from d2g_jax.inputs.fields import check_kinds
+from d2g_jax.inputs.numbers import LAYERS
 from d2g_jax.models.unet_config import as_json, as_tuples, counts
 from d2g_jax.runtime.errors import UserError
 
@@ -73,7 +74,7 @@ class ImageUNetConfig:
 
     def __post_init__(self) -> None:
         if self.stem_channels is None:
-            object.__setattr__(self, "stem_channels", self.block_out_channels[0])
+            object.__setattr__(self, "stem_channels", (*self.block_out_channels, None)[0])
 
     # What `unet.py` asks of a config.
     addition_embed_type = time_cond_proj_dim = None
@@ -160,7 +161,8 @@ class ImageUNetConfig:
 
         widths, levels = self.block_out_channels, len(self.block_out_channels)
         need(bool(widths) and counts(*widths), "block_out_channels", "give positive integers")
-        for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "stem_channels"):
+        need(self.layers_per_block in LAYERS, "layers_per_block", f"give {LAYERS}")
+        for key in ("in_channels", "out_channels", "norm_num_groups", "stem_channels"):
             need(counts(getattr(self, key)), key, "give a positive integer")
         for key in ("num_class_embeds", "augment_dim"):
             need(getattr(self, key) is None or counts(getattr(self, key)), key, "give a positive integer or null")

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from d2g_jax.inputs.fields import check_kinds
+from d2g_jax.inputs.numbers import COUNT, LAYERS, Range
 from d2g_jax.runtime.errors import UserError
 
 PerLevel = int | tuple[int, ...]
@@ -169,16 +170,12 @@ class UNetConfig:
         for key in ("in_channels", "out_channels", "norm_num_groups", "cross_attention_dim"):
             need(counts(getattr(self, key)), key, "give one positive integer")
         need(all(width % self.norm_num_groups == 0 for width in widths), "norm_num_groups", f"must divide {widths}")
-        for key in ("layers_per_block", "attention_head_dim"):
+        for key, among in (("layers_per_block", LAYERS), ("attention_head_dim", COUNT)):
             value = getattr(self, key)
-            remedy = f"give one positive integer, or one for each of the {len(widths)} levels"
-            need(
-                counts(value) or (isinstance(value, tuple) and len(value) == len(widths) and counts(*value)),
-                key,
-                remedy,
-            )
+            each = value if isinstance(value, tuple) and len(value) == len(widths) else (value,)
+            need(counts(*each, among=among), key, f"give {among}, or one for each of the {len(widths)} levels")
         down, up = self.transformer_layers_per_block, self.reverse_transformer_layers_per_block
-        remedy = f"give an integer from 0, or one for each of the {len(widths)} levels, or of a level's layers"
+        remedy = f"give an integer from 0 to 256, or one for each of the {len(widths)} levels, or of a level's layers"
         need(_are_depths(down, self.layers), "transformer_layers_per_block", remedy)
         decoder = tuple(count + 1 for count in self.layers[::-1])
         need(up is None or _are_depths(up, decoder), "reverse_transformer_layers_per_block", remedy)
@@ -206,13 +203,13 @@ class UNetConfig:
 
 
 def _are_depths(value: Any, layers: tuple[int, ...]) -> bool:
-    """Whether `value` is a depth, 0 or more, of the transformer behind each of the `layers` of each level."""
+    """Whether `value` is a depth, none or some, of the transformer behind each of the `layers` of each level."""
     levels = value if isinstance(value, tuple) else (value,) * len(layers)
     several = [
         level if isinstance(level, tuple) else (level,) * count for level, count in zip(levels, layers, strict=False)
     ]
-    counts = all(type(depth) is int and depth >= 0 for level in several for depth in level)
-    return counts and len(levels) == len(layers) and [len(level) for level in several] == list(layers)
+    good = all(depth == 0 or counts(depth, among=LAYERS) for level in several for depth in level)
+    return good and len(levels) == len(layers) and [len(level) for level in several] == list(layers)
 
 
 def as_json(config: Any) -> dict[str, Any]:
@@ -226,9 +223,9 @@ def as_tuples(value: Any) -> Any:
     return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def counts(*values: Any) -> bool:
-    """Whether all are positive integers."""
-    return all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
+def counts(*values: Any, among: Range = COUNT) -> bool:
+    """Whether all are positive integers, up to the most that there may be."""
+    return all(value in among for value in values)
 
 
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:

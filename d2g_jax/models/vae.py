@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from d2g_jax.inputs.fields import check_kinds
+from d2g_jax.inputs.fields import check_kinds, check_sizes
 from d2g_jax.models.attention import dot_product_attention
 from d2g_jax.models.layers import (
     Conv,
@@ -74,6 +74,7 @@ class VaeConfig:
             elif not key.startswith("_") and value != _NEUTRAL.get(key):
                 raise UserError(f"{source}: {key} = {value!r} is not implemented for AutoencoderKL")
         check_kinds(cls, known, source)
+        check_sizes({name: value for name, value in known.items() if not name.endswith("_factor")}, source)
         result = cls(**known)
         levels = len(result.block_out_channels)
         for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from d2g_jax.inputs import text
+from d2g_jax.inputs.numbers import Range
 from d2g_jax.models import clip
 from d2g_jax.pipeline.original_keys import KINDS
 from d2g_jax.pipeline.words import unknown_words
@@ -27,8 +28,11 @@ _AT_ONCE = 10_000  # prompts tokenized to see which are too long
 
 
 def read_component(file: Path) -> dict[str, Any]:
-    """A JSON object of a pipeline folder; see `text.read_json`."""
-    return text.read_json(file, "expected a diffusers pipeline folder")
+    """A JSON object of a pipeline folder, whose class is a name; see `text.read_json`."""
+    value = text.read_json(file, "expected a diffusers pipeline folder")
+    if not isinstance(name := value.get("_class_name", ""), str):
+        raise UserError(f"{file}: _class_name = {name!r}; give text")
+    return value
 
 
 def load_tokenizer(folder: Path, text_config: clip.ClipTextConfig | None = None) -> Any:
@@ -44,10 +48,11 @@ def load_tokenizer(folder: Path, text_config: clip.ClipTextConfig | None = None)
     except Exception as error:  # the parser is Rust's, and raises plain Exception
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{folder}: transformers cannot read this tokenizer ({reason}); fetch it again") from error
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{folder / 'tokenizer_config.json'}: pad_token is no token; give one such as <|endoftext|>")
     if text_config is not None:
-        length, positions = tokenizer.model_max_length, text_config.max_position_embeddings
-        if length > positions:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length must be at most {positions}")
+        positions = Range(1, text_config.max_position_embeddings, whole=True)
+        positions.check(f"{folder / 'tokenizer_config.json'}: model_max_length", tokenizer.model_max_length)
         if len(tokenizer) > text_config.vocab_size:
             raise UserError(
                 f"{folder}: {len(tokenizer)} tokens, but the text tower's vocab_size is {text_config.vocab_size}"

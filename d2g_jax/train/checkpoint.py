@@ -31,6 +31,7 @@ _HANDLERS = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, _LARGE), (np.ndarray, ocp.type_handlers.NumpyHandler())
 )
 
+_KINDS = {"pipeline": str, "timestep": int, "config": dict}  # of what a run's metadata hold
 _NAMED = 3  # differing leaves in a message
 _LONGEST = 160  # characters of what a library says
 
@@ -113,7 +114,7 @@ class Checkpoints:
         """Says which checkpoint is damaged, as by half a copy, and which one is beside it."""
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             older = [other for other in self.all() if other < images]
             remedy = f"remove that folder to go on from {older[-1]}" if older else "no other is beside it"
             reason = _first_line(error)
@@ -159,12 +160,16 @@ class Checkpoints:
                 f"{item}: {'; '.join(differences[:_NAMED])}{more}"
             )
 
-    def metadata(self) -> dict[str, Any]:
-        """The JSON saved beside the newest checkpoint."""
+    def metadata(self, *needed: str) -> dict[str, Any]:
+        """The JSON saved beside the newest checkpoint; `needed` are in it. What a run saves is of its kind."""
         images = self._require()
         with self._reading(images):
             items = self._manager.restore(images, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))
-            return {**items["metadata"]}
+            found = {**items["metadata"]}
+            for name, kind in _KINDS.items():
+                if (name in needed or name in found) and type(found.get(name)) is not kind:
+                    raise ValueError(f"its metadata have {name} = {found.get(name)!r}")
+            return found
 
     def _require(self) -> int:
         images = self.latest()

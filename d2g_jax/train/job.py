@@ -90,7 +90,7 @@ def is_finished(
 
 def check_config(config: ml_collections.ConfigDict, checkpoints: Checkpoints) -> None:
     """Raises `UserError` unless the newest checkpoint was saved by a run of this config."""
-    saved = checkpoints.metadata()
+    saved = checkpoints.metadata("pipeline", "timestep")
     if "config" not in saved:
         raise UserError(f"{checkpoints.folder}: of an older d2g_jax, without a config; choose another --workdir")
     runs.check_same(runs.to_json(config), saved["config"], checkpoints.folder)

@@ -144,6 +144,8 @@ def test_a_smaller_and_a_larger_image_equal_the_filter_written_out():
     [
         ({"sample_size": 9}, "sample_size = 9; give a multiple of 2"),
         ({"sample_size": None}, "sample_size = None"),
+        ({"block_out_channels": []}, "block_out_channels = (); give positive integers"),
+        ({"layers_per_block": 10**6}, "layers_per_block = 1000000; give a whole number from 1 to 256"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type = 'fourier' is not implemented"),
         ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep' is not implemented"),
         ({"down_block_types": ("SkipDownBlock2D", DOWN)}, "down_block_types = "),

@@ -230,8 +230,32 @@ BAD = {
     "tokens": (lambda f: edit(f / "text_encoder" / "config.json", vocab_size=50), "vocab_size is 50"),
     "length": (
         lambda f: edit(f / "tokenizer" / "tokenizer_config.json", model_max_length=77),
-        "model_max_length must be at most 16",
+        "model_max_length=77; give a whole number from 1 to 16",
     ),
+    **{
+        f"{file} {key} {value!r}": (
+            lambda f, file=file, key=key, value=value: edit(f / file, **{key: value}),
+            f"{key}{shown}",
+        )
+        for file, key, value, shown in [
+            ("tokenizer/tokenizer_config.json", "model_max_length", "x", "='x'; give a whole number from 1 to 16"),
+            ("tokenizer/tokenizer_config.json", "model_max_length", 1.5, "=1.5; give a whole number from 1 to 16"),
+            ("tokenizer/tokenizer_config.json", "model_max_length", -1, "=-1; give a whole number from 1 to 16"),
+            ("tokenizer/tokenizer_config.json", "pad_token", None, " is no token"),
+            ("text_encoder/config.json", "num_attention_heads", 0, "=0; give a whole number from 1"),
+            ("text_encoder/config.json", "intermediate_size", -1, "=-1; give a whole number from 1"),
+            ("text_encoder/config.json", "num_hidden_layers", 10**9, "=1000000000; give a whole number from 1 to 256"),
+            ("vae/config.json", "norm_num_groups", 0, "=0; give a whole number from 1"),
+            ("vae/config.json", "block_out_channels", [], " is empty"),
+            ("vae/config.json", "layers_per_block", 10**6, "=1000000; give a whole number from 1 to 256"),
+            ("unet/config.json", "layers_per_block", 10**6, " = 1000000; give a whole number from 1 to 256"),
+            ("unet/config.json", "transformer_layers_per_block", 10**6, " = 1000000; give an integer from 0 to 256"),
+            ("unet/config.json", "block_out_channels", [], " = (); give positive integers"),
+            ("unet/config.json", "attention_head_dim", 10**30, f" = {10**30}; give a whole number from 1"),
+            ("scheduler/scheduler_config.json", "_class_name", [], " = []; give text"),
+            ("model_index.json", "_class_name", {}, " = {}; give text"),
+        ]
+    },
     "weights of another network": (
         lambda f: edit(f / "unet" / "config.json", layers_per_block=2),
         "tensor down_blocks.0.attentions.1.norm.bias is missing",

@@ -109,6 +109,22 @@ def test_a_reader_changes_nothing(tmp_path):
     assert under_way.exists()  # it may be another process' save
 
 
+@pytest.mark.parametrize(
+    ("saved", "reason"),
+    [
+        ({}, r"its metadata have pipeline = None"),
+        ({"pipeline": "teacher", "timestep": "999"}, r"its metadata have timestep = '999'"),
+        ({"pipeline": "teacher", "timestep": 999, "config": None}, r"its metadata have config = None"),
+    ],
+)
+def test_metadata_of_another_kind_are_a_damaged_checkpoint(saved, reason, tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for images, metadata in ((8, {"pipeline": "teacher", "timestep": 999}), (16, saved)):
+            checkpoints.save(meshes.place(state(images), meshes.make_mesh()), metadata)
+        with pytest.raises(UserError, match=rf"16: a damaged checkpoint \({reason}\); remove .* to go on from 8$"):
+            checkpoints.metadata("pipeline", "timestep")
+
+
 # Saves 8 whole, then no file may grow beyond 20 KB, as on a disk that is full. TensorStore's threads may then fail in a
 # loop that is closed, one for each array: one is made here.
 FULL = """
