@@ -2,7 +2,7 @@
 
     d2g evaluate --config=configs/evaluate/digits.py --model=runs/demo/students/full --out=results/digits_full.json
 
-Measured on the embedded world before 28 November 2026: docs/evaluate.md.
+Measured: docs/evaluate.md.
 """
 
 from ml_collections import ConfigDict

@@ -51,6 +51,9 @@ def _verify(arguments: list[str]) -> int:
             print(f"removed {file}")
         return 0
     if problems:
-        raise UserError(f"{own.folder}: {len(problems)} problems; --repair removes the bad shards")
-    print(f"{own.folder}: {len(records.PairSource(own.folder))} records, all good")
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{own.folder}: {count}; --repair removes the bad shards")
+    total = len(records.PairSource(own.folder))
+    again = "" if own.resolve is None else f", {min(own.resolve, total)} solved again"
+    print(f"{own.folder}: {total} records, all good{again}")
     return 0

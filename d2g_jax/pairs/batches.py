@@ -126,7 +126,7 @@ class Teacher:
         return self.run(self.programs.solve, *meshes.place_batch(host, self.mesh))
 
     def solved(self, shards: Iterable[Inputs]) -> Iterator[Batch]:
-        """Every batch of `shards` in order; the next one is started before the last one is fetched."""
+        """Every batch of `shards` in order; the next is started before the last is fetched, but where `run` waits."""
         under_way: tuple[Inputs, int, jax.Array] | None = None
         for inputs in shards:
             for first in range(0, len(inputs.ids), self.batch_size):
@@ -134,6 +134,9 @@ class Teacher:
                 if under_way is not None:
                     yield _fetch(*under_way)
                 under_way = inputs, first, latents
+                if self._turn is not None:
+                    yield _fetch(*under_way)
+                    under_way = None
         if under_way is not None:
             yield _fetch(*under_way)
 
@@ -165,7 +168,7 @@ def check_batch_size(pairs: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) 
     """Raises `UserError` unless `pairs.batch_size` divides over the devices."""
     devices = meshes.batch_shards(mesh)
     if pairs.batch_size < 1 or pairs.batch_size % devices:
-        raise UserError(f"pairs.batch_size={pairs.batch_size} is not a multiple of the {devices} devices")
+        raise UserError(f"pairs.batch_size={pairs.batch_size} is no multiple of the {devices} devices; give one")
 
 
 @contextlib.contextmanager

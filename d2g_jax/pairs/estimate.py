@@ -76,7 +76,8 @@ class Estimate:
             f"bytes       {record * self.num_records / 1e9:,.3f} GB, {record:,.0f} a record: {parts}",
             f"FLOPs       {self.flops_per_image:.4g} an image, {self.missing * self.flops_per_image:.4g} in all",
         ]
-        return "\n".join(lines + [f"hours       {hours:,.2f} on {name}" for name, hours in self.hours().items()])
+        hours = {name: f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.2g}" for name, hours in self.hours().items()}
+        return "\n".join(lines + [f"hours       {number} on {name}" for name, number in hours.items()])
 
 
 def estimate(config: ml_collections.ConfigDict, workdir: Path, *, timed: bool = True) -> Estimate:

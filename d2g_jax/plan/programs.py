@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import hashlib
 import re
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -85,17 +86,19 @@ def compile_program(name: str, traced: jax.stages.Traced, cost: Cost, target: Ta
         "kept": "memory and text",
         **store.versions(),
     }
-    facts = store.cached(key, lambda: _compile(lowered, options))
+    told = f"plan: compiling {name} for {target.topology}, which may take minutes"
+    facts = store.cached(key, lambda: _compile(lowered, options, told))
     collectives = tuple(parse_collectives(_unpacked(facts["text"]), target.count))
     kept = {field: facts[field] for field in (*_MEMORY, "needed_bytes", "compile_seconds")}
     return Program(name, "compiled", cost=cost, collectives=collectives, **kept)
 
 
-def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> dict[str, Any]:
+def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any], told: str) -> dict[str, Any]:
     """Plain values for JSON: the fields of `Program` that the compiler knows, and its text.
 
     The text, not what is read from it: to read it in a better way must not cost an hour's compilation again.
     """
+    print(told, file=sys.stderr, flush=True)
     start = time.monotonic()
     memory = dict.fromkeys(_MEMORY)
     try:

@@ -7,6 +7,7 @@ Each device draws images of its own and nothing is sent, so that one stands for 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -108,6 +109,9 @@ def plan_sampling(model: str, target: Target, dtype: str, batch: int, method: st
         raise UserError(f"--dtype={dtype}: give {' or '.join(DTYPES)}")
     if batch < 1:
         raise UserError(f"--batches={batch}: give 1 or more images")
+    if (folder := Path(model)).is_dir() and not (folder / "model_index.json").is_file():
+        known = ", ".join(MODELS)
+        raise UserError(f"--model={model}: no pipeline folder; give one, of a student its teacher's, or {known}")
     method = "formula" if target.chip.platform == "gpu" else method
     pipeline = computing_in(abstract_pipeline(MODELS.get(model, model)), jnp.dtype(dtype))
     shapes = {name: exported.stored_shapes(params, jnp.dtype(dtype)) for name, params in pipeline.params.items()}

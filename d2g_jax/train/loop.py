@@ -49,6 +49,7 @@ def loop(
     SIGINT, SIGTERM and a maintenance notice to any process stop all of them after the same step, saved.
     """
     t, images = config.train, int(state.images)
+    total = -(-t.images // t.batch_size) * t.batch_size  # whole batches
     skipped = source.skipped if isinstance(source, records.SkippingSource) else set()
     metadata = {"name": config.name, "pipeline": str(pipeline.folder.absolute()), "timestep": d.timestep}
     metadata["teacher_hash"] = source.manifest.teacher_hash
@@ -66,7 +67,7 @@ def loop(
     with (
         StopRequests() as requests,
         maintenance_notices(requests.terminate),
-        Progress(f"train {config.name}", t.images, "img", done=images) as progress,
+        Progress(f"train {config.name}", total, "img", done=images) as progress,
         Journal(config, workdir, checkpoints, metadata, progress.say) as journal,
     ):
         while images < t.images:

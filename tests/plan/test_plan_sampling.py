@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import pytest
@@ -97,6 +98,7 @@ def test_the_command_prints_and_writes(capsys, tmp_path):
     [
         ("--dtype=int8", "--dtype=int8: give bfloat16 or float32"),
         ("--batches=4,0", "--batches=0: give 1 or more images"),
+        (f"--model={Path(__file__).parent}", ": no pipeline folder; give one, of a student its teacher's, or digits, "),
         ("--batches=four", "argument --batches: invalid numbers value: 'four'"),
         ("--model=nobody/nothing", "neither a local folder nor a model whose shapes are known"),
     ],
