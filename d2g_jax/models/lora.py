@@ -90,12 +90,17 @@ def merge(base: Params, update: Params, scale: float = 1.0) -> Params:
     if not isinstance(base, Mapping):
         if set(update) != {"down", "up"}:
             raise ValueError(f"no low-rank update of a kernel: {sorted(update)}")
-        product = jnp.tensordot(update["down"], update["up"], 1, precision="highest")  # the kernel's shape
-        return (base.astype(jnp.float32) + scale * product).astype(base.dtype)
+        return _sum(base, update["down"], update["up"], scale)
     merged = dict(base)
     for name, part in update.items():
         merged[name] = merge(base[name], part, scale) if name in base else part
     return merged
+
+
+@jax.jit  # outside of a step too one program a shape, where each operation would be compiled by itself
+def _sum(kernel: jax.Array, down: jax.Array, up: jax.Array, scale: float) -> jax.Array:
+    product = jnp.tensordot(down, up, 1, precision="highest")  # the kernel's shape
+    return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
 
 
 def truncate(difference: np.ndarray, rank: int) -> tuple[dict[str, np.ndarray], float]:
