@@ -77,6 +77,7 @@ class Painter:
             "seed": model.seed,
             "noise": noise.IMPLEMENTATION,
             "dtype": model.dtype,
+            "tiled": model.tiled or None,  # null as in folders of before it was written down
             **worn_by(self._sampler.pipeline, model.parts.lora),
         }
 

@@ -29,7 +29,7 @@ from d2g_jax.results.results import FORMAT
 from d2g_jax.runtime import atomic, runs
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.progress import Progress
-from d2g_jax.sample.folder import SAME_DRAWING, prompts_digest, read_description
+from d2g_jax.sample.folder import SAME_DRAWING, read_description
 
 _LIBRARIES = ("clean-fid", "torch", "transformers", "dreamsim", "pillow", "numpy")
 
@@ -44,7 +44,10 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
     check_output(out, "result.json")
     plan = make_plan(request)
     opened = open_all(plan)
-    found, several, drawing = _images(plan, opened)
+    painter = None if request.model is None else Painter(request.model)
+    if painter is not None and plan.prompts is None:
+        plan = dataclasses.replace(plan, prompts=painter.classes(plan.samples))
+    found, several, drawing = _images(plan, opened, painter)
     if opened.teacher is not None:
         opened = dataclasses.replace(opened, teacher=opened.teacher.only(set(found.indices)))
     result = {
@@ -103,28 +106,30 @@ def make_reference(
     measure, real = reference.measure_dataset, images
     if not (images / "dataset_info.json").is_file():
         measure, real = reference.measure_reference, survey(images, found, max_corrupt=max_corrupt, mixed=True)
+    elif max_corrupt:
+        raise UserError(f"--max-corrupt={max_corrupt}: {images} is of TFDS; of files alone some may be left out")
     made = measure(real, found, extractors, batch_size)
     reference.save(out, made, found)
     return made[spaces[0]].describe()
 
 
-def _images(plan: Plan, opened: Opened) -> tuple[Survey, Survey | None, dict[str, Any] | None]:
-    """(images, several of each prompt or None, how they were drawn or None); draws what is not there."""
-    request = plan.request
-    if request.model is not None:
-        return _draw_images(plan, opened)
-    drawing = read_description(request.images)
-    if drawing and plan.prompts and drawing["prompts_sha256"] != prompts_digest(plan.prompts):
-        raise UserError(f"{request.images}: drawn of other prompts than these; give the list they were drawn of")
-    found = _survey(plan, request.images)
-    _check_teacher(opened, found.indices, drawing)
+def _images(plan: Plan, opened: Opened, painter: Painter | None) -> tuple[Survey, Survey | None, dict[str, Any] | None]:
+    """(images, several of each prompt or None, how they were drawn or None); the painter draws what is not there."""
+    if painter is not None:
+        return _draw_images(plan, opened, painter)
+    folder = plan.request.images
+    drawing = read_description(folder)
+    if drawing and plan.prompts and not plan.drawn_of(drawing["prompts_sha256"]):
+        raise UserError(f"{folder}: drawn of other prompts than these; give the list they were drawn of")
+    found = _survey(plan, folder)
+    _check_teacher(plan, opened, found.indices, drawing)
     return found, opened.several, drawing
 
 
-def _draw_images(plan: Plan, opened: Opened) -> tuple[Survey, Survey | None, dict[str, Any]]:
+def _draw_images(plan: Plan, opened: Opened, painter: Painter) -> tuple[Survey, Survey | None, dict[str, Any]]:
     """As `_images`, of a model. Nothing is drawn before both folders are known to be this drawing's."""
     request, protocol = plan.request, plan.protocol
-    painter, images, diversity = Painter(request.model), request.drawn / "images", request.drawn / "diversity"
+    images, diversity = request.drawn / "images", request.drawn / "diversity"
     size = painter.description["size"]
     if protocol.resize is None and size != [protocol.size, protocol.size]:
         drawn = "x".join(map(str, size))
@@ -132,11 +137,11 @@ def _draw_images(plan: Plan, opened: Opened) -> tuple[Survey, Survey | None, dic
             f"{request.model.model}: draws {drawn} pixels (height x width); the protocol {protocol.name} resizes "
             f"nothing and takes {protocol.size}x{protocol.size}"
         )
-    every = painter.classes(plan.samples) if plan.prompts is None else plan.prompts
-    prompts = every[: plan.diversity_prompts]
-    several = [prompt for prompt in prompts for _ in range(protocol.diversity_seeds)] if wants_diversity(plan) else []
+    every, several = plan.prompts[: plan.samples], []
+    if wants_diversity(plan):
+        several = [prompt for prompt in every[: plan.diversity_prompts] for _ in range(protocol.diversity_seeds)]
     drawing = painter.claim(every, images)
-    _check_teacher(opened, tuple(range(plan.samples)), drawing)
+    _check_teacher(plan, opened, tuple(range(plan.samples)), drawing)
     if several:
         painter.claim(several, diversity, first_noise=protocol.samples)
     painter.paint(every, images)
@@ -189,7 +194,7 @@ def _measure_images(plan: Plan, opened: Opened, found: Survey, result: dict[str,
         elif own and others is None:
             others = reference.digits_reference(protocol, own, request.batch_size)
         for space in own:
-            if needs == REFERENCE:
+            if needs == REFERENCE and result["reference"] is None:  # all spaces' are of the same images
                 result["reference"] = others[space].describe()
             drawn = np.concatenate(features[space])
             result["metrics"] |= _distances(plan, names[space], drawn, others[space].features)
@@ -263,7 +268,7 @@ def _measure_fidelity(plan: Plan, opened: Opened, found: Survey, result: dict[st
         result["metrics"][f"{name}_fidelity"] = float(np.concatenate(values).mean())
 
 
-def _check_teacher(opened: Opened, indices: tuple[int, ...], student: dict[str, Any] | None) -> None:
+def _check_teacher(plan: Plan, opened: Opened, indices: tuple[int, ...], student: dict[str, Any] | None) -> None:
     """Raises `UserError` for a teacher that drew other images, prompts or noise; warns where nothing says what it drew.
 
     `indices`: of the images that it is compared with, among all. `student`: how those were drawn.
@@ -278,7 +283,8 @@ def _check_teacher(opened: Opened, indices: tuple[int, ...], student: dict[str, 
         warnings.warn(f"{folder}: nothing says that both were drawn of the same noise and prompts", stacklevel=2)
         return
     for key in SAME_DRAWING:
-        if teacher[key] != student[key]:
+        same = teacher[key] == student[key] or (key == "prompts_sha256" and plan.drawn_of(teacher[key]))
+        if not same:
             raise UserError(
                 f"{folder}: the teacher drew with {key}={teacher[key]!r}, not {student[key]!r}; draw it again"
             )

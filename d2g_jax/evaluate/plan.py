@@ -13,7 +13,7 @@ from d2g_jax.inputs import numbers
 from d2g_jax.pairs.prompts import read_prompts
 from d2g_jax.results import metrics
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.sample.folder import prompts_digest, read_description
+from d2g_jax.sample.folder import begins_with, prompts_digest, read_description
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Plan:
     """A request made whole.
 
     Attributes:
-      prompts, labels: of the images, None where they are not known; labels are those of the digits' own prompts.
+      prompts, labels: the whole list, of whose first `samples` the images are; None where they are not known. Labels are
+        those of the digits' own prompts.
       samples: how many images.
       metrics: names, in the order of `metrics.METRICS`.
     """
@@ -97,13 +98,21 @@ class Plan:
         """k: the protocol's, or the 5 of the paper on density and coverage (arXiv 2002.09797)."""
         return 5 if distance in ("density", "coverage") else self.protocol.neighbours
 
+    def drawn_of(self, digest: str) -> bool:
+        """Whether a drawing with this digest of its prompts has the measured images: it may go on behind them."""
+        return self.prompts is not None and begins_with(self.prompts, self.samples, digest)
+
     def describe_prompts(self) -> dict[str, Any] | None:
         """For the result file."""
         if self.prompts is None:
             return None
-        own = f"captions of the digits, seed {DIGITS_PROMPTS_SEED}"
+        own = (
+            "the model's classes in turn"
+            if self.labels is None
+            else f"captions of the digits, seed {DIGITS_PROMPTS_SEED}"
+        )
         source = str(self.request.prompts) if self.request.prompts else own
-        return {"source": source, "sha256": prompts_digest(self.prompts), "count": len(self.prompts)}
+        return {"source": source, "sha256": prompts_digest(self.prompts[: self.samples]), "count": self.samples}
 
 
 def make_plan(request: Request) -> Plan:
@@ -162,15 +171,15 @@ def _prompts(
                 f"{request.prompts}: {len(lines)} prompts; {protocol.name} takes {protocol.samples}; give its list, or "
                 f"--samples=N for the first N and a result that says so"
             )
-        return lines[:samples], None
+        return lines, None
     if protocol.features != DIGITS:
         return None, None
     from d2g_jax.digits.captions import evaluation_prompts
 
-    own = evaluation_prompts(protocol.samples, DIGITS_PROMPTS_SEED)[:samples]
+    own = evaluation_prompts(protocol.samples, DIGITS_PROMPTS_SEED)
     lines = tuple(prompt.prompt for prompt in own)
     if request.images is not None:
         drawing = read_description(request.images)
-        if drawing is None or drawing["prompts_sha256"] != prompts_digest(lines):
+        if drawing is None or not begins_with(lines, samples, drawing["prompts_sha256"]):
             return None, None  # nothing says that these images were drawn of the protocol's prompts
     return lines, tuple(own)

@@ -61,8 +61,22 @@ def prompts_digest(prompts: Iterable[str]) -> str:
     """SHA-256 of the images' prompts in order, one on a line: `sha256sum` of a text file that ends with a newline."""
     found = hashlib.sha256()
     for prompt in prompts:
-        found.update(f"{prompt}\n".encode())
+        found.update(_line(prompt))
     return found.hexdigest()
+
+
+def begins_with(prompts: Iterable[str], count: int, digest: str) -> bool:
+    """Whether `digest` is `prompts_digest` of the first `count` of these prompts, or of more of them up to all."""
+    found = hashlib.sha256()
+    for number, prompt in enumerate(prompts, 1):
+        found.update(_line(prompt))
+        if number >= count and found.hexdigest() == digest:
+            return True
+    return False
+
+
+def _line(prompt: str) -> bytes:
+    return f"{prompt}\n".encode()
 
 
 def worn_by(pipeline: Pipeline, lora: tuple[str, ...]) -> dict[str, Any]:

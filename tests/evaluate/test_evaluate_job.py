@@ -1,6 +1,7 @@
 """`d2g evaluate` from the command line: a digits model, folders of images, tables, and everything that can be wrong."""
 
 import copy
+import dataclasses
 import json
 import shutil
 import sys
@@ -8,6 +9,7 @@ import types
 
 import numpy as np
 import pytest
+import tiny_images
 from PIL import Image
 from tfds_folders import example, write_tfds
 from tiny import get_config
@@ -22,6 +24,7 @@ from d2g_jax.results import frechet
 from d2g_jax.results.results import read_result
 from d2g_jax.results.table import comparable, table
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.sample.folder import prompts_digest
 
 N = 80
 OF_FEATURES = {"fid", "kid", "precision", "recall", "density", "coverage"}
@@ -108,6 +111,53 @@ def test_images_are_those_of_d2g_sample(drawn, teacher, tmp_path):
     for i in (0, 17, 39):
         name = f"{i:05d}.png"
         assert (tmp_path / "out" / name).read_bytes() == (drawn / "result-drawn" / "images" / name).read_bytes()
+    flags = [f"--images={tmp_path / 'out'}", "--samples=40", f"--out={tmp_path / 'a.json'}"]
+    run("evaluate", "--protocol=digits", *flags, "--metrics=kid,accuracy")
+    assert "KID" in table([read_result(tmp_path / "a.json")])  # though `d2g sample` does not count its network's calls
+
+
+def test_the_first_images_of_a_longer_drawing(drawn, tiny_lpips, tmp_path):
+    """Of the digits' own prompts or of a file's, and of the teacher's images for all of them."""
+    images = drawn / "result-drawn" / "images"
+    from d2g_jax.digits.captions import evaluation_prompts
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{p.prompt}\n" for p in evaluation_prompts(2000, 1)[:100]))
+    out = f"--out={tmp_path / 'a.json'}"
+    few = ["evaluate", "--protocol=digits", "--samples=20", f"--images={images}", out]
+    run(*few, "--metrics=accuracy")
+    run(*few, f"--prompts={prompts}", "--metrics=kid")
+    described = read_result(tmp_path / "a.json")["prompts"]
+    assert described["count"] == 20
+    assert described["sha256"] == prompts_digest(p.prompt for p in evaluation_prompts(2000, 1)[:20])
+    first = tmp_path / "first"
+    first.mkdir()
+    for i in range(20):
+        shutil.copy(images / f"{i:05d}.png", first)
+    drawing = json.loads((images / "drawing.json").read_text())
+    (first / "drawing.json").write_text(json.dumps({**drawing, "prompts_sha256": described["sha256"]}))
+    fidelity = [f"--teacher-images={images}", f"--weights-lpips={tiny_lpips}", "--metrics=lpips_fidelity"]
+    run("evaluate", "--protocol=digits", "--samples=20", f"--images={first}", *fidelity, out)
+    assert read_result(tmp_path / "a.json")["metrics"]["lpips_fidelity"] == 0.0
+
+
+def test_models_of_classes_share_a_column(tiny_lpips, tmp_path, capsys):
+    """Their prompts are the classes in turn: the same for all of them."""
+    config = dataclasses.replace(tiny_images.CLASSES, sample_size=32)
+    results = []
+    for name in ("a", "b"):
+        model = tiny_images.make(tmp_path / name, config)
+        flags = [f"--model={model}", f"--steps={len(results) + 1}", "--guidance=1", "--samples=2"]
+        metric = [f"--weights-lpips={tiny_lpips}", "--metrics=lpips_diversity"]
+        out = tmp_path / f"{name}.json"
+        run("evaluate", "--protocol=cifar10-50k", *flags, *metric, f"--out={out}")
+        results.append(read_result(out))
+    assert results[0]["prompts"]["source"] == "the model's classes in turn"
+    assert comparable(results[0], "lpips_diversity") == comparable(results[1], "lpips_diversity")
+    line = refused(
+        capsys, "evaluate", "--protocol=cifar10-50k", *flags, *metric, "--tiled", f"--out={tmp_path / 'b.json'}"
+    )
+    assert "images of another drawing, tiled=None, not True" in line
 
 
 def test_diversity_is_the_mean_over_pairs_of_one_prompt(drawn, tiny_lpips):
@@ -160,6 +210,8 @@ def test_a_folder_that_tfds_prepared_as_reference(real, tmp_path, capsys):
     small = write_tfds(tmp_path / "small", "tfrecord", [example(one.resize((32, 32)), 0) for one in pictures[:5]])
     line = refused(capsys, *command, f"--images={small}", f"--out={tmp_path / 'a.npz'}")
     assert "split train, record 0: 32x32 pixels; digits takes 64 and resizes nothing" in line
+    line = refused(capsys, *command, f"--images={folder}", "--max-corrupt=1", f"--out={tmp_path / 'a.npz'}")
+    assert "--max-corrupt=1: " in line
 
 
 def test_one_file_of_statistics_for_several_networks(real, make_clip, tiny_dino, tmp_path, capsys):
@@ -178,6 +230,7 @@ def test_one_file_of_statistics_for_several_networks(real, make_clip, tiny_dino,
     result = read_result(tmp_path / "a.json")
     assert list(result["metrics"]) == ["fd_dinov2", "cmmd"]
     assert all(abs(value) < 1e-3 for value in result["metrics"].values())
+    assert result["reference"]["extractor"].endswith(", dinov2")  # the first metric's
     assert comparable(result, "cmmd")["weights"].startswith("clip_l14_336 ")
     assert "FD-DINOv2 ↓" in table([result])
     to = f"--out={tmp_path / 'b.json'}"

@@ -49,7 +49,8 @@ def changed(path, value):
 
 
 def test_a_whole_one_is_read(tmp_path):
-    for result in (RESULT, changed("prompts", None), changed("drawing", {"network_calls": 100, "seed": 0})):
+    drawings = ({"network_calls": 100, "seed": 0}, {"seed": 0})  # `d2g evaluate`'s and `d2g sample`'s
+    for result in (RESULT, changed("prompts", None), *(changed("drawing", drawing) for drawing in drawings)):
         (tmp_path / "a.json").write_text(json.dumps(result))
         assert read_result(tmp_path / "a.json") == result
         assert "12.00" in table([result])
