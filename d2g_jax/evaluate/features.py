@@ -21,21 +21,26 @@ INCEPTION_FILE = "inception-2015-12-05.pt"
 
 
 @dataclasses.dataclass(frozen=True)
-class Extractor:
+class Network:
     """A frozen network.
 
     Attributes:
-      name: with its library's version.
+      name: with its library's version where that may change a number.
       sha256: of its weights.
-      extract: uint8 images (B, S, S, 3) -> float32 (B, D).
+      run: of uint8 images (B, S, S, 3): features float32 (B, D); with the prompts of B images, their scores float64
+        (B,); with B other images, the distances float64 (B,).
     """
 
     name: str
     sha256: str
-    extract: Callable[[np.ndarray], np.ndarray]
+    run: Callable[..., np.ndarray]
+
+    def describe(self) -> dict[str, str]:
+        """For the result file."""
+        return {"name": self.name, "sha256": self.sha256}
 
 
-def make_extractor(protocol: Protocol, inception: Path | None) -> Extractor:
+def make_extractor(protocol: Protocol, inception: Path | None) -> Network:
     """The protocol's. Raises `UserError` for missing weights, and without the libraries of the extra `eval`."""
     if protocol.features == DIGITS:
         return _digits()
@@ -44,19 +49,19 @@ def make_extractor(protocol: Protocol, inception: Path | None) -> Extractor:
     return _inception(inception, inside=protocol.features == INSIDE)
 
 
-def _digits() -> Extractor:
+def _digits() -> Network:
     from d2g_jax.digits import judge
     from d2g_jax.digits.config import JUDGE
 
     params = judge.load_judge(JUDGE)
-    return Extractor(
+    return Network(
         "d2g_jax judge of digits and textures, 64 features",
         metric_weights.sha256_of(JUDGE),
         lambda images: judge.judge(params, images)[0].astype(np.float32),
     )
 
 
-def _inception(file: Path, *, inside: bool) -> Extractor:
+def _inception(file: Path, *, inside: bool) -> Network:
     """clean-fid's mode "clean": channels to 299 pixels by PIL's bicubic in float, not rounded, then Inception-v3.
 
     `inside`: the images go in as they are, and the file's network enlarges them by itself.
@@ -87,7 +92,7 @@ def _inception(file: Path, *, inside: bool) -> Extractor:
             return network(torch.from_numpy(large).permute(0, 3, 1, 2).to(device)).cpu().numpy()
 
     name = f"clean-fid {importlib.metadata.version('clean-fid')}, Inception-v3{', resized inside' if inside else ''}"
-    return Extractor(name, metric_weights.sha256_of(file), extract)
+    return Network(name, metric_weights.sha256_of(file), extract)
 
 
 def best_device(torch: Any) -> Any:

@@ -176,16 +176,16 @@ def _measure_images(plan: Plan, opened: Opened, found: Survey, result: dict[str,
     with Progress("measure", len(found), "image") as progress:
         for indices, images in batches(found, protocol, request.batch_size):
             for space, extractor in extractors.items():
-                features[space].append(extractor.extract(images))
+                features[space].append(extractor.run(images))
             for name, score in scores.items():
                 prefix = protocol.clip_prefix if TOWERS[name].prefixed else ""
                 texts = [prefix + plan.prompts[i] for i in indices] if plan.prompts else []
-                values[name].append(score.values(images, texts))
+                values[name].append(score.run(images, texts))
             if accurate:
                 kept.append(images)
             progress.advance(len(images))
     for space, extractor in extractors.items():
-        result["weights"][space] = {"name": extractor.name, "sha256": extractor.sha256}
+        result["weights"][space] = extractor.describe()
     for needs, others in ((REFERENCE, opened.real), (TEACHER, opened.teacher)):
         names = plan.compared(needs)
         own = {space: extractors[space] for space in names}
@@ -199,11 +199,11 @@ def _measure_images(plan: Plan, opened: Opened, found: Survey, result: dict[str,
             drawn = np.concatenate(features[space])
             result["metrics"] |= _distances(plan, names[space], drawn, others[space].features)
     for name, score in scores.items():
-        result["weights"][name] = {"name": name, "sha256": score.sha256}
+        result["weights"][name] = score.describe()
         result["metrics"][name] = float(np.concatenate(values[name]).mean())
     if accurate:
         judge = make_extractor(protocol, None)  # the same network as for the digits' features
-        result["weights"][protocol.features] = {"name": judge.name, "sha256": judge.sha256}
+        result["weights"][protocol.features] = judge.describe()
         result["metrics"]["accuracy"] = _accuracy([plan.labels[i] for i in found.indices], np.concatenate(kept))
 
 
@@ -245,7 +245,7 @@ def _measure_diversity(plan: Plan, opened: Opened, several: Survey | None, resul
         seeds = protocol.diversity_seeds
         with Progress(f"{name} diversity", prompts, "prompt") as progress:
             values = [pairwise.mean_pairwise(metric, x) for _, x in progress.over(batches(several, protocol, seeds))]
-        result["weights"][name] = {"name": name, "sha256": metric.sha256}
+        result["weights"][name] = metric.describe()
         result["metrics"][f"{name}_diversity"] = {"mean": float(np.mean(values)), "prompts": prompts, "seeds": seeds}
 
 
@@ -262,9 +262,9 @@ def _measure_fidelity(plan: Plan, opened: Opened, found: Survey, result: dict[st
         both = zip(*(batches(x, protocol, plan.request.batch_size) for x in (found, teacher)), strict=True)
         with Progress(f"{name} to teacher", len(found), "image") as progress:
             for (_, ours), (_, theirs) in both:
-                values.append(metric.distances(ours, theirs))
+                values.append(metric.run(ours, theirs))
                 progress.advance(len(ours))
-        result["weights"][name] = {"name": name, "sha256": metric.sha256}
+        result["weights"][name] = metric.describe()
         result["metrics"][f"{name}_fidelity"] = float(np.concatenate(values).mean())
 
 

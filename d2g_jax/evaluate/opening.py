@@ -10,13 +10,11 @@ import numpy as np
 
 from d2g_jax.digits.scenes import REAL
 from d2g_jax.evaluate import distances, pairwise, reference, towers
-from d2g_jax.evaluate.features import Extractor, make_extractor
+from d2g_jax.evaluate.features import Network, make_extractor
 from d2g_jax.evaluate.images import Survey, survey
-from d2g_jax.evaluate.pairwise import PairDistance
 from d2g_jax.evaluate.plan import Plan
 from d2g_jax.evaluate.protocols import Protocol
 from d2g_jax.evaluate.reference import Reference
-from d2g_jax.evaluate.towers import Score
 from d2g_jax.results.metrics import FRECHET, KERNEL, METRICS, REFERENCE, TEACHER
 from d2g_jax.runtime.errors import UserError
 
@@ -37,10 +35,10 @@ class Opened:
       teacher: images of `--teacher-images`, the first `samples`.
     """
 
-    extractors: dict[str, Extractor]
+    extractors: dict[str, Network]
     real: dict[str, Reference] | Survey | None
-    scores: dict[str, Score]
-    pairs: dict[str, PairDistance]
+    scores: dict[str, Network]
+    pairs: dict[str, Network]
     several: Survey | None
     teacher: Survey | None
 
@@ -59,23 +57,23 @@ def open_all(plan: Plan) -> Opened:
     }
     real = _open_reference(plan, {space: extractors[space] for space in of_reference})
     for space, extractor in extractors.items():
-        width = extractor.extract(np.zeros((1, protocol.size, protocol.size, 3), np.uint8)).shape[1]
+        width = extractor.run(np.zeros((1, protocol.size, protocol.size, 3), np.uint8)).shape[1]
         if space in of_reference:
             count = REAL if real is None else len(real[space] if isinstance(real, dict) else real)
             _check_counts(plan, of_reference[space], width, count, "of the reference")
         if space in of_teacher:
             _check_counts(plan, of_teacher[space], width, len(teacher), "of the teacher")
-    scores = {name: towers.load_score(name, request.weights[name]) for name in towers.SCORES if plan.wants(name)}
+    scores = {name: towers.load(name, request.weights[name]) for name in towers.SCORES if plan.wants(name)}
     wanted = [name for name in PAIRWISE if plan.wants(f"{name}_diversity", f"{name}_fidelity")]
     pairs = {name: pairwise.load(name, request.weights[name], protocol.size) for name in wanted}
     return Opened(extractors, real, scores, pairs, several, teacher)
 
 
-def extractor_of(space: str, protocol: Protocol, weights: Mapping[str, Path]) -> Extractor:
+def extractor_of(space: str, protocol: Protocol, weights: Mapping[str, Path]) -> Network:
     """Of the protocol's own space, or of one of `towers.SPACES`. Raises `UserError` as those that make them do."""
     if space == protocol.features:
         return make_extractor(protocol, weights.get("inception"))
-    return towers.load_space(space, weights[space])
+    return towers.load(space, weights[space])
 
 
 def wants_diversity(plan: Plan) -> bool:
@@ -98,7 +96,7 @@ def _survey_teacher(plan: Plan, folder: Path) -> Survey:
     return found
 
 
-def _open_reference(plan: Plan, extractors: dict[str, Extractor]) -> dict[str, Reference] | Survey | None:
+def _open_reference(plan: Plan, extractors: dict[str, Network]) -> dict[str, Reference] | Survey | None:
     request, protocol = plan.request, plan.protocol
     if request.reference is None or not extractors:
         return None

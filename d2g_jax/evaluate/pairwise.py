@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from d2g_jax.evaluate.features import best_device
+from d2g_jax.evaluate.features import Network, best_device
 from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.results import metric_weights
 from d2g_jax.runtime.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class PairDistance:
-    """A frozen metric.
-
-    Attributes:
-      sha256: of its weights.
-      distances: (uint8 images a (B, S, S, 3), b) -> float64 (B,).
-    """
-
-    sha256: str
-    distances: Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-def load(name: str, path: Path, side: int) -> PairDistance:
+def load(name: str, path: Path, side: int) -> Network:
     """`lpips` (ours, from a metric folder) or `dreamsim` (its package), for images of `side` pixels.
 
     Raises `UserError` for unfit weights, and for images that are too small for them.
@@ -37,13 +22,13 @@ def load(name: str, path: Path, side: int) -> PairDistance:
     return _lpips(path, side) if name == "lpips" else _dreamsim(path)
 
 
-def mean_pairwise(metric: PairDistance, images: np.ndarray) -> float:
+def mean_pairwise(metric: Network, images: np.ndarray) -> float:
     """Mean distance of all pairs among K >= 2 images (K, S, S, 3) of one prompt."""
     first, second = (list(index) for index in zip(*itertools.combinations(range(len(images)), 2), strict=True))
-    return float(metric.distances(images[first], images[second]).mean())
+    return float(metric.run(images[first], images[second]).mean())
 
 
-def _lpips(folder: Path, side: int) -> PairDistance:
+def _lpips(folder: Path, side: int) -> Network:
     metric = LPIPS.load(folder)
     if side < metric.smallest_side:
         raise UserError(f"{folder}: images of {side} pixels; it needs at least {metric.smallest_side}")
@@ -55,7 +40,7 @@ def _lpips(folder: Path, side: int) -> PairDistance:
     def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.asarray(measure(metric, unit(a)[:, None], unit(b)[:, None]), np.float64)
 
-    return PairDistance(metric_weights.sha256_of(folder), distances)
+    return Network("lpips", metric_weights.sha256_of(folder), distances)
 
 
 _DREAMSIM_NEEDS = (
@@ -69,7 +54,7 @@ _DREAMSIM_NEEDS = (
 """What the package leaves in its cache_dir: with all of it neither it nor its torch.hub goes to the network."""
 
 
-def _dreamsim(folder: Path) -> PairDistance:
+def _dreamsim(folder: Path) -> Network:
     """The "ensemble" of the dreamsim package (arXiv 2306.09344), offline."""
     for part in _DREAMSIM_NEEDS:
         if not (folder / part).exists():
@@ -89,4 +74,4 @@ def _dreamsim(folder: Path) -> PairDistance:
         with torch.inference_mode():
             return model(*sides).double().cpu().numpy()
 
-    return PairDistance(metric_weights.sha256_of(folder), distances)
+    return Network("dreamsim", metric_weights.sha256_of(folder), distances)

@@ -59,8 +59,8 @@ class Plan:
     """A request made whole.
 
     Attributes:
-      prompts, labels: the whole list, of whose first `samples` the images are; None where they are not known. Labels are
-        those of the digits' own prompts.
+      prompts, labels: the whole list, of whose first `samples` the images are; None where they are not known, and
+        labels of all but the digits' own prompts.
       samples: how many images.
       metrics: names, in the order of `metrics.METRICS`.
     """

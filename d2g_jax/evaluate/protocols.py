@@ -58,16 +58,7 @@ PROTOCOLS: dict[str, Protocol] = {
         # DMD's and EDM's: a class after another, reference the 50,000 training images, FID alone
         Protocol("cifar10-50k", samples=50_000, size=32, resize=None, features=INSIDE, clip_prefix=""),
         # The embedded teacher's: captions drawn with DIGITS_PROMPTS_SEED, reference 2,000 real scenes
-        Protocol(
-            "digits",
-            samples=2_000,
-            size=64,
-            resize=None,
-            features=DIGITS,
-            clip_prefix="",
-            diversity_prompts=100,
-            diversity_seeds=4,
-        ),
+        Protocol("digits", 2_000, 64, resize=None, features=DIGITS, clip_prefix="", diversity_prompts=100),
     )
 }
 

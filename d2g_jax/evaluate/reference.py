@@ -9,13 +9,13 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from d2g_jax.evaluate.features import Extractor
+from d2g_jax.evaluate.features import Network
 from d2g_jax.evaluate.images import Survey, batches, prepare
 from d2g_jax.evaluate.protocols import Protocol
 from d2g_jax.lpips_training.tfds_images import open_tfds
@@ -80,7 +80,7 @@ def _keys(space: str, protocol: Protocol) -> tuple[str, str]:
     return f"{prefix}features", f"{prefix}described"
 
 
-def read_reference(path: Path, protocol: Protocol, extractor: Extractor, space: str) -> Reference:
+def read_reference(path: Path, protocol: Protocol, extractor: Network, space: str) -> Reference:
     """The features of a space from a file of `save`.
 
     Raises `UserError` for another protocol's statistics, for those of another network, and for a damaged file.
@@ -98,40 +98,36 @@ def read_reference(path: Path, protocol: Protocol, extractor: Extractor, space: 
     return reference
 
 
-def digits_reference(protocol: Protocol, extractors: Mapping[str, Extractor], batch: int) -> dict[str, Reference]:
+def digits_reference(protocol: Protocol, extractors: Mapping[str, Network], batch: int) -> dict[str, Reference]:
     """Of 2,000 real scenes, which the package draws, by space: as the demo's "to real"."""
     from d2g_jax.digits.scenes import real_scenes
 
     images = real_scenes().images
     digest = hashlib.sha256(images.tobytes()).hexdigest()
     source = f"scikit-learn's digits in front of textures, {len(images)} images"
-    parts = [images[first : first + batch] for first in range(0, len(images), batch)]
-    features = {space: [extractor.extract(part) for part in parts] for space, extractor in extractors.items()}
+    parts = (images[first : first + batch] for first in range(0, len(images), batch))
+    features = _features(parts, len(images), extractors)
     return _describe(features, protocol, extractors, digest, {"array": len(images)}, source)
 
 
 def measure_reference(
-    found: Survey, protocol: Protocol, extractors: Mapping[str, Extractor], batch: int
+    found: Survey, protocol: Protocol, extractors: Mapping[str, Network], batch: int
 ) -> dict[str, Reference]:
     """By space, the features of a folder of real images, which are read once, `batch` at a time."""
-    features = {space: [] for space in extractors}
-    with Progress("reference", len(found), "image") as progress:
-        for _, images in batches(found, protocol, batch):
-            for space, extractor in extractors.items():
-                features[space].append(extractor.extract(images))
-            progress.advance(len(images))
+    features = _features((images for _, images in batches(found, protocol, batch)), len(found), extractors)
     return _describe(features, protocol, extractors, found.sha256, found.formats, str(found.folder))
 
 
 def measure_dataset(
-    folder: Path, protocol: Protocol, extractors: Mapping[str, Extractor], batch: int
+    folder: Path, protocol: Protocol, extractors: Mapping[str, Network], batch: int
 ) -> dict[str, Reference]:
     """The same of the split "train" of a folder that TFDS prepared; known by the hash of its pixels.
 
     Raises `UserError` as `open_tfds`, and for an image of another size than a protocol's that resizes nothing.
     """
-    found, digest, features = open_tfds(folder, "train"), hashlib.sha256(), {space: [] for space in extractors}
-    with Progress("reference", found.count, "image") as progress:
+    found, digest = open_tfds(folder, "train"), hashlib.sha256()
+
+    def parts() -> Iterator[np.ndarray]:
         for first in range(0, found.count, batch):
             rows = range(first, min(first + batch, found.count))
             images = [prepare(found.read(row)[0], protocol) for row in rows]
@@ -142,18 +138,30 @@ def measure_dataset(
                         f"{found.name(row)}: {sides}; {protocol.name} takes {protocol.size} and resizes nothing"
                     )
             stacked = np.stack(images)
-            for space, extractor in extractors.items():
-                features[space].append(extractor.extract(stacked))
             digest.update(stacked.tobytes())
-            progress.advance(len(images))
-    formats = {"TFDS": found.count}
+            yield stacked
+
+    features, formats = _features(parts(), found.count, extractors), {"TFDS": found.count}
     return _describe(features, protocol, extractors, digest.hexdigest(), formats, f"{folder}, split train")
+
+
+def _features(
+    parts: Iterable[np.ndarray], count: int, extractors: Mapping[str, Network]
+) -> dict[str, list[np.ndarray]]:
+    """By space, those of batches of `count` images in all."""
+    features: dict[str, list[np.ndarray]] = {space: [] for space in extractors}
+    with Progress("reference", count, "image") as progress:
+        for images in parts:
+            for space, extractor in extractors.items():
+                features[space].append(extractor.run(images))
+            progress.advance(len(images))
+    return features
 
 
 def _describe(
     features: Mapping[str, list[np.ndarray]],
     protocol: Protocol,
-    extractors: Mapping[str, Extractor],
+    extractors: Mapping[str, Network],
     *images: Any,
 ) -> dict[str, Reference]:
     names = protocol.name, protocol.sha256

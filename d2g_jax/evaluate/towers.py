@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from d2g_jax.evaluate.features import Extractor, best_device
+from d2g_jax.evaluate.features import Network, best_device
 from d2g_jax.inputs.torch_files import read_torch
 from d2g_jax.results import metric_weights
 from d2g_jax.runtime.errors import UserError
@@ -61,33 +61,26 @@ _IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
 _BLANK = np.zeros((1, 64, 64, 3), np.uint8)
 
 
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """A frozen model.
+def load(name: str, folder: Path) -> Network:
+    """One of `TOWERS` from a local folder in transformers' layout; a pytorch_model.bin is read as plain tensors.
 
-    Attributes:
-      sha256: of its weights.
-      values: (uint8 images (B, S, S, 3), B texts) -> float64 (B,).
-    """
+    For a score the image is prepared as the folder's preprocessor_config.json says, and the text is cut off after the
+    model's length; for features it is resized by PIL's bicubic, as dgm-eval and clip-mmd do.
 
-    sha256: str
-    values: Callable[[np.ndarray, Sequence[str]], np.ndarray]
-
-
-def load_score(name: str, folder: Path) -> Score:
-    """One of `SCORES` from a local folder in transformers' layout; a pytorch_model.bin is read as plain tensors.
-
-    The image is prepared as the folder's preprocessor_config.json says; the text is cut off after the model's length.
     Raises `UserError` for a folder of another model or a damaged one, and without the extra `eval`.
     """
     _check_folder(name, folder)
     with _told(name, folder):
-        made = _aesthetic(folder) if name == AESTHETIC else _similarity(name, folder)
-        _check_finite(made.values(_BLANK, [""]))
+        if name in SPACES:
+            made = _space(name, folder)
+        else:
+            made = _aesthetic(folder) if name == AESTHETIC else _similarity(name, folder)
+        if not np.isfinite(made.run(_BLANK) if name in SPACES else made.run(_BLANK, [""])).all():
+            raise ValueError("it gives NaN or infinity for a black image")
     return made
 
 
-def _similarity(name: str, folder: Path) -> Score:
+def _similarity(name: str, folder: Path) -> Network:
     model, processor, tokenizer = _opened(folder, "CLIPModel", "CLIPImageProcessorPil", "CLIPTokenizer")
     import torch
 
@@ -106,26 +99,18 @@ def _similarity(name: str, folder: Path) -> Score:
             image, text = output.image_embeds.double(), output.text_embeds.double()
             return factor * torch.nn.functional.cosine_similarity(image, text).cpu().numpy()
 
-    return Score(metric_weights.sha256_of(folder), values)
+    return Network(name, metric_weights.sha256_of(folder), values)
 
 
-def load_space(name: str, folder: Path) -> Extractor:
-    """One of `SPACES`; images are resized by PIL's bicubic, as dgm-eval and clip-mmd do. Raises as `load_score` does.
-
-    DINOv2's features are the last layer's class token behind its norm, CLIP's the projected image at unit length.
-    """
-    _check_folder(name, folder)
-    with _told(name, folder):
-        if name == "dinov2":
-            (model,) = _opened(folder, "Dinov2Model")
-            _resample_positions(model.embeddings, 224 // model.config.patch_size)
-            made = _extractor(name, folder, model, 224, _IMAGENET, lambda output: output.pooler_output)
-        else:
-            model, processor = _opened(folder, "CLIPVisionModelWithProjection", "CLIPImageProcessorPil")
-            scale, side = np.array([processor.image_mean, processor.image_std]), model.config.image_size
-            made = _extractor(name, folder, model, side, scale, lambda output: _unit(output.image_embeds))
-        _check_finite(made.extract(_BLANK))
-    return made
+def _space(name: str, folder: Path) -> Network:
+    """DINOv2's features are the last layer's class token behind its norm, CLIP's the projected image at unit length."""
+    if name == "dinov2":
+        (model,) = _opened(folder, "Dinov2Model")
+        _resample_positions(model.embeddings, 224 // model.config.patch_size)
+        return _extractor(name, folder, model, 224, _IMAGENET, lambda output: output.pooler_output)
+    model, processor = _opened(folder, "CLIPVisionModelWithProjection", "CLIPImageProcessorPil")
+    scale, side = np.array([processor.image_mean, processor.image_std]), model.config.image_size
+    return _extractor(name, folder, model, side, scale, lambda output: _unit(output.image_embeds))
 
 
 def _resample_positions(embeddings: Any, side: int) -> None:
@@ -150,7 +135,7 @@ def _extractor(
     side: int,
     scale: np.ndarray,
     features: Callable[[Any], Any],
-) -> Extractor:
+) -> Network:
     import torch
     import transformers
 
@@ -162,10 +147,10 @@ def _extractor(
         with torch.inference_mode():
             return features(model(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(model.device))).cpu().numpy()
 
-    return Extractor(f"transformers {transformers.__version__}, {name}", metric_weights.sha256_of(folder), extract)
+    return Network(f"transformers {transformers.__version__}, {name}", metric_weights.sha256_of(folder), extract)
 
 
-def _aesthetic(folder: Path) -> Score:
+def _aesthetic(folder: Path) -> Network:
     """A head `.pth` of linear layers `layers.N` without anything between them, beside CLIP's folder of ViT-L/14."""
     heads = sorted(folder.glob("*.pth"))
     if len(heads) != 1:
@@ -191,7 +176,7 @@ def _aesthetic(folder: Path) -> Score:
         with torch.inference_mode():
             return head(_unit(model(pixel_values=pixels).image_embeds).double().cpu().numpy())
 
-    return Score(metric_weights.sha256_of(folder), values)
+    return Network(AESTHETIC, metric_weights.sha256_of(folder), values)
 
 
 def _unit(x: Any) -> Any:
@@ -210,11 +195,6 @@ def _told(name: str, folder: Path) -> Iterator[None]:
     except Exception as error:  # what damaged weights, tokenizers and settings raise is anybody's guess
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{folder}: cannot be read as {name} ({reason}); {metric_weights.WHERE[name]}") from error
-
-
-def _check_finite(numbers: np.ndarray) -> None:
-    if not np.isfinite(numbers).all():
-        raise ValueError("it gives NaN or infinity for a black image")
 
 
 def _opened(folder: Path, *classes: str) -> list[Any]:

@@ -55,7 +55,7 @@ def folders(tmp_path_factory):
 
 
 def ours(folder, extractor, mixed=False):
-    return np.concatenate([extractor.extract(x) for _, x in batches(survey(folder, COCO, mixed=mixed), COCO, 16)])
+    return np.concatenate([extractor.run(x) for _, x in batches(survey(folder, COCO, mixed=mixed), COCO, 16)])
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -103,14 +103,14 @@ def test_cifar_s_images_are_enlarged_by_the_network_itself(inception):
     extractor = features.make_extractor(PROTOCOLS["cifar10-50k"], inception)
     network = torch.jit.load(str(inception))
     theirs = network(torch.from_numpy(images).permute(0, 3, 1, 2)).detach().numpy()
-    found = extractor.extract(images)
+    found = extractor.run(images)
     assert np.abs(found - theirs).max() < 1e-6 * np.abs(theirs).max()
-    assert np.abs(found - features.make_extractor(COCO, inception).extract(images)).max() > 1e-3
+    assert np.abs(found - features.make_extractor(COCO, inception).run(images)).max() > 1e-3
 
 
 def test_reference_statistics_survive_their_file(inception, folders, tmp_path):
     extractor = features.make_extractor(COCO, inception)
-    both = {"inception": extractor, "other": dataclasses.replace(extractor, extract=lambda x: extractor.extract(x) + 1)}
+    both = {"inception": extractor, "other": dataclasses.replace(extractor, run=lambda x: extractor.run(x) + 1)}
     measured = measure_reference(survey(folders[1], COCO, mixed=True), COCO, both, 16)
     made = measured["inception"]
     np.testing.assert_array_equal(measured["other"].features, made.features + 1)

@@ -169,7 +169,7 @@ def test_diversity_is_the_mean_over_pairs_of_one_prompt(drawn, tiny_lpips):
     values = []
     for _, x in batches(found, protocol, 4):
         pairs = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
-        values.append(np.mean([metric.distances(x[[i]], x[[j]])[0] for i, j in pairs]))
+        values.append(np.mean([metric.run(x[[i]], x[[j]])[0] for i, j in pairs]))
         if len(values) == 5:
             break
     some = [pairwise.mean_pairwise(metric, x) for _, x in batches(found, protocol, 4)][:5]
@@ -256,9 +256,9 @@ def test_clip_score_of_a_folder(real, tiny_clip, tmp_path):
     from d2g_jax.evaluate import towers
     from d2g_jax.evaluate.images import batches
 
-    clip, values = towers.load_score("clip_b32", tiny_clip), []
+    clip, values = towers.load("clip_b32", tiny_clip), []
     for indices, images in batches(survey(real, PROTOCOLS["digits"]), PROTOCOLS["digits"], N):
-        values.append(clip.values(images, [["the cat", "the dog"][i % 2] for i in indices]))
+        values.append(clip.run(images, [["the cat", "the dog"][i % 2] for i in indices]))
     assert result["metrics"]["clip_b32"] == pytest.approx(np.mean(values), abs=1e-6)
 
 

@@ -31,7 +31,7 @@ def prepared(images, side, mean=MEAN, std=STD):
 
 def test_cosines_of_prepared_images_and_cut_off_texts(tiny_clip, images):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    found = towers.load_score("clip_b32", tiny_clip).values(images, TEXTS)
+    found = towers.load("clip_b32", tiny_clip).run(images, TEXTS)
     model = transformers.CLIPModel.from_pretrained(tiny_clip).eval()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(tiny_clip)
     pixels, expected = prepared(images, 64), []
@@ -49,7 +49,7 @@ def test_preferences_are_cosines_too(make_clip, images):
     """PickScore with the model's own scale, as its authors' code has it; HPSv2 in hundreds, as its tables have it."""
     transformers = pytest.importorskip("transformers")
     folder = make_clip(14, 32)
-    pick, hps = (towers.load_score(name, folder).values(images, TEXTS) for name in ("pickscore", "hpsv2"))
+    pick, hps = (towers.load(name, folder).run(images, TEXTS) for name in ("pickscore", "hpsv2"))
     scale = float(transformers.CLIPModel.from_pretrained(folder).logit_scale.detach().exp())
     np.testing.assert_allclose(pick / scale, hps / 100, rtol=1e-5)
     assert not towers.TOWERS["pickscore"].prefixed
@@ -69,26 +69,26 @@ def test_the_aesthetic_head(make_clip, images, tmp_path):
         x = model.get_image_features(pixel_values=prepared(images, 224))
         x = getattr(x, "pooler_output", x)
         expected = layers.eval()(x / x.norm(dim=-1, keepdim=True))[:, 0]
-    np.testing.assert_allclose(towers.load_score("aesthetic", folder).values(images, []), expected, rtol=1e-4)
+    np.testing.assert_allclose(towers.load("aesthetic", folder).run(images, []), expected, rtol=1e-4)
     torch.save({"layers.0.weight": torch.zeros(3, 8)}, folder / "head.pth")
     with pytest.raises(UserError, match=r"head\.pth: no head of linear layers from 8 numbers to 1"):
-        towers.load_score("aesthetic", folder)
+        towers.load("aesthetic", folder)
     for key, value in (("0.bias", torch.zeros(5)), ("4.weight", torch.zeros(2, 4)), ("2.weight", torch.zeros(4))):
         torch.save({f"layers.{k}": v for k, v in {**layers.state_dict(), key: value}.items()}, folder / "head.pth")
         with pytest.raises(UserError, match=r"head\.pth: no head of linear layers from 8 numbers to 1"):
-            towers.load_score("aesthetic", folder)
+            towers.load("aesthetic", folder)
     torch.save({"layers.0.weight": torch.full((1, 8), np.nan), "layers.0.bias": torch.zeros(1)}, folder / "head.pth")
     with pytest.raises(UserError, match="NaN or infinity for a black image"):
-        towers.load_score("aesthetic", folder)
+        towers.load("aesthetic", folder)
     (folder / "head.pth").unlink()
     with pytest.raises(UserError, match=r"--weights-aesthetic=.*0 files \.pth, not one head"):
-        towers.load_score("aesthetic", folder)
+        towers.load("aesthetic", folder)
 
 
 def test_dinov2_s_features_are_its_class_token_s(tiny_dino, images):
     """With positions as the authors' code takes them at 224 pixels: every 37 / 16.1 of the 37."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    found = towers.load_space("dinov2", tiny_dino).extract(images)
+    found = towers.load("dinov2", tiny_dino).run(images)
     model = transformers.Dinov2Model.from_pretrained(tiny_dino).eval()
     table, weights = model.embeddings.position_embeddings.detach().numpy(), np.zeros((16, 37))
     for i in range(16):
@@ -109,7 +109,7 @@ def test_dinov2_s_features_are_its_class_token_s(tiny_dino, images):
 def test_clip_s_features_are_at_unit_length(make_clip, images):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     folder = make_clip(14, 24, 336)
-    found = towers.load_space("clip_l14_336", folder).extract(images)
+    found = towers.load("clip_l14_336", folder).run(images)
     model = transformers.CLIPVisionModelWithProjection.from_pretrained(folder).eval()
     with torch.no_grad():
         expected = model(pixel_values=prepared(images, 336)).image_embeds
@@ -126,9 +126,8 @@ def test_clip_s_features_are_at_unit_length(make_clip, images):
     ],
 )
 def test_a_clip_of_another_kind(name, shape, message, make_clip):
-    load = towers.load_space if name in towers.SPACES else towers.load_score
     with pytest.raises(UserError, match=message):
-        load(name, make_clip(*shape))
+        towers.load(name, make_clip(*shape))
 
 
 def test_what_is_no_dinov2(tiny_dino, tmp_path):
@@ -136,14 +135,14 @@ def test_what_is_no_dinov2(tiny_dino, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
     with pytest.raises(UserError, match=r"another model, type vit, not dinov2; hf download facebook/dinov2-large"):
-        towers.load_space("dinov2", folder)
+        towers.load("dinov2", folder)
 
 
 def test_no_model(tiny_clip, tmp_path):
     with pytest.raises(UserError, match="hf download openai/clip-vit-base-patch32"):
-        towers.load_score("clip_b32", tmp_path)
+        towers.load("clip_b32", tmp_path)
     with pytest.raises(UserError, match="hf download openai/clip-vit-base-patch32"):
-        towers.load_score("clip_b32", tiny_clip / "model.safetensors")
+        towers.load("clip_b32", tiny_clip / "model.safetensors")
 
 
 def test_a_model_in_pytorch_s_own_file(tiny_clip, images, tmp_path):
@@ -153,11 +152,11 @@ def test_a_model_in_pytorch_s_own_file(tiny_clip, images, tmp_path):
     tensors = safetensors.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
-    found, expected = (towers.load_score("clip_b32", one).values(images, TEXTS) for one in (folder, tiny_clip))
+    found, expected = (towers.load("clip_b32", one).run(images, TEXTS) for one in (folder, tiny_clip))
     np.testing.assert_array_equal(found, expected)
     torch.save({**tensors, "more": Path}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pickled: cannot be read as clip_b32 \(.*Path"):
-        towers.load_score("clip_b32", folder)
+        towers.load("clip_b32", folder)
 
 
 def rewritten(change):
@@ -197,7 +196,7 @@ def test_a_damaged_model_is_refused_before_it_measures(damage, message, tiny_cli
     folder = shutil.copytree(tiny_clip, tmp_path / "damaged")
     damage(folder)
     with pytest.raises(UserError, match=message) as told:
-        towers.load_score("clip_b32", folder)
+        towers.load("clip_b32", folder)
     assert "hf download openai/clip-vit-base-patch32" in str(told.value)
     assert "\n" not in str(told.value)
 
@@ -206,8 +205,8 @@ def test_damaged_features_are_refused_before_they_measure(tiny_dino, make_clip, 
     dino = shutil.copytree(tiny_dino, tmp_path / "dino")
     rewritten(lambda x: {k: v for k, v in x.items() if "layer.3." not in k})(dino)
     with pytest.raises(UserError, match=r"cannot be read as dinov2 \(its weights have no fitting encoder\.layer\.3\."):
-        towers.load_space("dinov2", dino)
+        towers.load("dinov2", dino)
     clip = shutil.copytree(make_clip(14, 24, 336), tmp_path / "clip")
     rewritten(lambda x: x["visual_projection.weight"].fill(0))(clip)  # of no length
     with pytest.raises(UserError, match=r"NaN or infinity for a black image\); hf download"):
-        towers.load_space("clip_l14_336", clip)
+        towers.load("clip_l14_336", clip)
