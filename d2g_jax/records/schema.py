@@ -57,6 +57,10 @@ class PairSchema:
         fields |= {name: (shape, LATENT_DTYPES[self.latent_dtype]) for name, shape in self.text}
         return fields
 
+    def floats(self) -> tuple[str, ...]:
+        """Names of the tensors that hold floats: their values must be finite."""
+        return tuple(name for name in self.tensors() if name != "input_ids")
+
     def names(self) -> tuple[str, ...]:
         """Names of all fields."""
         return (*_INTEGERS, "prompt", *self.tensors())

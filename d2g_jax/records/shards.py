@@ -164,7 +164,7 @@ def _frames(
     digest: hashlib._Hash,
 ) -> Iterator[bytes]:
     """Checked and framed records; fills `offsets` and `digest` on the way."""
-    count, checked = 0, [name for name, (_, dtype) in schema.tensors().items() if dtype.itemsize == 2]
+    count, checked = 0, schema.floats()
     for record in records:
         if count == len(ids) or record["id"] != ids[count] or record["noise_seed"] != seed:
             raise ValueError(f"{path.name} holds ids {ids} of seed {seed}, got id {record['id']} at place {count}")

@@ -87,7 +87,7 @@ def verify_shard(folder: Path, manifest: Manifest, shard: int, redraw_noise: boo
     if not problems:
         problems += _info_problems(path, info, ids, shard, records)
     for record in records:
-        if reason := _wrong(record, ids, manifest.seed):
+        if reason := _wrong(record, ids, manifest):
             problems.append(Problem(path.name, record.offset, reason, shard))
     if redraw_noise:
         for start in range(0, len(records), _REDRAWN):
@@ -166,13 +166,13 @@ def _file_crc(path: Path) -> int:
     return crc
 
 
-def _wrong(record: _Record, ids: range, seed: int) -> str | None:
+def _wrong(record: _Record, ids: range, manifest: Manifest) -> str | None:
     fields, expected = record.fields, ids.start + record.place
     if fields["id"] != expected or expected not in ids:
         return f"id {fields['id']} at place {record.place} of {ids}"
-    if fields["noise_seed"] != seed:
-        return f"noise_seed is {fields['noise_seed']}, the manifest has {seed}"
-    for name in sorted(name for name, value in fields.items() if value.dtype.itemsize == 2 and value.ndim):
+    if fields["noise_seed"] != manifest.seed:
+        return f"noise_seed is {fields['noise_seed']}, the manifest has {manifest.seed}"
+    for name in manifest.schema().floats():
         if not np.isfinite(fields[name].astype(np.float32)).all():
             return f"{name} of record {fields['id']} are not finite"
     return None

@@ -129,6 +129,11 @@ def test_records_solved_again(made, tmp_path):
     assert files(folder) == files(plain)
 
 
+def test_a_solution_that_is_not_finite_agrees_with_nothing():
+    stored = np.ones(4, np.float16)
+    assert resolve._difference(stored, stored * np.float16(np.nan), exactly=False).startswith("differ by nan")
+
+
 def test_records_of_another_config_are_not_solved_again(made):
     config, folder = made
     other = copy.deepcopy(config)

@@ -140,6 +140,19 @@ def test_verify_finds_what_checksums_cannot(tmp_path, pairs):
     assert not any("hash than" in p.reason for p in records.verify(folder, redraw_noise=False))
 
 
+def test_latents_of_float32_are_finite_too(tmp_path, pairs, monkeypatch):
+    manifest = pairs.manifest_with(latent_dtype="float32")
+    broken = [pairs.make_record(manifest, i) for i in range(7)]
+    broken[4]["latents"] = np.full_like(broken[4]["latents"], np.inf)
+    manifest.write(tmp_path)
+    with pytest.raises(UserError, match="latents of record 4 are not finite"):
+        records.write_shard(tmp_path, manifest, 0, broken)
+    monkeypatch.setattr(shards.PairSchema, "floats", lambda self: ())  # as a writer from before
+    records.write_shard(tmp_path, manifest, 0, broken)
+    monkeypatch.undo()
+    assert [p.reason for p in records.verify_shard(tmp_path, manifest, 0)] == ["latents of record 4 are not finite"]
+
+
 def test_repair_removes_old_leftovers_only(folder):
     old, fresh = folder / ".a.tmp", folder / ".b.tmp"
     old.write_bytes(b"x")
