@@ -88,19 +88,19 @@ def sample(model: str | Path, request: Request, out: Path) -> dict[str, float]:
     one = prepare(range(1))  # refuses what is wrong with the request
     count = len(request.prompts) * request.images_per_prompt
     COUNT.check("images of all prompts", count)
-    check_room(out, 2 * count * one.noise[0].nbytes, f"noise and latents of {count} images")
+    shape = (count, *one.noise.shape[1:])
+    arrays = {name: _Growing(out / name, shape) for name in ("noise.npy", "latents.npy")}
+    check_room(out, sum(a.bytes_to_come for a in arrays.values()), f"noise and latents of {count} images")
     described = _describe(str(model), request, loaded, one.noise, given)
     if not check(out, described):
         _write_prompts(out, request)  # what is said of them beside the prompt may have changed since
     warn_of_prompts(loaded.sampler.pipeline, request.prompts)
-    shape = (count, *one.noise.shape[1:])
-    arrays = {name: _Growing(out / name, shape) for name in ("noise.npy", "latents.npy")}
     prepared, compiled, seconds = time.monotonic(), None, {}
     with Progress("draw", count, "image", beginning="compiling") as progress:
         for first in range(0, count, request.batch_size):
             part = range(first, min(first + request.batch_size, count))
             files = [request.image(out, i) for i in part]
-            missing = not (all(a.is_there for a in arrays.values()) and all(file.exists() for file in files))
+            missing = not (all(a.holds(part) for a in arrays.values()) and all(file.exists() for file in files))
             if missing:
                 drawing = prepare(part)
                 if compiled is None:
@@ -167,11 +167,21 @@ class _Growing:
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
         self._header = header.getvalue()
+        self._bytes = len(self._header) + shape[0] * self._row_bytes
 
     @property
-    def is_there(self) -> bool:
-        """Whether earlier parts are, all of them or some."""
-        return self._file.exists() or self._part.exists()
+    def _bytes_there(self) -> int:
+        found = [file.stat().st_size for file in (self._file, self._part) if file.exists()]
+        return found[0] if found else 0
+
+    @property
+    def bytes_to_come(self) -> int:
+        """What is not on disk yet."""
+        return max(self._bytes - self._bytes_there, 0)
+
+    def holds(self, rows: range) -> bool:
+        """Whether `rows` are written; they are in order, so that the file's size says it."""
+        return self._bytes_there >= len(self._header) + rows.stop * self._row_bytes
 
     def write(self, first: int, rows: np.ndarray) -> None:
         """`rows` from place `first` on; on disk when this returns. Raises `UserError` when the disk is full."""

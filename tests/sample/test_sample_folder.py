@@ -126,6 +126,36 @@ def test_a_stopped_drawing_goes_on(model, tmp_path, monkeypatch):
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+def test_an_array_that_was_lost_is_made_again_whole(model, tmp_path, monkeypatch):
+    """Also where that is stopped: rows that are not there are not taken for drawn because images are."""
+    flags, out = ("--prompt=a", "--images=6"), tmp_path / "out"
+    assert sample(model, out, *flags) == 0
+    before, run, calls = files(out), Model.run, []
+    (out / "noise.npy").unlink()
+
+    def stop(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:  # one to compile, one batch, then Ctrl-C
+            raise KeyboardInterrupt
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(Model, "run", stop)
+    assert sample(model, out, *flags) == 130
+    assert sample(model, out, *flags) == 0
+    assert len(calls) == 6  # one to compile, two batches
+    assert files(out) == before
+
+
+def test_a_drawing_that_is_there_needs_no_more_room(model, tmp_path, monkeypatch, capsys):
+    command = ("sample", f"--model={model}", "--steps=1", "--prompt=a", f"--out={tmp_path / 'out'}")
+    assert main(list(command)) == 0
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert main(list(command)) == 0
+    (tmp_path / "out" / "noise.npy").unlink()
+    assert "noise and latents of 1 images take 0.0 MB" in refused(capsys, *command)
+
+
 def test_the_grid_shows_the_first(model, tmp_path, monkeypatch):
     monkeypatch.setattr("d2g_jax.sample.job.IN_GRID", 4)
     assert sample(model, tmp_path / "out", "--prompt=a", "--images=5") == 0
