@@ -20,6 +20,9 @@ from d2g_jax.runtime import buckets
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.version import __version__
 
+INDEX = ".index.npy"
+"""Ends the name of a shard's index."""
+
 
 class ForeignShard(UserError):
     """A shard that another run made: nothing is wrong with it, it only does not belong here."""
@@ -58,7 +61,7 @@ def info_path(shard_path: Path) -> Path:
 
 def index_path(shard_path: Path) -> Path:
     """The index file of a shard: int64 (count + 1,), where records start and where the last one ends."""
-    return shard_path.with_name(shard_path.name + ".index.npy")
+    return shard_path.with_name(shard_path.name + INDEX)
 
 
 def write_shard(
@@ -102,6 +105,14 @@ def write_index(shard_path: Path, offsets: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, offsets, allow_pickle=False)
     write_atomic(index_path(shard_path), [buffer.getvalue()])
+
+
+def read_index(shard_path: Path) -> np.ndarray | None:
+    """What the index file of a shard holds; None where there is none, or half of one: the shard itself knows better."""
+    try:
+        return np.load(io.BytesIO(index_path(shard_path).read_bytes()), allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 def read_shard_info(folder: Path, manifest: Manifest, shard: int) -> ShardInfo:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import io
 import logging
 import os
 from collections.abc import Collection, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 
 from d2g_jax.records.framing import FrameError, scan, unframe
 from d2g_jax.records.manifest import Manifest
-from d2g_jax.records.shards import index_path, read_shard_info, repair_command, shard_range, write_index
+from d2g_jax.records.shards import read_index, read_shard_info, repair_command, shard_range, write_index
 from d2g_jax.runtime import buckets
 from d2g_jax.runtime.errors import UserError
 
@@ -172,13 +171,9 @@ class _Descriptor:
 
 def _load_index(path: Path, count: int) -> np.ndarray:
     """The shard's index; made from the shard itself, and written, when it is absent or belongs to another file."""
-    size = buckets.size(path)
-    try:
-        offsets = np.load(io.BytesIO(index_path(path).read_bytes()), allow_pickle=False)
-        if offsets.dtype == np.int64 and offsets.shape == (count + 1,) and offsets[-1] == size:
-            return offsets
-    except (OSError, ValueError, EOFError):
-        offsets = None  # no index, or half of one: the shard knows better
+    kept, size = read_index(path), buckets.size(path)
+    if kept is not None and kept.dtype == np.int64 and kept.shape == (count + 1,) and kept[-1] == size:
+        return kept
     try:
         offsets = scan(path)
     except FrameError as error:

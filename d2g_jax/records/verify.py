@@ -16,10 +16,12 @@ from d2g_jax.diffusion import noise
 from d2g_jax.records.framing import FrameError, scan, unframe
 from d2g_jax.records.manifest import Manifest
 from d2g_jax.records.shards import (
+    INDEX,
     ForeignShard,
     ShardInfo,
     index_path,
     info_path,
+    read_index,
     read_shard_info,
     shard_name,
     shard_range,
@@ -47,7 +49,7 @@ class Problem:
     file: str
     offset: int  # bytes into the file; 0 when it is the file as a whole
     reason: str
-    shard: int | None  # None when it is not about a shard: `repair` leaves it
+    shard: int | None  # None when no shard is bad: `repair` leaves it, unless it is about an index
 
     def __str__(self) -> str:
         return f"{self.file}: byte {self.offset}: {self.reason}"
@@ -70,7 +72,7 @@ def verify(folder: str | Path, redraw_noise: bool = True) -> list[Problem]:
 
 
 def verify_shard(folder: Path, manifest: Manifest, shard: int, redraw_noise: bool = True) -> list[Problem]:
-    """Size, CRC of the file and of every record, count, shapes, finite values, ids, seeds and hashes of one shard.
+    """Size, CRC of the file and of every record, count, shapes, finite values, ids, seeds, hashes and index of a shard.
 
     `redraw_noise` draws every record's noise anew and compares its hash (and, if stored, the noise itself).
     """
@@ -85,7 +87,7 @@ def verify_shard(folder: Path, manifest: Manifest, shard: int, redraw_noise: boo
         return [Problem(path.name, 0, reason, shard), *_frame_problems(path, shard)]
     records, problems = _read_all(path, manifest, shard)
     if not problems:
-        problems += _info_problems(path, info, ids, shard, records)
+        problems += [*_info_problems(path, info, ids, shard, records), *_index_problems(path)]
     for record in records:
         if reason := _wrong(record, ids, manifest):
             problems.append(Problem(path.name, record.offset, reason, shard))
@@ -98,19 +100,20 @@ def verify_shard(folder: Path, manifest: Manifest, shard: int, redraw_noise: boo
 def repair(folder: str | Path, problems: list[Problem]) -> list[Path]:
     """Removes the shards that `problems` name, with JSON and index, and what dead writers left; returns the files.
 
-    `d2g pairs` then makes just these shards anew. Shards of another run stay: they may be somebody's only copy.
+    `d2g pairs` then makes just these shards anew. Shards of another run stay: they may be somebody's only copy. Of a
+    good shard with a wrong index only the index goes: readers make it anew.
     """
     folder = buckets.as_path(folder)
     manifest = Manifest.read(folder)
     bad = sorted({problem.shard for problem in problems if problem.shard is not None})
-    doomed = []
+    doomed = [folder / problem.file for problem in problems if problem.file.endswith(INDEX)]
     for shard in bad:
         path = folder / shard_name(shard, manifest.num_shards)
         doomed += [info_path(path), index_path(path), path]  # the JSON first: without it the shard is not done
     if buckets.is_local(folder):  # in a bucket nobody leaves half a file
         old = time.time() - _LEFTOVER_SECONDS
         doomed += [path for path in folder.glob(f".*{TEMPORARY}") if path.stat().st_mtime < old]
-    removed = [path for path in doomed if path.exists()]
+    removed = [path for path in dict.fromkeys(doomed) if path.exists()]
     for path in removed:
         path.unlink()
     return removed
@@ -156,6 +159,14 @@ def _info_problems(path: Path, info: ShardInfo, ids: range, shard: int, records:
     if len(records) != len(ids):
         problems.append(Problem(path.name, 0, f"{len(records)} records, expected {len(ids)}", shard))
     return problems
+
+
+def _index_problems(path: Path) -> list[Problem]:
+    """Whether the index, where there is one, says where the records of a readable file start."""
+    kept = read_index(path)
+    if kept is None or np.array_equal(kept, scan(path)):
+        return []
+    return [Problem(index_path(path).name, 0, "not where the records of the shard start", None)]
 
 
 def _file_crc(path: Path) -> int:

@@ -109,6 +109,21 @@ def test_truncated_file_is_repaired(folder, manifest, pairs):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
+def test_an_index_that_is_wrong_in_its_middle_is_found_and_removed_alone(folder):
+    path = shards.index_path(folder / NAMES[1])
+    whole, offsets = path.read_bytes(), np.load(path)
+    offsets[3] += 1
+    np.save(path, offsets)
+    with pytest.raises(UserError, match="corrupt record"):
+        records.PairSource(folder)[10]
+    problems = records.verify(folder)
+    assert [str(p) for p in problems] == [f"{path.name}: byte 0: not where the records of the shard start"]
+    assert records.repair(folder, problems) == [path]
+    assert records.PairSource(folder)[10]["id"] == 10
+    assert path.read_bytes() == whole
+    assert records.verify(folder) == []
+
+
 def test_verify_finds_what_checksums_cannot(tmp_path, pairs):
     """Shards that are whole but wrong, framed anew with right checksums."""
     manifest = pairs.manifest_with(store_noise=True)
