@@ -19,6 +19,7 @@ from d2g_jax.runtime.atomic import TEMPORARY, replacing, writing
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _VARIANT = re.compile(r"\.(?:fp16|bf16)(\.safetensors|\.json)$")
+_NAMED_VARIANT = re.compile(rb'\.(?:fp16|bf16)(?=\.safetensors")')
 _LICENSE = re.compile(r"(licen[cs]e|notice)([.-].*)?", re.IGNORECASE)
 
 
@@ -87,10 +88,13 @@ def license_files(names: Iterable[str]) -> list[str]:
 
 
 def copy(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copies files byte for byte. A variant gets the plain name, which every loader finds unasked."""
+    """Copies files byte for byte. A variant gets the plain name, which every loader finds unasked, in its index too."""
     for name in names:
-        with replacing(target / _VARIANT.sub(r"\1", name)) as new:
+        plain = _VARIANT.sub(r"\1", name)
+        with replacing(target / plain) as new:
             shutil.copyfile(source / name, new)
+            if plain != name and plain.endswith(".index.json"):
+                new.write_bytes(_NAMED_VARIANT.sub(b"", new.read_bytes()))
 
 
 def filled_in(card: str, description: Mapping[str, Any], fields: Mapping[str, str]) -> str:

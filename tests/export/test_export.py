@@ -22,7 +22,7 @@ import pytest
 from d2g_jax.diffusion.schedule import STUDENT, Schedule, may_be_student, one_step, student_timestep
 from d2g_jax.diffusion.systems import OneStep
 from d2g_jax.digits.config import WEIGHTS
-from d2g_jax.export import export_student, to_diffusers, to_single
+from d2g_jax.export import export_student, folders, to_diffusers, to_single
 from d2g_jax.export.to_diffusers import one_step_scheduler
 from d2g_jax.models import attention, layers, platform
 from d2g_jax.pipeline import folder as pipelines
@@ -211,6 +211,18 @@ def test_what_comes_along(tiny_sd: Path, tmp_path: Path):
     )
     stored = weights.load_state_dict(out / "unet", dtype=None)
     assert {value.dtype for value in stored.values()} == {np.dtype(np.float16)}
+
+
+def test_the_index_of_a_variant_names_the_shards_as_they_are_copied(tmp_path: Path):
+    source, names = tmp_path / "in", ["model.safetensors.index.fp16.json"]
+    names += [f"model-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)]
+    source.mkdir()
+    for name in names[1:]:
+        (source / name).write_bytes(b"x")
+    (source / names[0]).write_text(json.dumps({"weight_map": {"a.weight": names[1], "b.weight": names[2]}}))
+    folders.copy(source, tmp_path / "out", names)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert {*index["weight_map"].values(), "model.safetensors.index.json"} == files_of(tmp_path / "out").keys()
 
 
 def test_a_name_in_the_hub_cache_is_its_id(tmp_path: Path):
