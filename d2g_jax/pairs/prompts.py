@@ -166,7 +166,7 @@ def _json_values(file: Path, column: _Column) -> Iterator[Any]:
     for number, line in enumerate(text.lines(text.read_text(file, _GIVE)), 1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: line {number} is no JSON ({error}); write one object per line") from error
         if not isinstance(row, dict):
             raise UserError(f"{file}: line {number} holds {type(row).__name__}; write one object per line")

@@ -116,7 +116,7 @@ def own_prompts(model: str) -> tuple[str, ...]:
         file = Path(_pairs_config(Path(model)).get("prompts") or file)
     if not file.is_file() or file.suffix != ".txt":
         return ()
-    lines = read_prompts(file).lines
+    lines = read_prompts(file, skip_empty=True).lines
     return tuple(lines[i * len(lines) // OFFERED] for i in range(min(OFFERED, len(lines))))
 
 

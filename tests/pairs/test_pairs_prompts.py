@@ -247,6 +247,7 @@ def test_prompts_that_are_none(write, line, message, tmp_path):
         ("a.jsonl", b"", "no prompts in it"),
         ("a.jsonl", b'{"caption": "a"}\n\n{"caption": "b"}\n', "line 2 is no JSON"),
         ("a.jsonl", b'{"caption": "a"}\n[1]\n', "line 2 holds list"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
         ("a.jsonl", b'{"caption": "a"}\n{"text": "b"}\n', "line 2: no column 'caption'; it has text"),
         ("a.jsonl", b'{"caption": "a\xff"}\n', "not UTF-8 at byte 14"),
         ("a.parquet", b"PAR1", "cannot be read as parquet"),

@@ -181,7 +181,7 @@ def test_prompts_of_ones_own(exported_student):
 def test_prompts_of_a_workdirs_pairs(tmp_path):
     workdir, prompts = tmp_path / "run", tmp_path / "mine.txt"
     (workdir / "checkpoints").mkdir(parents=True)
-    prompts.write_text("".join(f"prompt {i}\n" for i in range(12)))
+    prompts.write_text("\n".join(f"prompt {i}\n" for i in range(12)))
     (workdir / "config.json").write_text(json.dumps({"pairs": {"prompts": str(prompts)}}))
     assert own_prompts(str(workdir)) == ("prompt 0", "prompt 3", "prompt 6", "prompt 9")
     (workdir / "config.json").write_text("{}")
