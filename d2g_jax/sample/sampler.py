@@ -217,12 +217,13 @@ def _of_file(file: Path) -> str:
 def _described_timestep(file: Path, pipeline: Pipeline) -> int | None:
     """That of a student's UNet or LoRA by itself; None for the UNet of a teacher, and for other LoRAs.
 
-    Raises `UserError` where it predicts another thing than the pipeline's own does.
+    Raises `UserError` where it predicts another thing than the pipeline's own does, or does not say what.
     """
     described = exported.read_description(file) if file.suffix == ".safetensors" and file.is_file() else {}
     theirs = Schedule.from_config(pipeline.scheduler).prediction_type
-    if described and described["prediction_type"] != theirs:
-        mine = described["prediction_type"]
+    if described and "prediction_type" not in described:
+        raise UserError(f"{file}: prediction_type is missing in its header; export the student again")
+    if described and (mine := described["prediction_type"]) != theirs:
         raise UserError(f"{file}: predicts {mine}, and {pipeline.folder} {theirs}; give the teacher's kind of model")
     return described.get("timestep")
 

@@ -12,8 +12,10 @@ from d2g_jax.__main__ import main
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.pipeline.single_file import HEADER
 from d2g_jax.runtime import mesh as meshes
-from d2g_jax.sample.sampler import Sampler
+from d2g_jax.runtime.errors import UserError
+from d2g_jax.sample.sampler import Parts, Sampler
 
 PROMPTS = ["the cat", "the dog the cat"]
 
@@ -115,6 +117,13 @@ def test_weights_go_straight_into_the_shards():
     kernel = sharded["mid_block"]["resnets"]["0"]["conv1"]["kernel"]
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 2}
     jax.tree.map(np.testing.assert_array_equal, sharded, whole)
+
+
+def test_a_file_that_says_half_of_what_it_is_is_named(tmp_path):
+    save_file({"a": np.zeros(1, np.float32)}, file := tmp_path / "a.safetensors", {HEADER: '{"timestep": 5}'})
+    mesh, parts = meshes.make_mesh(), Parts(lora=(str(file),))
+    with pytest.raises(UserError, match=r"a\.safetensors: prediction_type is missing"):
+        Sampler.load(WEIGHTS / "pipeline", mesh, parts=parts)
 
 
 def test_heun_and_many_images(tiny_sd, tmp_path, capsys):
