@@ -280,6 +280,7 @@ class _Watch:
                 now = self._look()
             except jax.errors.JaxRuntimeError:
                 self._leave(0, LOST, "does not answer any more")
+                return  # stopped meanwhile
             still = {who: still.get(who, 0) + 1 if before.get(who) == text else 0 for who, text in now.items()}
             before = now
             for who, text in now.items():

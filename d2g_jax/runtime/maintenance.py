@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import logging
 import os
 import threading
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +44,7 @@ def _watch(notify: Callable[[str], None], every: float, ended: threading.Event) 
     while not ended.is_set():
         try:
             notices = [f"{key} {value}" for key, quiet in _QUIET.items() if (value := _ask(key)) != quiet]
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, http.client.HTTPException) as error:
             if not warned:
                 logging.getLogger(__name__).warning("no maintenance notices: the metadata server fails (%s)", error)
             warned, notices = True, []

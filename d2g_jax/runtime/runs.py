@@ -143,7 +143,7 @@ class MetricsLog:
                 self._stream.close()
 
     def write(self, images: int, values: dict[str, Any]) -> None:
-        """Writes `values`, None for what is not finite, behind the run's name, its images and its own clock."""
+        """Writes `values`, all of them finite or None, behind the run's name, its images and its own clock."""
         seconds = round(self._seconds + time.monotonic() - self._start, 3)
         self.last = {"run": self._run, "images": images, "seconds": seconds, **values}
         if self._stream is not None:

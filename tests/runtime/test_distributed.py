@@ -1,7 +1,9 @@
 """Which processes make up a job, by the environment."""
 
+import jax
 import pytest
 
+from d2g_jax.runtime import distributed
 from d2g_jax.runtime.distributed import Place, find_place
 from d2g_jax.runtime.errors import UserError
 
@@ -49,3 +51,15 @@ def test_the_environment_says_who_takes_part(environment, place):
 def test_half_set_variables_are_named(environment, message):
     with pytest.raises(UserError, match=message):
         find_place(environment)
+
+
+def test_a_watch_that_is_stopped_while_the_store_goes_ends_quietly(monkeypatch):
+    watch = distributed._Watch()
+    monkeypatch.setattr(distributed, "_POLL_SECONDS", 0)
+
+    def gone(text):
+        watch.stop()
+        raise jax.errors.JaxRuntimeError("the store is gone")
+
+    monkeypatch.setattr(watch, "_show", gone)
+    watch._run()

@@ -58,8 +58,12 @@ def test_a_notice_stops_the_run_like_sigterm(answers, capsys, key, value):
     assert capsys.readouterr().err == f"d2g: saving after this step ({key} {value})\n"
 
 
-def test_a_server_that_fails_is_told_once(answers, caplog, monkeypatch):
-    monkeypatch.setenv(maintenance.HOST_VARIABLE, "127.0.0.1:1")
+@pytest.mark.parametrize("there", [True, False])
+def test_a_server_that_fails_is_told_once(there, answers, caplog, monkeypatch):
+    if there:
+        monkeypatch.setattr(Server, "do_GET", lambda self: self.wfile.write(b"no HTTP\r\n\r\n"))
+    else:
+        monkeypatch.setenv(maintenance.HOST_VARIABLE, "127.0.0.1:1")
     told = []
     with maintenance.maintenance_notices(told.append, every=0.01):
         wait_for(lambda: caplog.records)
