@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d2g_jax.runtime.errors import UserError
-
 if TYPE_CHECKING:
     import grain
 
+_READ_AHEAD = 4  # batches
 _ROUNDS = 4
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -26,9 +25,7 @@ def dataset(
     seed: int,
     start: int = 0,
     rows: np.ndarray | None = None,
-    shuffle: bool = True,
     num_threads: int = 1,
-    prefetch: int = 4,
 ) -> grain.IterDataset:
     """Endless batches of `source`, read ahead by grain's threads.
 
@@ -42,41 +39,30 @@ def dataset(
         batch_size: images per step over all processes.
         start: images that the run has consumed already.
         rows: of every batch that this process reads (`mesh.own_rows`), from 0 to batch_size - 1; None for all.
-        shuffle: False reads in order of id.
         num_threads: that read and decode; 0 reads in the calling thread. Decoding is Python, so that more than one are
             slower, but where they wait for a network.
-        prefetch: batches read ahead.
 
     Returns:
         `grain.IterDataset` of dicts of arrays with leading dimension len(rows).
-
-    Raises:
-        UserError: batch_size is not positive, or start is negative.
     """
     import grain  # two seconds of import that only the readers need
 
-    if batch_size < 1:
-        raise UserError(f"batch_size = {batch_size}: a batch has images")
-    if start < 0:
-        raise UserError(f"start = {start}: a position counts images from 0")
     rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
-    batches = _Batches(source, seed if shuffle else None, start, batch_size, rows)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads))
+    batches = _Batches(source, seed, start, batch_size, rows)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(_READ_AHEAD, num_threads))
     return grain.MapDataset.source(batches).to_iter_dataset(options)
 
 
-def record_index(seed: int | None, positions: np.ndarray, count: int) -> np.ndarray:
+def record_index(seed: int, positions: np.ndarray, count: int) -> np.ndarray:
     """Which record each image of a run is: int64 like `positions`, a pure function of (seed, position, count).
 
     Epoch = position // count; inside it a keyed Feistel network permutes the cells of a grid of about sqrt(count) rows
     and columns, and walks on from the few cells past `count` (Black and Rogaway, "Ciphers with Arbitrary Finite
     Domains", 2002). It needs no memory, starts anywhere at once, and unlike a library's shuffle never changes with the
-    library. `seed` None gives the order of ids.
+    library.
     """
     positions = np.asarray(positions, np.int64)
     epochs, places = np.divmod(positions, count)
-    if seed is None:
-        return places
     keys = _mix(_mix(np.full(positions.shape, seed & (2**64 - 1), np.uint64) + _GOLDEN) + epochs.astype(np.uint64))
     columns = math.isqrt(count - 1) + 1
     grid = np.uint64(-(-count // columns)), np.uint64(columns)
@@ -91,7 +77,7 @@ class _Batches:
     """This process' rows of batch n of a run, for every n."""
 
     source: Sequence[dict[str, np.ndarray]]
-    seed: int | None
+    seed: int
     start: int  # position of the first image of batch 0
     size: int
     rows: np.ndarray

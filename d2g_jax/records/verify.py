@@ -55,7 +55,7 @@ class Problem:
         return f"{self.file}: byte {self.offset}: {self.reason}"
 
 
-def verify(folder: str | Path, redraw_noise: bool = True) -> list[Problem]:
+def verify(folder: str | Path) -> list[Problem]:
     """Checks every byte of a folder; an empty list means that all is well. `verify_shard` says what is checked.
 
     Raises `UserError` when the folder has no readable manifest.
@@ -67,14 +67,14 @@ def verify(folder: str | Path, redraw_noise: bool = True) -> list[Problem]:
         if not (folder / name).is_file():
             problems.append(Problem(name, 0, "missing; run `d2g pairs` again", None))
     for shard in range(manifest.num_shards):
-        problems += verify_shard(folder, manifest, shard, redraw_noise)
+        problems += verify_shard(folder, manifest, shard)
     return problems
 
 
-def verify_shard(folder: Path, manifest: Manifest, shard: int, redraw_noise: bool = True) -> list[Problem]:
+def verify_shard(folder: Path, manifest: Manifest, shard: int) -> list[Problem]:
     """Size, CRC of the file and of every record, count, shapes, finite values, ids, seeds, hashes and index of a shard.
 
-    `redraw_noise` draws every record's noise anew and compares its hash (and, if stored, the noise itself).
+    Every record's noise is drawn anew and its hash compared (and, if stored, the noise itself).
     """
     path = buckets.as_path(folder) / shard_name(shard, manifest.num_shards)
     ids = shard_range(shard, manifest.num_shards, manifest.num_records)
@@ -83,17 +83,16 @@ def verify_shard(folder: Path, manifest: Manifest, shard: int, redraw_noise: boo
     except ForeignShard as error:
         return [Problem(path.name, 0, str(error), None)]
     except UserError as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        return [Problem(path.name, 0, reason, shard), *_frame_problems(path, shard)]
-    records, problems = _read_all(path, manifest, shard)
+        broken = _read_all(path, manifest, shard)[-1] if path.is_file() else []
+        return [Problem(path.name, 0, str(error).removeprefix(f"{path}: "), shard), *broken]
+    records, crc, problems = _read_all(path, manifest, shard)
     if not problems:
-        problems += [*_info_problems(path, info, ids, shard, records), *_index_problems(path)]
+        problems += _problems_beside(path, info, ids, shard, records, crc)
     for record in records:
         if reason := _wrong(record, ids, manifest):
             problems.append(Problem(path.name, record.offset, reason, shard))
-    if redraw_noise:
-        for start in range(0, len(records), _REDRAWN):
-            problems += _noise_problems(path, manifest, shard, records[start : start + _REDRAWN])
+    for start in range(0, len(records), _REDRAWN):
+        problems += _noise_problems(path, manifest, shard, records[start : start + _REDRAWN])
     return problems
 
 
@@ -119,37 +118,30 @@ def repair(folder: str | Path, problems: list[Problem]) -> list[Path]:
     return removed
 
 
-def _frame_problems(path: Path, shard: int) -> list[Problem]:
-    """Where a file of the wrong size breaks."""
-    if not path.is_file():
-        return []
-    try:
-        scan(path)
-    except FrameError as error:
-        return [Problem(path.name, error.offset, str(error), shard)]
-    return []
-
-
-def _read_all(path: Path, manifest: Manifest, shard: int) -> tuple[list[_Record], list[Problem]]:
-    """Every readable record, and a problem for every other."""
+def _read_all(path: Path, manifest: Manifest, shard: int) -> tuple[list[_Record], int, list[Problem]]:
+    """Every readable record, the file's CRC32C, and a problem for every other record."""
     try:
         offsets = scan(path)
     except FrameError as error:
-        return [], [Problem(path.name, error.offset, str(error), shard)]
-    schema, records, problems = manifest.schema(), [], []
+        return [], 0, [Problem(path.name, error.offset, str(error), shard)]
+    schema, records, crc, problems = manifest.schema(), [], 0, []
     with path.open("rb") as file:
         for place, (start, size) in enumerate(zip(offsets[:-1].tolist(), np.diff(offsets).tolist(), strict=True)):
+            framed = file.read(size)
+            crc = google_crc32c.extend(crc, framed)
             try:
-                records.append(_Record(place, start, schema.decode(unframe(file.read(size)))))
+                records.append(_Record(place, start, schema.decode(unframe(framed))))
             except ValueError as error:
                 problems.append(Problem(path.name, start, str(error), shard))
-    return records, problems
+    return records, crc, problems
 
 
-def _info_problems(path: Path, info: ShardInfo, ids: range, shard: int, records: list[_Record]) -> list[Problem]:
-    """What the JSON says against what the file holds, for a file whose records can all be read."""
+def _problems_beside(
+    path: Path, info: ShardInfo, ids: range, shard: int, records: list[_Record], crc: int
+) -> list[Problem]:
+    """What the JSON and the index say against what the file holds, for a file whose records can all be read."""
     hashes = np.asarray([record.fields["noise_hash"] for record in records], "<i8")
-    found = {"count": len(records), "crc32c": _file_crc(path), "first_id": ids[0], "last_id": ids[-1]}
+    found = {"count": len(records), "crc32c": crc, "first_id": ids[0], "last_id": ids[-1]}
     found |= {"noise_digest": hashlib.sha256(hashes.tobytes()).hexdigest()}
     problems = [
         Problem(info_path(path).name, 0, f"{name} is {getattr(info, name)}, the shard has {value}", shard)
@@ -158,23 +150,10 @@ def _info_problems(path: Path, info: ShardInfo, ids: range, shard: int, records:
     ]
     if len(records) != len(ids):
         problems.append(Problem(path.name, 0, f"{len(records)} records, expected {len(ids)}", shard))
+    kept, offsets = read_index(path), [*(record.offset for record in records), info.bytes]
+    if kept is not None and not np.array_equal(kept, offsets):
+        problems.append(Problem(index_path(path).name, 0, "not where the records of the shard start", None))
     return problems
-
-
-def _index_problems(path: Path) -> list[Problem]:
-    """Whether the index, where there is one, says where the records of a readable file start."""
-    kept = read_index(path)
-    if kept is None or np.array_equal(kept, scan(path)):
-        return []
-    return [Problem(index_path(path).name, 0, "not where the records of the shard start", None)]
-
-
-def _file_crc(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            crc = google_crc32c.extend(crc, block)
-    return crc
 
 
 def _wrong(record: _Record, ids: range, manifest: Manifest) -> str | None:

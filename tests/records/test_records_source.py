@@ -152,7 +152,6 @@ def test_verify_finds_what_checksums_cannot(tmp_path, pairs):
         rewrite(changes)
         reasons = [p.reason for p in records.verify(folder)]
         assert any(message in reason for reason in reasons), (message, reasons)
-    assert not any("hash than" in p.reason for p in records.verify(folder, redraw_noise=False))
 
 
 def test_latents_of_float32_are_finite_too(tmp_path, pairs, monkeypatch):

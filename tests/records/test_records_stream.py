@@ -70,10 +70,6 @@ def test_batches_hold_the_records(folder, manifest, pairs):
             np.testing.assert_array_equal(batch[name][row], value)
 
 
-def test_in_order_without_shuffle(folder):
-    assert ids_of(records.PairSource(folder), 2, batch_size=3, seed=0, shuffle=False) == [[0, 1, 2], [3, 4, 5]]
-
-
 def test_corrupt_record_stops_the_stream_with_its_name(folder):
     path = folder / records.shard_name(0, 3)
     data = bytearray(path.read_bytes())
@@ -82,11 +78,3 @@ def test_corrupt_record_stops_the_stream_with_its_name(folder):
     iterator = iter(records.dataset(records.PairSource(folder), batch_size=23, seed=0))
     with pytest.raises(UserError, match="corrupt record at byte 0"):
         next(iterator)
-
-
-def test_bad_options(folder):
-    source = records.PairSource(folder)
-    with pytest.raises(UserError, match="batch_size = 0"):
-        records.dataset(source, batch_size=0, seed=0)
-    with pytest.raises(UserError, match="start = -1"):
-        records.dataset(source, batch_size=6, seed=0, start=-1)
