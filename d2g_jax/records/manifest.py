@@ -60,13 +60,8 @@ class Manifest:
 
         Raises `UserError` when the folder holds pairs that were made otherwise, and on values that no pair can have.
         """
-        if self.is_of(folder):
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
-        write_json(folder / FILE, self)
+        if not self.is_of(folder):
+            write_json(folder / FILE, self)
 
     def is_of(self, folder: Path) -> bool:
         """Whether a folder has this very manifest; False when it has none and no shards. Raises as `write` does."""
@@ -116,7 +111,7 @@ def check_fits(
     token_length: int,
     scaling_factor: float,
     scheduler: Mapping[str, Any],
-    teacher_hash: str | None = None,
+    teacher_hash: str,
 ) -> None:
     """Refuses pairs that do not belong to a teacher.
 
@@ -124,19 +119,17 @@ def check_fits(
         source: the pairs folder, for the message.
         latent_shape: (C, h, w) of the teacher.
         scheduler: the teacher's scheduler_config.json; an absent key counts as diffusers' default.
-        teacher_hash: also demands the very weights that made the pairs, when given.
+        teacher_hash: of its weights, which must be the very ones that made the pairs.
 
     Raises:
         UserError: names the first field that differs and both values.
     """
-    pairs = {"latent_shape": manifest.latent_shape, "token_length": manifest.token_length}
-    pairs |= {"scaling_factor": manifest.scaling_factor, "noise_implementation": manifest.noise_implementation}
-    teacher = {"latent_shape": tuple(latent_shape), "token_length": token_length, "scaling_factor": scaling_factor}
+    teacher = {"latent_shape": latent_shape, "token_length": token_length, "scaling_factor": scaling_factor}
     teacher |= {"noise_implementation": noise.IMPLEMENTATION}
-    pairs |= {f"scheduler.{key}": value for key, value in schedule.read_of(manifest.scheduler).items()}
-    teacher |= {f"scheduler.{key}": value for key, value in schedule.read_of(scheduler).items()}
-    if teacher_hash is not None:
-        pairs["teacher_hash"], teacher["teacher_hash"] = manifest.teacher_hash, teacher_hash
+    pairs = {name: getattr(manifest, name) for name in teacher}
+    for fields, config in ((pairs, manifest.scheduler), (teacher, scheduler)):
+        fields |= {f"scheduler.{key}": value for key, value in schedule.read_of(config).items()}
+    pairs["teacher_hash"], teacher["teacher_hash"] = manifest.teacher_hash, teacher_hash  # last: it says least
     for name, value in pairs.items():
         if value != teacher.get(name):
             raise UserError(

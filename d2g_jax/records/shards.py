@@ -16,7 +16,7 @@ from d2g_jax.records.files import read_json, write_atomic, write_json
 from d2g_jax.records.framing import frame
 from d2g_jax.records.manifest import Manifest
 from d2g_jax.records.schema import DATASET, SPLIT, PairSchema
-from d2g_jax.runtime import buckets
+from d2g_jax.runtime import atomic, buckets
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.version import __version__
 
@@ -102,9 +102,7 @@ def write_shard(
 
 def write_index(shard_path: Path, offsets: np.ndarray) -> None:
     """Writes the index of a shard atomically."""
-    buffer = io.BytesIO()
-    np.save(buffer, offsets, allow_pickle=False)
-    write_atomic(index_path(shard_path), [buffer.getvalue()])
+    atomic.write_array(index_path(shard_path), offsets)
 
 
 def read_index(shard_path: Path) -> np.ndarray | None:

@@ -215,8 +215,9 @@ def test_check_fits(manifest):
         "token_length": 5,
         "scaling_factor": 0.18215,
         "scheduler": dict(manifest.scheduler) | {"clip_sample": False},
+        "teacher_hash": manifest.teacher_hash,
     }
-    records.check_fits(manifest, **teacher, teacher_hash=manifest.teacher_hash)
+    records.check_fits(manifest, **teacher)
     wrong = {
         "latent_shape": (4, 64, 64),
         "token_length": 77,
@@ -235,7 +236,7 @@ def test_check_fits(manifest):
 def test_a_default_that_is_left_out_is_the_same_schedule(manifest, key):
     own = {"prediction_type": "epsilon", "beta_schedule": "linear", "num_train_timesteps": 1000}
     pairs = dataclasses.replace(manifest, scheduler={k: v for k, v in own.items() if k != key})
-    names = ("latent_shape", "token_length", "scaling_factor")
+    names = ("latent_shape", "token_length", "scaling_factor", "teacher_hash")
     teacher = {name: getattr(manifest, name) for name in names} | {"source": "pairs"}
     records.check_fits(pairs, scheduler=own, **teacher)
     with pytest.raises(UserError, match=f"scheduler.{key}"):
