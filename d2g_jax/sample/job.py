@@ -81,11 +81,17 @@ def sample(model: str | Path, request: Request, out: Path) -> dict[str, float]:
     start = time.monotonic()
     given = None if request.latents is None else read_array(request.latents, "float32 noise (N, C, h, w)")
     loaded = load(model, dtype=request.dtype, **vars(request.parts))
-    options = (request.size, request.batch_size, request.tiled, request.solution)
-    prepare = lambda part: loaded.prepare(  # noqa: E731
-        request.prompts, request.seed, given, request.images_per_prompt, *options, part
-    )
-    one = prepare(range(1))  # refuses what is wrong with the request
+    options = {
+        "seed": request.seed,
+        "latents": given,
+        "images": request.images_per_prompt,
+        "height": request.size[0],
+        "width": request.size[1],
+        "batch": request.batch_size,
+        "tiled": request.tiled,
+        **(vars(request.solution) if request.solution else {}),
+    }
+    one = loaded.prepare(request.prompts, range(1), **options)  # refuses what is wrong with the request
     count = len(request.prompts) * request.images_per_prompt
     COUNT.check("images of all prompts", count)
     shape = (count, *one.noise.shape[1:])
@@ -102,7 +108,7 @@ def sample(model: str | Path, request: Request, out: Path) -> dict[str, float]:
             files = [request.image(out, i) for i in part]
             missing = not (all(a.holds(part) for a in arrays.values()) and all(file.exists() for file in files))
             if missing:
-                drawing = prepare(part)
+                drawing = loaded.prepare(request.prompts, part, **options)
                 if compiled is None:
                     loaded.run(drawing)
                     compiled = time.monotonic()

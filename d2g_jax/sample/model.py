@@ -60,19 +60,26 @@ class Model:
             that are no multiple of the VAE's factor, noise of another shape, results that are not finite.
           TypeError: an option that does not exist.
         """
-        return [Image.fromarray(image) for image in self.run(self._asked(prompts, **options)).images]
+        return [Image.fromarray(image) for image in self._drawn(prompts, options).images]
 
     def latents(self, prompts: str | Sequence[str], **options: Any) -> np.ndarray:
         """As a call, but not decoded: float32 (N, C, h, w), scaled as diffusion networks take them."""
-        return self.run(self._asked(prompts, **options), decode=False).latents
+        return self._drawn(prompts, options, decode=False).latents
 
     def draw(self, prompts: str | Sequence[str], **options: Any) -> Drawn:
         """As a call, as arrays: `latents` float32 (N, C, h, w) and `images` uint8 (N, H, W, 3)."""
-        return self.run(self._asked(prompts, **options))
+        return self._drawn(prompts, options)
 
-    def _asked(
+    def _drawn(self, prompts: str | Sequence[str], options: dict[str, Any], *, decode: bool = True) -> Drawn:
+        drawing = self.prepare(prompts, **options)
+        warn_of_prompts(self.sampler.pipeline, drawing.prompts)
+        return self.run(drawing, decode=decode)
+
+    def prepare(
         self,
         prompts: str | Sequence[str],
+        part: range | None = None,
+        /,
         *,
         seed: int = 0,
         latents: np.ndarray | str | Path | None = None,
@@ -83,46 +90,30 @@ class Model:
         tiled: bool = False,
         **solution: Any,
     ) -> Drawing:
-        known = [field.name for field in dataclasses.fields(Solution)]
-        if unknown := [name for name in solution if name not in known]:
-            raise TypeError(f"no option {unknown[0]!r}; a teacher's are {', '.join(known)}")
-        size, asked = (height, width), Solution(**solution) if solution else None
-        drawing = self.prepare(prompts, seed, latents, images, size, batch, tiled, asked)
-        warn_of_prompts(self.sampler.pipeline, drawing.prompts)
-        return drawing
-
-    def prepare(
-        self,
-        prompts: str | Sequence[str],
-        seed: int,
-        latents: np.ndarray | str | Path | None,
-        images: int,
-        size: tuple[int | None, int | None],
-        batch: int,
-        tiled: bool,
-        solution: Solution | None,
-        part: range | None = None,
-    ) -> Drawing:
         """What a call will draw with which programs, or `part` of its images; nothing is compiled yet.
 
         Raises as a call does.
         """
+        known = [field.name for field in dataclasses.fields(Solution)]
+        if unknown := [name for name in solution if name not in known]:
+            raise TypeError(f"no option {unknown[0]!r}; a teacher's are {', '.join(known)}")
+        asked = Solution(**solution) if solution else None
         prompts = [prompts] if isinstance(prompts, str) else prompts if prompts is None else list(prompts)
         if not prompts:
             raise UserError("no prompts; give one or more")
         for name, count in (("images", images), ("batch", batch)):
             numbers.COUNT.check(name, count)
-        if solution is not None and self.sampler.one_step is not None:
+        if asked is not None and self.sampler.one_step is not None:
             raise UserError(f"{self._name}: this is a one-step student; {ONE_STEP}")
         total = len(prompts) * images
         part = range(total) if part is None else part
         prompts = [as_prompt(prompts[i // images], f"prompt {i // images + 1}") for i in part]
         pipeline = self.sampler.pipeline
-        noise = noise_of(pipeline, total, size, seed, latents, part)
+        noise = noise_of(pipeline, total, (height, width), seed, latents, part)
         factor = pipeline.vae.config.downscale
-        key = (solution, noise.shape[2] * factor, noise.shape[3] * factor, tiled)
+        key = (asked, noise.shape[2] * factor, noise.shape[3] * factor, tiled)
         if key not in self._programs:
-            self._programs[key] = self.sampler.programs(self.mesh, solution, key[1:3], tiled=tiled)
+            self._programs[key] = self.sampler.programs(self.mesh, asked, key[1:3], tiled=tiled)
         devices = meshes.batch_shards(self.mesh)
         least, most = (-(-count // devices) * devices for count in (min(batch, total), batch))
         known = self._rows.setdefault(key, set())
@@ -165,10 +156,6 @@ class Drawing:
     programs: Programs
     batch_size: int
     drawn_before: set[int]
-
-    def first(self) -> Drawing:
-        """Its first batch alone: whoever draws that has compiled all."""
-        return dataclasses.replace(self, noise=self.noise[: self.batch_size], ids=self.ids[: self.batch_size])
 
 
 def load(

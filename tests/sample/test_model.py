@@ -10,7 +10,6 @@ import pytest
 import d2g_jax
 from d2g_jax.__main__ import main
 from d2g_jax.export import export_student
-from d2g_jax.pipeline.draw import Solution
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
@@ -127,7 +126,7 @@ def test_bad_solutions_are_one_line(teacher, options, message):
 
 
 def test_options_and_prompts_that_do_not_exist(student):
-    for option in ("guidance", "num_inference_steps", "decode"):
+    for option in ("guidance", "num_inference_steps", "decode", "part"):
         with pytest.raises(TypeError, match=option):
             student(PROMPTS, **{option: 3.0})
     with pytest.raises(UserError, match="no prompts"):
@@ -150,9 +149,7 @@ def test_bad_models_are_one_line(tiny_sd):
 
 def test_never_more_rows_than_the_batch_that_is_asked_for(tiny_sd):
     fresh = d2g_jax.load(tiny_sd)
-    ask = lambda count, batch: fresh.prepare(  # noqa: E731
-        ["the cat"] * count, 0, None, 1, (None, None), batch, False, Solution(steps=1)
-    )
+    ask = lambda count, batch: fresh.prepare(["the cat"] * count, batch=batch, steps=1)  # noqa: E731
     first = ask(8, 8)
     assert ask(7, 8).batch_size == 8  # rounded up to the devices; nothing has been drawn yet
     assert ask(5, 8).batch_size == 6
