@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from d2g_jax.diffusion import noise
 from d2g_jax.pipeline import weights
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime import runs
+from d2g_jax.runtime.ahead import one_ahead
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.interrupt import StopRequests
 from d2g_jax.runtime.progress import Progress
@@ -100,8 +100,8 @@ def fit(
     with ExitStack() as opened:
         log = _Log(recipe, first, opened)
         progress = opened.enter_context(Progress(label, recipe.steps, "step", done=first, beginning="compiling"))
-        thread = opened.enter_context(ThreadPoolExecutor(1))
-        for step, batch in _read_ahead(batch_at, range(first, recipe.steps), thread):
+        batches = opened.enter_context(one_ahead((step, batch_at(step)) for step in range(first, recipe.steps)))
+        for step, batch in batches:
             carry, value = update(carry, meshes.place_batch(encode(batch), mesh), step)
             value = float(value)  # waits: simulated devices abort when the host runs ahead
             if not math.isfinite(value):
@@ -117,17 +117,6 @@ def fit(
 def sampled_rows(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """Row numbers of one step's batch, drawn with replacement; a pure function of (seed, step)."""
     return np.random.default_rng([seed, step]).integers(count, size=batch_size)
-
-
-def _read_ahead(
-    batch_at: Callable[[int], Batch], steps: range, thread: ThreadPoolExecutor
-) -> Iterator[tuple[int, Batch]]:
-    """Each step with its batch, which `thread` reads while the step before is computed."""
-    pending = None
-    for step in steps:
-        batch = pending.result() if pending else batch_at(step)
-        pending = thread.submit(batch_at, step + 1) if step + 1 in steps else None
-        yield step, batch
 
 
 class _Log:

@@ -6,12 +6,10 @@ the devices solve the next batch, and the last one is written. None of them chan
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
@@ -169,21 +167,6 @@ def check_batch_size(pairs: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) 
     devices = meshes.batch_shards(mesh)
     if pairs.batch_size < 1 or pairs.batch_size % devices:
         raise UserError(f"pairs.batch_size={pairs.batch_size} is no multiple of the {devices} devices; give one")
-
-
-@contextlib.contextmanager
-def one_ahead(items: Iterable[T]) -> Iterator[Iterator[T]]:
-    """Gives `items` back; while the caller has one, the next is made in a thread. Leaving waits for that one."""
-    source, end = iter(items), object()
-
-    def pass_on() -> Iterator[T]:
-        following = pool.submit(next, source, end)
-        while (item := following.result()) is not end:
-            following = pool.submit(next, source, end)
-            yield item
-
-    with ThreadPoolExecutor(1) as pool:
-        yield pass_on()
 
 
 def _fetch(inputs: Inputs, first: int, latents: jax.Array) -> Batch:

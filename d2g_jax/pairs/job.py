@@ -16,7 +16,7 @@ from d2g_jax import records
 from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.config.ranges import check_ranges
 from d2g_jax.diffusion import noise, solvers
-from d2g_jax.pairs.batches import Batch, Teacher, check_batch_size, one_ahead
+from d2g_jax.pairs.batches import Batch, Teacher, check_batch_size
 from d2g_jax.pairs.claims import Claims
 from d2g_jax.pairs.prompts import Prompts, read_prompts
 from d2g_jax.pipeline import images
@@ -27,6 +27,7 @@ from d2g_jax.pipeline.hub import folder_hash, resolve
 from d2g_jax.records.schema import LATENT_DTYPES
 from d2g_jax.runtime import buckets
 from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.ahead import one_ahead
 from d2g_jax.runtime.atomic import TEMPORARY
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.interrupt import terminating

@@ -18,7 +18,7 @@ from tiny import CONFIG, get_config
 from d2g_jax import pairs, records
 from d2g_jax.__main__ import main
 from d2g_jax.diffusion import noise
-from d2g_jax.pairs import batches, estimate, resolve
+from d2g_jax.pairs import estimate, resolve
 from d2g_jax.pairs.job import load_teacher
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.records import framing
@@ -186,23 +186,6 @@ def test_distinct_prompts_are_encoded_once(made, tmp_path):
     assert inputs.rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     alone = encode(meshes.place_batch(inputs.input_ids[:8], teacher.mesh))
     np.testing.assert_array_equal(inputs.text_of(slice(8)).encoder_hidden_states, alone.encoder_hidden_states)
-
-
-def test_one_ahead_is_in_order_passes_errors_on_and_runs_no_further():
-    seen = []
-
-    def items():
-        for i in range(10):
-            seen.append(i)
-            yield i
-        raise OSError("last")
-
-    with batches.one_ahead(items()) as ahead:
-        assert [next(ahead), next(ahead)] == [0, 1]
-    assert len(seen) <= 3
-    with batches.one_ahead(items()) as ahead, pytest.raises(OSError, match="last"):
-        list(ahead)
-    assert seen[-10:] == list(range(10))
 
 
 @pytest.fixture
