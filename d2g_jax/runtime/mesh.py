@@ -6,6 +6,7 @@ speaks of the logical groups of `train.groups` instead, so that the numbers are 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ BATCH = P(("data", "fsdp"))
 
 REPLICATED_PATTERNS = (r"(^|/)(bias|scale|mean|var|count)$", r"^(step|images)$")
 """Paths that are never sharded: small leaves, where an all-gather costs more than the bytes are worth."""
+
+_path_string = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 def use_cpu_devices(count: int) -> None:
@@ -83,10 +86,6 @@ def mesh_shape(data: int, fsdp: int, total: int) -> tuple[int, int]:
     if data * fsdp != total:
         raise UserError(f"mesh.data={data} x mesh.fsdp={fsdp} is not the {total} devices; mesh.data=-1 takes the rest")
     return data, fsdp
-
-
-def _path_string(path: tuple[Any, ...]) -> str:
-    return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
 
 
 def leaf_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:

@@ -204,10 +204,7 @@ def _split(state: TrainState) -> tuple[dict[str, Any], Params]:
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype by path; a tuple, named tuple or dataclass and what Orbax makes of it have the same paths."""
     return {
-        "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path): (
-            tuple(leaf.shape),
-            str(leaf.dtype),
-        )
+        jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
