@@ -54,7 +54,7 @@ class Painter:
         """Raises `UserError` as `Sampler.load` does, and for a solution given to a one-step generator."""
         dtype = jnp.dtype(model.dtype)
         self._model, self._mesh = model, meshes.make_mesh()
-        self._sampler = Sampler.load(model.model, self._mesh, dtype, dtype, model.parts)
+        self._sampler = Sampler.load(model.model, self._mesh, dtype, model.parts)
         one_step = self._sampler.one_step
         if one_step is not None and model.solution is not None:
             raise UserError(f"{model.model}: one step only; {ONE_STEP}")

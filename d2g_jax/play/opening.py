@@ -52,7 +52,7 @@ class Choice:
 def open_studio(choice: Choice) -> Studio:
     """Loads the model, and its teacher, on the first device. Raises `UserError` as `Sampler.load` does."""
     mesh, dtype = meshes.make_mesh(devices=jax.devices()[:1]), jnp.dtype(choice.dtype)
-    sampler = Sampler.load(choice.model, mesh, dtype, dtype, choice.parts)
+    sampler = Sampler.load(choice.model, mesh, dtype, choice.parts)
     if sampler.pipeline.classes is not None:
         raise UserError(f"{choice.model}: is told no text; `d2g play` is for models that are, draw with `d2g sample`")
     shape = latent_shape(sampler.pipeline, choice.size)
@@ -85,7 +85,7 @@ def _find_teacher(choice: Choice, sampler: Sampler, mesh: jax.sharding.Mesh) -> 
     if choice.teacher == NONE:
         return None
     if choice.teacher is not None:
-        teacher = Sampler.load(choice.teacher, mesh, dtype, dtype, Parts(lora=parts.lora))
+        teacher = Sampler.load(choice.teacher, mesh, dtype, Parts(lora=parts.lora))
         if teacher.one_step is not None:
             raise UserError(f"--teacher={choice.teacher}: a one-step student; give the pipeline it was distilled from")
         mine, theirs = sampler.pipeline.latent_shape, teacher.pipeline.latent_shape
@@ -97,7 +97,7 @@ def _find_teacher(choice: Choice, sampler: Sampler, mesh: jax.sharding.Mesh) -> 
     if not Path(choice.model, "checkpoints").is_dir():
         if len(parts.lora) == len(choice.parts.lora):
             return None  # an export knows its teacher's name at most
-        without_student = Sampler.load(choice.model, mesh, dtype, dtype, parts)
+        without_student = Sampler.load(choice.model, mesh, dtype, parts)
         return without_student if without_student.one_step is None else None
     without = (*sampler.pipeline.towers, "vae")
     own = Pipeline.load(sampler.pipeline.folder, dtype, mesh, dtype, without, **parts.said)

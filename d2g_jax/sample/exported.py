@@ -112,7 +112,7 @@ def store(params: Params, dtype: Any) -> Params:
     narrow, finite = cast(params)
     for path, whole in jax.tree_util.tree_leaves_with_path(jax.device_get(finite)):
         if not whole:
-            name = "/".join(part.key for part in path)
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(f"{name} overflows in {jnp.dtype(dtype).name}; take the dtype bfloat16 or float32")
     return narrow
 
@@ -123,29 +123,21 @@ def save_params(folder: Path, params: Mapping[str, Params]) -> None:
         checkpointer.save((folder / PARAMS).absolute(), dict(params))
 
 
-def load_pipeline(
-    folder: Path, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None, storage: Any = None
-) -> Pipeline:
+def load_pipeline(folder: Path, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None) -> Pipeline:
     """A Flax folder as a `Pipeline`, every leaf read straight into its shards.
 
     Args:
       folder: written by `d2g export --to=flax`.
-      dtype: what the networks compute in.
+      dtype: what the networks compute in and what their kernels and embeddings are kept in.
       mesh: where each leaf goes, by the rules of `mesh.leaf_spec`; None is the default device.
-      storage: dtype of kernels and embeddings; None as they were stored.
 
     Raises:
       UserError: one line that names the file, for whatever is missing or of another network.
     """
-    description = read_description(folder)
-    if description.get("format") != "flax":
+    if read_description(folder).get("format") != "flax":
         raise UserError(f"{folder / DESCRIPTION}: format is not flax; give a folder of `d2g export --to=flax`")
     pipeline = Pipeline.load(folder, dtype, mesh, without=NETWORKS)
-    storage = jnp.dtype(description["dtype"] if storage is None else storage)
-    shapes = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, storage if _is_wide(path) else leaf.dtype),
-        {name: network.abstract() for name, network in pipeline.networks.items()},
-    )
+    shapes = stored_shapes({name: network.abstract() for name, network in pipeline.networks.items()}, dtype)
     mesh = meshes.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     return replace(pipeline, params=_restore(folder / PARAMS, meshes.place(shapes, mesh)))
 

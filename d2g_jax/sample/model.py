@@ -195,4 +195,4 @@ def load(
         raise UserError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
     mesh, kind = meshes.make_mesh() if mesh is None else mesh, jnp.dtype(dtype)
     parts = Parts(revision, system, unet, pipeline, prediction, tokenizer, (lora,) if isinstance(lora, str) else lora)
-    return Model(Sampler.load(model, mesh, kind, kind, parts), mesh, str(model))
+    return Model(Sampler.load(model, mesh, kind, parts), mesh, str(model))

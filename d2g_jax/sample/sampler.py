@@ -104,13 +104,13 @@ class Sampler:
         model: str | Path,
         mesh: jax.sharding.Mesh,
         dtype: jnp.dtype = jnp.float32,
-        storage: jnp.dtype = jnp.float32,
         parts: Parts = Parts(),
     ) -> Sampler:
         """From a folder in diffusers' layout or a single file (a teacher, or an exported student), a hub id, a workdir.
 
-        Of a workdir the newest average is taken. `dtype` and `storage`: see `Pipeline.load`. A UNet that is a student
-        of `d2g export --only=unet`, and a teacher that wears one of `--to=lora`, is called as one.
+        Of a workdir the newest average is taken. `dtype`: what the networks compute in and their kernels are kept in.
+        A UNet that is a student of `d2g export --only=unet`, and a teacher that wears one of `--to=lora`, is called as
+        one.
 
         Raises `UserError` for a student of ours with a system or a UNet, as `Pipeline.load` does, and for a folder
         that is neither pipeline nor workdir; for LoRAs as `Worn.parse` does, first of all, and `lora_files.read`.
@@ -122,7 +122,7 @@ class Sampler:
         folder = resolve(model, parts.revision)
         if (folder / "checkpoints").is_dir():
             _check_own(model, system=parts.system, unet=parts.unet)
-            return cls._from_workdir(folder, mesh, dtype, storage, parts)._wearing(worn)
+            return cls._from_workdir(folder, mesh, dtype, parts)._wearing(worn)
         if parts.pipeline is not None:
             raise UserError(f"{model}: no training workdir, and only that looks for its teacher; leave out pipeline")
         if folder.is_file() and folder.suffix != ".safetensors":
@@ -132,8 +132,8 @@ class Sampler:
         described = exported.read_description(folder)
         if described.get("format") == "flax":
             _check_own(model, system=parts.system, unet=parts.unet, **parts.said)
-            return cls(exported.load_pipeline(folder, dtype, mesh, storage), described["timestep"])._wearing(worn)
-        pipeline = Pipeline.load(folder, dtype, mesh, storage, unet=parts.unet, **parts.said)
+            return cls(exported.load_pipeline(folder, dtype, mesh), described["timestep"])._wearing(worn)
+        pipeline = Pipeline.load(folder, dtype, mesh, dtype, unet=parts.unet, **parts.said)
         timestep = described["timestep"] if described else student_timestep(pipeline.scheduler)
         if timestep is not None:
             _check_own(model, system=parts.system, unet=parts.unet)
@@ -145,22 +145,20 @@ class Sampler:
         return cls(pipeline, timestep, foreign)._wearing(worn)
 
     @classmethod
-    def _from_workdir(
-        cls, workdir: Path, mesh: jax.sharding.Mesh, dtype: jnp.dtype, storage: jnp.dtype, parts: Parts
-    ) -> Sampler:
+    def _from_workdir(cls, workdir: Path, mesh: jax.sharding.Mesh, dtype: jnp.dtype, parts: Parts) -> Sampler:
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             metadata = checkpoints.metadata("pipeline", "timestep")
             settings = metadata.get("config", {}).get("lora", {"rank": 0})
             scale, teacher = lora.scale(settings), _teacher(workdir, metadata, parts.pipeline)
             without = ("unet",) if scale is None else ()  # the teacher's, which the average is an update of
-            pipeline = Pipeline.load(teacher, dtype, mesh, storage, without, **parts.said)
+            pipeline = Pipeline.load(teacher, dtype, mesh, dtype, without, **parts.said)
             shapes = pipeline.unet.abstract()
             like = shapes if scale is None else lora.abstract(shapes, settings["rank"], settings["targets"])
             if metadata.get("config", {}).get("train", {}).get("packed"):
                 like = jax.eval_shape(pack, like)
             average = meshes.place(unpack(checkpoints.restore_ema(meshes.place(like, mesh))), mesh)
         update = None if scale is None else lora.scaled(average, scale)
-        unet = exported.store(average, storage) if update is None else lora.merge(pipeline.params["unet"], update)
+        unet = exported.store(average, dtype) if update is None else lora.merge(pipeline.params["unet"], update)
         pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
         return cls(pipeline, metadata["timestep"], lora=update)
 

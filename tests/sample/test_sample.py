@@ -98,7 +98,7 @@ def test_half_precision_keeps_kernels_in_half_and_draws_nearly_the_same(tiny_sd,
     import jax
     import jax.numpy as jnp
 
-    sampler = Sampler.load(tiny_sd, meshes.make_mesh(), jnp.bfloat16, jnp.bfloat16)
+    sampler = Sampler.load(tiny_sd, meshes.make_mesh(), jnp.bfloat16)
     kept = {path[-1].key: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(sampler.pipeline.params)}
     assert (kept["kernel"], kept["embedding"], kept["bias"]) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     full, _, _ = drawn(tiny_sd, tmp_path / "full", "--steps=4", "--solver=dpmpp_2m")
