@@ -17,13 +17,11 @@ def grid(images: np.ndarray, columns: int, padding: int = 2) -> np.ndarray:
     images: uint8 (N, H, W, 3), N >= 1. `columns` images stand in a row; a last row that is not full is left white.
     `padding` is the white gap in pixels between neighbours and around the sheet.
     Returns uint8 (rows * (H + padding) + padding, columns * (W + padding) + padding, 3).
-    Raises ValueError for another dtype or shape, and for columns < 1 or padding < 0.
+    Raises ValueError for another dtype or shape.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
         raise ValueError(f"images must be uint8 (N >= 1, H, W, 3), not {images.dtype} {images.shape}")
-    if columns < 1 or padding < 0:
-        raise ValueError(f"columns must be at least 1 and padding at least 0, not {columns} and {padding}")
     count, height, width, _ = images.shape
     rows = math.ceil(count / columns)
     cells = np.full((rows * columns, height + padding, width + padding, 3), 255, np.uint8)
@@ -38,10 +36,7 @@ def grid(images: np.ndarray, columns: int, padding: int = 2) -> np.ndarray:
 def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
     """Write uint8 (H, W, 3) as a PNG, whole or not at all.
 
-    Makes the parent folders. Raises ValueError for another dtype or shape, UserError where the file cannot be written.
+    Makes the parent folders. Raises UserError where the file cannot be written.
     """
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
     with replacing(path) as temporary:
         Image.fromarray(image).save(temporary, format="PNG", optimize=True)
