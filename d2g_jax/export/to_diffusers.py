@@ -26,36 +26,28 @@ _BETA_DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0
 def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str, anew: Sequence[str] = ("unet",)) -> None:
     """Writes a student, or with timestep None a teacher as it is. Only networks in `anew` and the scheduler are new."""
     with folders.source_of(pipeline) as source, folders.new_folder(out) as folder:
-        names = folders.file_names(source)
-        if pipeline.classes is not None:
-            return _write_images(pipeline, timestep, source, folder, dtype)
+        names, scheduler = folders.file_names(source), pipeline.scheduler
+        folders.copy(source, folder, folders.license_files(names))
+        if timestep is not None:
+            scheduler = one_step_scheduler(scheduler, timestep)
+            description = exported.describe(pipeline, timestep, "diffusers", dtype)
+            write_json(folder / exported.DESCRIPTION, description, ensure_ascii=False)
+        if pipeline.classes is not None:  # a teacher of images: its UNet and its scheduler are all there is
+            return save_images_pipeline(
+                folder, pipeline.unet.config, pipeline.params["unet"], scheduler, np.dtype(dtype)
+            )
         index, left_out = _index(pipeline.index, names)
         for component in [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]:
             if component in NETWORKS:
                 _write_network(pipeline, component, source, folder, names, dtype, component in anew)
             elif component != "scheduler" or timestep is None:
                 folders.copy(source, folder, folders.component_files(names, component))
-        folders.copy(source, folder, folders.license_files(names))
         if timestep is not None:
             index["scheduler"] = ["diffusers", "DDIMScheduler"]
-            scheduler = one_step_scheduler(pipeline.scheduler, timestep)
             write_json(folder / "scheduler" / "scheduler_config.json", scheduler, ensure_ascii=False)
-            description = exported.describe(pipeline, timestep, "diffusers", dtype)
-            write_json(folder / exported.DESCRIPTION, description, ensure_ascii=False)
             card = model_card(description, index["_class_name"], out.name, left_out)
             write_text(folder / "README.md", card)
         write_json(folder / "model_index.json", index, ensure_ascii=False)
-
-
-def _write_images(pipeline: Pipeline, timestep: int | None, source: Path, folder: Path, dtype: str) -> None:
-    """The same of a teacher of images: its UNet and its scheduler are all there is."""
-    scheduler = pipeline.scheduler if timestep is None else one_step_scheduler(pipeline.scheduler, timestep)
-    unet = pipeline.unet.config, pipeline.params["unet"]
-    folders.copy(source, folder, folders.license_files(folders.file_names(source)))
-    if timestep is not None:
-        description = exported.describe(pipeline, timestep, "diffusers", dtype)
-        write_json(folder / exported.DESCRIPTION, description, ensure_ascii=False)
-    save_images_pipeline(folder, *unet, scheduler, np.dtype(dtype))
 
 
 def one_step_scheduler(config: Mapping[str, Any], timestep: int) -> dict[str, Any]:

@@ -70,22 +70,6 @@ def trace(
 
     b is any number, or `_FIXED_BATCH` where jax cannot trace that; the second result is then the reason.
     """
-    try:
-        (batch,) = export.symbolic_shape("b")
-        return _trace(pipeline, timestep, params, latent_shape, platforms, batch), None
-    except _NOT_SYMBOLIC as error:  # an error of another origin comes again
-        program = _trace(pipeline, timestep, params, latent_shape, platforms, _FIXED_BATCH)
-        return program, str(error).strip().splitlines()[0]
-
-
-def _trace(
-    pipeline: Pipeline,
-    timestep: int,
-    params: Mapping[str, Any],
-    latent_shape: tuple[int, int, int],
-    platforms: Sequence[str],
-    batch: Any,
-) -> export.Exported:
     schedule, factor = Schedule.from_config(pipeline.scheduler), pipeline.vae.config.downscale
     sizes = size_ids(pipeline, (factor * latent_shape[1], factor * latent_shape[2]))
 
@@ -99,11 +83,17 @@ def _trace(
 
         return tuple(decode(pipeline, trees, one_step(call, schedule, timestep, jnp.transpose(noise, (0, 2, 3, 1)))))
 
-    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}
-    tokens = jax.ShapeDtypeStruct((batch, pipeline.token_length), jnp.int32)
-    noise = jax.ShapeDtypeStruct((batch, *latent_shape), jnp.float32)
-    with compiling_for(ANY):
-        return export.export(draw, platforms=platforms)(shapes, tokens, noise)
+    def traced(batch: Any) -> export.Exported:
+        shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}
+        tokens = jax.ShapeDtypeStruct((batch, pipeline.token_length), jnp.int32)
+        noise = jax.ShapeDtypeStruct((batch, *latent_shape), jnp.float32)
+        with compiling_for(ANY):
+            return export.export(draw, platforms=platforms)(shapes, tokens, noise)
+
+    try:
+        return traced(*export.symbolic_shape("b")), None
+    except _NOT_SYMBOLIC as error:  # an error of another origin comes again
+        return traced(_FIXED_BATCH), str(error).strip().splitlines()[0]
 
 
 def _trees(pipeline: Pipeline, given: Mapping[str, jax.Array]) -> dict[str, Any]:
