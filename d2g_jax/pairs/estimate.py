@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,13 @@ import ml_collections
 import numpy as np
 
 from d2g_jax import records
-from d2g_jax.models.network import Params
 from d2g_jax.models.platform import ANY, compiling_for
 from d2g_jax.pairs.batches import Teacher
 from d2g_jax.pairs.job import FOLDER, load_teacher
 from d2g_jax.pipeline.conditioning import encode_text
-from d2g_jax.pipeline.draw import teacher_programs
+from d2g_jax.pipeline.draw import draw, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import buckets
-from d2g_jax.runtime import mesh as meshes
 
 PUBLISHED_PEAKS = {"H100 SXM": 989.4e12, "TPU v5p": 459e12}
 """Dense bf16 FLOP/s of one chip, as published by their makers; not measured here."""
@@ -86,7 +83,7 @@ def estimate(config: ml_collections.ConfigDict, workdir: Path, *, timed: bool = 
     m, missing = teacher.manifest, list(range(teacher.manifest.num_shards))
     if m.is_of(folder):
         missing = records.missing_shards(folder, m)
-    flops = teacher.solution.network_calls * unet_flops(teacher.pipeline) + text_flops(teacher.pipeline)
+    flops = teacher.solution.network_calls * unet_flops(teacher.pipeline) + _flops(*_text_call(teacher.pipeline))
     prompt = round(sum(len(line.encode()) for line in teacher.prompts.lines) / len(teacher.prompts.lines))
     return Estimate(
         num_records=m.num_records,
@@ -104,19 +101,15 @@ def unet_flops(pipeline: Pipeline) -> float:
     height, width, channels = pipeline.latent_shape
     sample = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
     step = jax.ShapeDtypeStruct((1,), jnp.int32)
-    text = jax.eval_shape(functools.partial(encode_text, pipeline), *_text_arguments(pipeline))
+    text = jax.eval_shape(*_text_call(pipeline))
     call = lambda params, x, t, c: pipeline.unet.apply(params, x, t, *c)  # noqa: E731
     return _flops(call, pipeline.unet.abstract(), sample, step, text)
 
 
-def text_flops(pipeline: Pipeline) -> float:
-    """FLOPs of the text towers for one prompt."""
-    return _flops(functools.partial(encode_text, pipeline), *_text_arguments(pipeline))
-
-
-def _text_arguments(pipeline: Pipeline) -> tuple[dict[str, Params], jax.ShapeDtypeStruct]:
+def _text_call(pipeline: Pipeline) -> tuple[Any, ...]:
+    """The text towers for one prompt: a function and the shapes of its arguments."""
     towers = {name: tower.abstract() for name, tower in pipeline.towers.items()}
-    return towers, jax.ShapeDtypeStruct((1, pipeline.token_length), jnp.int32)
+    return functools.partial(encode_text, pipeline), towers, jax.ShapeDtypeStruct((1, pipeline.token_length), jnp.int32)
 
 
 def _flops(call: Callable[..., Any], *arguments: Any) -> float:
@@ -129,15 +122,12 @@ def _time(teacher: Teacher) -> float:
     """Seconds per image of the whole solution, from the second of two short batches."""
     short = dataclasses.replace(teacher.solution, steps=min(TIMED_STEPS, teacher.solution.steps))
     programs = teacher_programs(teacher.pipeline, teacher.mesh, short)
-    channels, height, width = teacher.manifest.latent_shape
-    drawn = np.zeros((teacher.batch_size, channels, height, width), np.float32)
-    ids = np.zeros((teacher.batch_size, teacher.manifest.token_length), np.int32)
-    drawn, ids = meshes.place_batch((drawn, ids), teacher.mesh)
+    size = teacher.batch_size
+    drawn = np.zeros((size, *teacher.manifest.latent_shape), np.float32)
+    ids = np.zeros((size, teacher.manifest.token_length), np.int32)
     for _ in range(2):
-        start = time.monotonic()
-        text = jax.block_until_ready(programs.encode(ids))
-        encoded = time.monotonic()
-        jax.block_until_ready(programs.solve(drawn, text))
-        end = time.monotonic()
-    solving = (end - encoded) * teacher.solution.network_calls / short.network_calls
-    return (encoded - start + solving) / teacher.batch_size
+        seconds: dict[str, float] = {}
+        list(
+            draw(programs, teacher.mesh, drawn, ids, size, images=False, seconds=seconds, name=teacher.pipeline.folder)
+        )
+    return (seconds["text"] + seconds["unet"] * teacher.solution.network_calls / short.network_calls) / size
