@@ -173,6 +173,14 @@ def parts(own: argparse.Namespace) -> Any:
     return Parts(**{name: value for name in fields if (value := getattr(own, name, None))})
 
 
+def asked(own: argparse.Namespace, batch: int) -> Any:
+    """The `Asked` that these flags and a teacher's say; `batch` images a call."""
+    from d2g_jax.sample.model import Asked
+
+    options = {name: getattr(own, name) for name in ("seed", "height", "width", "tiled")}
+    return Asked(own.model, parts(own), own.dtype, {**options, "batch": batch, **given_solution(own)})
+
+
 def add_prompts_column(parser: Any) -> None:
     """Beside --prompts: which column of a file that has several."""
     parser.add_argument("--prompts-column", default="", help="of a .csv, .json, .jsonl or .parquet file or TFDS folder")

@@ -123,33 +123,18 @@ def _misfit(flag: argparse.Action, value: object) -> str | None:
 
 
 def _run(own: argparse.Namespace) -> str:
-    from d2g_jax.evaluate.drawing import Model
     from d2g_jax.evaluate.job import evaluate
     from d2g_jax.evaluate.plan import Request
-    from d2g_jax.pipeline.draw import Solution
     from d2g_jax.sample.sampler import Parts
 
-    given = common.given_solution(own)
-    if own.images is not None and (given or own.drawn or common.parts(own) != Parts()):
+    if own.images is not None and (common.given_solution(own) or own.drawn or common.parts(own) != Parts()):
         raise UserError("--images are drawn already; leave out --system, --unet, --drawn and a teacher's flags")
     if own.model is not None and own.diversity_images is not None:
         raise UserError("--model draws its own images for diversity; leave out --diversity-images")
-    model = None
-    if own.model is not None:
-        model = Model(
-            own.model,
-            common.parts(own),
-            Solution(**given) if given else None,
-            (own.height, own.width),
-            own.seed,
-            own.dtype,
-            own.draw_batch,
-            own.tiled,
-        )
     fields = {field.name: getattr(own, field.name) for field in dataclasses.fields(Request) if hasattr(own, field.name)}
     weights = {name: file for name in metric_weights.WHERE if (file := getattr(own, f"weights_{name}")) is not None}
     fields |= {
-        "model": model,
+        "model": None if own.model is None else common.asked(own, own.draw_batch),
         "drawn": own.drawn or own.out.parent / f"{own.out.stem}-drawn",
         "weights": weights,
         "metrics": tuple(filter(None, own.metrics.split(","))),

@@ -29,29 +29,16 @@ def run(arguments: list[str]) -> int:
     own = parser.parse_args(arguments)
     common.start()
     from d2g_jax.pairs import read_prompts
-    from d2g_jax.pipeline.draw import Solution
     from d2g_jax.sample.job import Request, sample
 
-    given = common.given_solution(own)
     as_tree = own.layout == "geneval"
     if as_tree and (own.prompts is None or own.prompts.suffix.lower() != ".jsonl" or own.prompt):
         raise UserError("--layout=geneval: give --prompts=evaluation_metadata.jsonl, and no --prompt")
     column = own.prompts_column or ("prompt" if as_tree else "")
     listed = own.prompts and read_prompts(own.prompts, column=column, asked="--prompts-column").lines
     metadata = tuple(lines(read_text(own.prompts, "give GenEval's file"))) if as_tree else ()  # each has a prompt
-    request = Request(
-        prompts=(*(as_prompt(prompt, "--prompt") for prompt in own.prompt), *(listed or ())),
-        images_per_prompt=own.images,
-        solution=Solution(**given) if given else None,
-        size=(own.height, own.width),
-        seed=own.seed,
-        latents=own.latents,
-        batch_size=own.batch,
-        dtype=own.dtype,
-        tiled=own.tiled,
-        parts=common.parts(own),
-        metadata=metadata,
-    )
-    seconds = sample(own.model, request, own.out)
+    prompts = (*(as_prompt(prompt, "--prompt") for prompt in own.prompt), *(listed or ()))
+    request = Request(common.asked(own, own.batch), prompts, own.images, own.latents, own.batch, metadata)
+    seconds = sample(request, own.out)
     print(json.dumps({"out": str(own.out), "seconds": {name: round(value, 3) for name, value in seconds.items()}}))
     return 0

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from d2g_jax.evaluate.drawing import Model
 from d2g_jax.evaluate.protocols import DIGITS, DIGITS_PROMPTS_SEED, INSIDE, Protocol, find_protocol
 from d2g_jax.inputs import numbers
 from d2g_jax.pairs.prompts import read_prompts
 from d2g_jax.results import metrics
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample.folder import begins_with, prompts_digest, read_description
+from d2g_jax.sample.model import Asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Request:
 
     protocol: str
     images: Path | None = None
-    model: Model | None = None
+    model: Asked | None = None
     drawn: Path | None = None
     reference: Path | None = None
     prompts: Path | None = None
@@ -123,8 +123,8 @@ def make_plan(request: Request) -> Plan:
         raise UserError(f"--samples={samples}: {protocol.name} has 1 to {protocol.samples}")
     check_counts(request.batch_size, request.max_corrupt)
     if request.model is not None:
-        numbers.COUNT.check("--draw-batch", request.model.batch_size)
-        numbers.SEED.check("--seed", request.model.seed)
+        numbers.COUNT.check("--draw-batch", request.model.options["batch"])
+        numbers.SEED.check("--seed", request.model.options["seed"])
     _check_paths(request)
     digits = protocol.features == DIGITS
     prompts, labels = _prompts(request, protocol, samples)

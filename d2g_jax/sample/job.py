@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,13 +19,11 @@ from d2g_jax.inputs.numbers import COUNT
 from d2g_jax.inputs.places import check_room
 from d2g_jax.inputs.text import as_prompt
 from d2g_jax.pipeline.conditioning import warn_of_prompts
-from d2g_jax.pipeline.draw import Solution
 from d2g_jax.runtime import atomic
 from d2g_jax.runtime.grid import grid, save_png
 from d2g_jax.runtime.progress import Progress
-from d2g_jax.sample.folder import check, claim, digest, prompts_digest, worn_by
-from d2g_jax.sample.model import Model, load
-from d2g_jax.sample.sampler import Parts
+from d2g_jax.sample.folder import check, claim, digest, prompts_digest
+from d2g_jax.sample.model import Asked
 
 IN_GRID = 100
 """Images that grid.png shows, the first."""
@@ -38,27 +35,17 @@ class Request:
 
     Attributes:
       prompts: one or more; images_per_prompt of each.
-      solution: a teacher's; a one-step student has none.
-      size: (height, width) in pixels, None for the native side.
-      seed: of the noise; `latents`, a .npy file, takes its place.
-      batch_size: images per call, rounded up to the devices.
-      dtype: what the networks compute in and what their kernels are kept in.
-      tiled: decode large images in overlapping tiles, for devices that cannot hold one image's activations.
-      parts: what is said of the model.
+      batch_size: images per call.
+      latents: a .npy file in place of a seed's noise.
       metadata: of each prompt, a line of JSON: the images go to the tree that GenEval's own evaluator reads,
         00000/metadata.jsonl and 00000/samples/00000.png ..., a folder for each prompt. Empty for 00000.png ...
     """
 
+    asked: Asked
     prompts: tuple[str, ...]
     images_per_prompt: int = 1
-    solution: Solution | None = None
-    size: tuple[int | None, int | None] = (None, None)
-    seed: int = 0
     latents: Path | None = None
     batch_size: int = 64
-    dtype: str = "float32"
-    tiled: bool = False
-    parts: Parts = Parts()  # noqa: RUF009 (it is frozen)
     metadata: tuple[str, ...] = ()
 
     def image(self, out: Path, i: int) -> Path:
@@ -69,7 +56,7 @@ class Request:
         return out / f"{prompt:05d}" / "samples" / f"{of_prompt:05d}.png"
 
 
-def sample(model: str | Path, request: Request, out: Path) -> dict[str, float]:
+def sample(request: Request, out: Path) -> dict[str, float]:
     """Draws and writes 00000.png ..., grid.png, noise.npy, latents.npy, prompts.txt and drawing.json into `out`.
 
     A drawing that was stopped goes on behind its last whole batch. Returns seconds: "load", "compile" (the first batch,
@@ -80,24 +67,22 @@ def sample(model: str | Path, request: Request, out: Path) -> dict[str, float]:
     """
     start = time.monotonic()
     given = None if request.latents is None else read_array(request.latents, "float32 noise (N, C, h, w)")
-    loaded = load(model, dtype=request.dtype, **vars(request.parts))
-    options = {
-        "seed": request.seed,
-        "latents": given,
-        "images": request.images_per_prompt,
-        "height": request.size[0],
-        "width": request.size[1],
-        "batch": request.batch_size,
-        "tiled": request.tiled,
-        **(vars(request.solution) if request.solution else {}),
-    }
+    loaded = request.asked.load()
+    options = {**request.asked.options, "latents": given, "images": request.images_per_prompt}
     one = loaded.prepare(request.prompts, range(1), **options)  # refuses what is wrong with the request
     count = len(request.prompts) * request.images_per_prompt
     COUNT.check("images of all prompts", count)
     shape = (count, *one.noise.shape[1:])
     arrays = {name: _Growing(out / name, shape) for name in ("noise.npy", "latents.npy")}
     check_room(out, sum(a.bytes_to_come for a in arrays.values()), f"noise and latents of {count} images")
-    described = _describe(str(model), request, loaded, one.noise, given)
+    described = {
+        **request.asked.describe(loaded, one.noise),
+        "first_noise": 0,
+        "noise": noise.IMPLEMENTATION if given is None else digest({"latents": given}),
+        "tiled": request.asked.options["tiled"],
+        "layout": "geneval" if request.metadata else None,
+        "prompts_sha256": prompts_digest(_prompts(request)),
+    }
     if not check(out, described):
         _write_prompts(out, request)  # what is said of them beside the prompt may have changed since
     warn_of_prompts(loaded.sampler.pipeline, request.prompts)
@@ -125,29 +110,6 @@ def sample(model: str | Path, request: Request, out: Path) -> dict[str, float]:
     shown = [np.asarray(Image.open(request.image(out, i))) for i in range(min(count, IN_GRID))]
     save_png(out / "grid.png", grid(np.stack(shown), math.ceil(math.sqrt(len(shown)))))
     return {"load": prepared - start, "compile": (compiled or prepared) - prepared, **seconds}
-
-
-def _describe(model: str, request: Request, loaded: Model, one: np.ndarray, given: np.ndarray | None) -> dict[str, Any]:
-    """What decides a pixel. `one`: noise of an image, whose sides say those of all."""
-    factor = loaded.sampler.pipeline.vae.config.downscale
-    solution = (
-        None if loaded.sampler.one_step is not None else request.solution or Solution.default(loaded.sampler.pipeline)
-    )
-    return {
-        "model": model,
-        "unet_sha256": digest(loaded.sampler.pipeline.params["unet"]),
-        "system": request.parts.system,
-        "solution": solution and dataclasses.asdict(solution),
-        "size": [factor * side for side in one.shape[2:]],
-        "seed": request.seed,
-        "first_noise": 0,
-        "noise": noise.IMPLEMENTATION if given is None else digest({"latents": given}),
-        "dtype": request.dtype,
-        "tiled": request.tiled,
-        "layout": "geneval" if request.metadata else None,
-        "prompts_sha256": prompts_digest(_prompts(request)),
-        **worn_by(loaded.sampler.pipeline, request.parts.lora),
-    }
 
 
 def _prompts(request: Request) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from d2g_jax.pipeline.conditioning import tokenize_prompts, warn_of_prompts
 from d2g_jax.pipeline.draw import Drawn, Programs, Solution, draw
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.sample.folder import digest, worn_by
 from d2g_jax.sample.sampler import ONE_STEP, Parts, Sampler, noise_of
 
 DTYPES = ("float32", "bfloat16", "float16")
+_SOLUTION = tuple(field.name for field in dataclasses.fields(Solution))
 
 
 class Model:
@@ -79,6 +81,7 @@ class Model:
         self,
         prompts: str | Sequence[str],
         part: range | None = None,
+        first_noise: int = 0,
         /,
         *,
         seed: int = 0,
@@ -92,11 +95,10 @@ class Model:
     ) -> Drawing:
         """What a call will draw with which programs, or `part` of its images; nothing is compiled yet.
 
-        Raises as a call does.
+        Image i has the noise of record `first_noise` + i. Raises as a call does.
         """
-        known = [field.name for field in dataclasses.fields(Solution)]
-        if unknown := [name for name in solution if name not in known]:
-            raise TypeError(f"no option {unknown[0]!r}; a teacher's are {', '.join(known)}")
+        if unknown := [name for name in solution if name not in _SOLUTION]:
+            raise TypeError(f"no option {unknown[0]!r}; a teacher's are {', '.join(_SOLUTION)}")
         asked = Solution(**solution) if solution else None
         prompts = [prompts] if isinstance(prompts, str) else prompts if prompts is None else list(prompts)
         if not prompts:
@@ -109,7 +111,8 @@ class Model:
         part = range(total) if part is None else part
         prompts = [as_prompt(prompts[i // images], f"prompt {i // images + 1}") for i in part]
         pipeline = self.sampler.pipeline
-        noise = noise_of(pipeline, total, (height, width), seed, latents, part)
+        records = range(first_noise + part.start, first_noise + part.stop)
+        noise = noise_of(pipeline, total, (height, width), seed, latents, records)
         factor = pipeline.vae.config.downscale
         key = (asked, noise.shape[2] * factor, noise.shape[3] * factor, tiled)
         if key not in self._programs:
@@ -196,3 +199,43 @@ def load(
     mesh, kind = meshes.make_mesh() if mesh is None else mesh, jnp.dtype(dtype)
     parts = Parts(revision, system, unet, pipeline, prediction, tokenizer, (lora,) if isinstance(lora, str) else lora)
     return Model(Sampler.load(model, mesh, kind, parts), mesh, str(model))
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A model and how it is to draw.
+
+    Attributes:
+      model, dtype: as `load` takes them.
+      parts: what is said of the model.
+      options: of a `Model`'s call.
+    """
+
+    model: str
+    parts: Parts = Parts()  # noqa: RUF009 (it is frozen)
+    dtype: str = "float32"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def load(self) -> Model:
+        """Raises as `load` does."""
+        return load(self.model, dtype=self.dtype, **vars(self.parts))
+
+    def describe(self, loaded: Model, noise: np.ndarray) -> dict[str, Any]:
+        """What decides a pixel, but for prompts and noise.
+
+        `noise` is (..., h, w): its sides are all images'.
+        """
+        pipeline, solution = loaded.sampler.pipeline, None
+        if loaded.sampler.one_step is None:
+            given = {name: value for name, value in self.options.items() if name in _SOLUTION}
+            solution = dataclasses.asdict(Solution(**given) if given else Solution.default(pipeline))
+        return {
+            "model": self.model,
+            "unet_sha256": digest(pipeline.params["unet"]),
+            "system": self.parts.system,
+            "solution": solution,
+            "size": [pipeline.vae.config.downscale * side for side in noise.shape[-2:]],
+            "seed": self.options.get("seed", 0),
+            "dtype": self.dtype,
+            **worn_by(pipeline, self.parts.lora),
+        }

@@ -10,7 +10,7 @@ import pytest
 from d2g_jax.__main__ import main
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.digits.scenes import real_scenes
-from d2g_jax.evaluate import drawing, features, job, pairwise, reference
+from d2g_jax.evaluate import features, job, pairwise, reference
 from d2g_jax.evaluate.protocols import PROTOCOLS
 from d2g_jax.pipeline import draw
 from d2g_jax.results import metric_weights
@@ -36,7 +36,7 @@ def undrawn(monkeypatch):
     def draw(*_, **__):
         raise AssertionError("drawn before it was refused")
 
-    monkeypatch.setattr(drawing, "draw", draw)
+    monkeypatch.setattr("d2g_jax.sample.model.draw", draw)
     monkeypatch.setattr(reference, "digits_reference", draw)
 
 
