@@ -70,7 +70,8 @@ def fit(
       params: float32 tree.
       batch_at: host batch of a step, a pure function of it. Called one step ahead, in another thread: it must not
         use the devices.
-      label: the config section that the recipe is from; named in messages and part of the loss' keys.
+      label: the config section that the recipe is from, as its job calls it; named in messages and part of the loss'
+        keys.
       encode: from what `batch_at` gives to what `loss` takes; may use the devices.
       project: applied after each update (for example to keep weights non-negative).
       ema: decay of a moving average that is returned in place of the last parameters; 0 for none.
@@ -106,8 +107,8 @@ def fit(
             value = float(value)  # waits: simulated devices abort when the host runs ahead
             if not math.isfinite(value):
                 raise UserError(
-                    f"{label}: the loss is {value} at step {step + 1} of {recipe.steps}; lower {label}.learning_rate "
-                    "and start in another --workdir"
+                    f"{label}: the loss is {value} at step {step + 1} of {recipe.steps}; lower learning_rate in the "
+                    f"section {label} and start in another --workdir"
                 )
             log.add(step + 1, value, carry)
             progress.advance(note=f"loss {value:.5f}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import optax
 
 from d2g_jax.config.ranges import check_ranges
+from d2g_jax.inputs.text import read_json
 from d2g_jax.losses.perceptual import LatentLPIPS, save_metric
 from d2g_jax.lpips_training import cache, calibrate, classify
 from d2g_jax.lpips_training.encoder import Encoder, check_posterior, sha256_of
@@ -29,6 +29,7 @@ from d2g_jax.pipeline import weights
 from d2g_jax.runtime import runs
 from d2g_jax.runtime.atomic import write_json
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.lock import locked
 
 TRIPLETS_PER_SHARD = 200
 SCORES = "scores.json"
@@ -48,7 +49,8 @@ def train_lpips(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, A
       the val triplets with and without calibration, and that of the judges' majority.
 
     Raises:
-      UserError: bad config, images, triplets or cache, a workdir of another config, a loss that is not finite.
+      UserError: bad config, images, triplets or cache, a workdir of another config or in use, a loss that is not
+        finite.
       KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; what is done has been saved.
     """
     workdir = Path(workdir)
@@ -58,34 +60,37 @@ def train_lpips(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, A
     crop = Crop(config.images.size, config.images.resize, config.seed)
     images = open_both(config.images, config.seed)
     kinds = {part: open_triplets(config.triplets.folder, part) for part in ("train", "val")}
-    runs.claim(workdir, config)
-    scores = workdir / "metric" / SCORES
-    if scores.exists():
-        return json.loads(scores.read_text(encoding="utf-8"))
-    train, val = labelled(config.images, images, encoder, crop)
-    trunk, accuracy = classification(config, trunk_config, train, val, workdir / "classification")
-    space = encoder.space(config.name)
-    metric = calibrate.uncalibrated(trunk_config, trunk, space)
-    seen = {
-        part: [differences(config.triplets, kind, metric, encoder, workdir / "calibration" / part) for kind in folders]
-        for part, folders in kinds.items()
-    }
-    heads = calibration(config, seen["train"], workdir / "calibration")
-    save_metric(workdir / "metric", trunk_config, trunk, heads, space)
-    saved = LatentLPIPS.load(workdir / "metric").heads
-    scored = {
-        kind.name: {**calibrate.scores(saved, data), "2afc_triplets": len(kind)}
-        for kind, data in zip(kinds["val"], seen["val"], strict=True)
-    }
-    result = {
-        "accuracy": accuracy,
-        "accuracy_images": val.count,
-        "classes": val.classes,
-        **{what: {kind: values[what] for kind, values in scored.items()} for what in next(iter(scored.values()))},
-        "environment": runs.environment(),
-    }
-    write_json(scores, result)
-    return result
+    with locked(workdir):
+        runs.claim(workdir, config)
+        scores = workdir / "metric" / SCORES
+        if scores.exists():
+            return read_json(scores, "remove it to score the metric again")
+        train, val = labelled(config.images, images, encoder, crop)
+        trunk, accuracy = classification(config, trunk_config, train, val, workdir / "classification")
+        space = encoder.space(config.name)
+        metric = calibrate.uncalibrated(trunk_config, trunk, space)
+        seen = {
+            part: [
+                differences(config.triplets, kind, metric, encoder, workdir / "calibration" / part) for kind in folders
+            ]
+            for part, folders in kinds.items()
+        }
+        heads = calibration(config, seen["train"], workdir / "calibration")
+        save_metric(workdir / "metric", trunk_config, trunk, heads, space)
+        saved = LatentLPIPS.load(workdir / "metric").heads
+        scored = {
+            kind.name: {**calibrate.scores(saved, data), "2afc_triplets": len(kind)}
+            for kind, data in zip(kinds["val"], seen["val"], strict=True)
+        }
+        result = {
+            "accuracy": accuracy,
+            "accuracy_images": val.count,
+            "classes": val.classes,
+            **{what: {kind: values[what] for kind, values in scored.items()} for what in next(iter(scored.values()))},
+            "environment": runs.environment(),
+        }
+        write_json(scores, result)
+        return result
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -192,7 +197,7 @@ def classification(
         classifier = classify.Classifier(tree["features"], tree["classifier"])
         value = classify.accuracy(classifier, trunk, head, val, c.batch_size)
         write_json(measured, {"accuracy": value})
-    return tree["features"], json.loads(measured.read_text(encoding="utf-8"))["accuracy"]
+    return tree["features"], read_json(measured, "remove it to measure the accuracy again")["accuracy"]
 
 
 def classification_optimizer(config: ml_collections.ConfigDict, count: int) -> optax.GradientTransformation:

@@ -8,6 +8,7 @@ one measure that only one of them sees: pixel LPIPS between the decoded latent a
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -38,6 +39,7 @@ from d2g_jax.runtime.atomic import write_json, write_text
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.grid import grid, save_png
 from d2g_jax.runtime.interrupt import StopRequests
+from d2g_jax.runtime.lock import locked
 from d2g_jax.runtime.progress import Progress
 
 TITLES = {
@@ -114,22 +116,27 @@ def overfit(config: ml_collections.ConfigDict, workdir: Path) -> str:
         `result.json`, `metrics.jsonl`, `report.html`, `samples/`, and `fits/` with what has been done so far.
 
     Raises:
-      UserError: bad config, folders or images, a workdir of another run, a loss that is not finite.
+      UserError: bad config, folders or images, a workdir of another run, of other images or in use, a loss that is
+        not finite.
       KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; what is done has been saved.
     """
     workdir, settings = Path(workdir), config.overfit
     check_config(settings)
     names, scene, originals = set_up(config)
-    runs.claim(workdir, ml_collections.ConfigDict({"job": "overfit", "pipeline": config.pipeline, "overfit": settings}))
-    fits = {}
-    for name in settings.losses:
-        fits[name] = run(name, scene, settings, workdir / "fits" / f"{name}.safetensors")
-        _write_curves(workdir, settings, fits)
-    images = {"target": scene.images} | {name: jax.jit(Scene.decode)(scene, fits[name].carry[0]) for name in fits}
-    _show(workdir, names, {name: np.asarray(to_uint8(decoded)) for name, decoded in images.items()})
-    result = _result(scene, originals, settings, fits)
-    write_json(workdir / "result.json", result)
-    return f"{table(result)}\n\n{write_report(workdir, finished=True)}"
+    bound = {"job": "overfit", "pipeline": config.pipeline, "overfit": settings}
+    if settings.images:  # other pictures may come to lie there
+        bound["targets_sha256"] = hashlib.sha256(originals.tobytes()).hexdigest()
+    with locked(workdir):
+        runs.claim(workdir, ml_collections.ConfigDict(bound))
+        fits = {}
+        for name in settings.losses:
+            fits[name] = run(name, scene, settings, workdir / "fits" / f"{name}.safetensors")
+            _write_curves(workdir, settings, fits)
+        images = {"target": scene.images} | {name: jax.jit(Scene.decode)(scene, fits[name].carry[0]) for name in fits}
+        _show(workdir, names, {name: np.asarray(to_uint8(decoded)) for name, decoded in images.items()})
+        result = _result(scene, originals, settings, fits)
+        write_json(workdir / "result.json", result)
+        return f"{table(result)}\n\n{write_report(workdir, finished=True)}"
 
 
 def check_config(settings: ml_collections.ConfigDict) -> None:
@@ -358,6 +365,7 @@ def _result(
             "latent_lpips": "without augmentation",
             "optimizer": "Adam, betas 0.9 and 0.999, cosine decay to 0",
             **settings.to_dict(),
+            "targets": len(originals),  # of fewer images than were asked for, all
         },
         "seconds": {TITLES[name]: round(fit.seconds, 1) for name, fit in fits.items()},
         "environment": runs.environment(),

@@ -100,7 +100,9 @@ def test_a_batch_that_cannot_be_read_ends_the_training_with_its_own_error():
 
 
 def test_a_loss_that_is_not_finite_names_step_and_setting():
-    with pytest.raises(UserError, match=r"part: the loss is nan at step 1 of 7; lower part\.learning_rate"):
+    with pytest.raises(
+        UserError, match=r"part: the loss is nan at step 1 of 7; lower learning_rate in the section part and"
+    ):
         train(recipe(), scale=np.nan)
 
 

@@ -17,6 +17,7 @@ from d2g_jax.lpips_training.job import train_lpips
 from d2g_jax.models import vgg
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.interrupt import Terminated
+from d2g_jax.runtime.lock import locked
 
 
 @pytest.fixture
@@ -91,6 +92,14 @@ def test_job_makes_a_metric_and_resumes(config, tmp_path, monkeypatch):
                 train_lpips(config, tmp_path / "stopped")
     assert train_lpips(config, tmp_path / "stopped") == scores
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+    for name in ("metric/scores.json", "classification/accuracy.json"):  # as a copy that was cut short leaves them
+        file = tmp_path / "stopped" / name
+        file.write_bytes(file.read_bytes()[:9])
+        with pytest.raises(UserError, match=rf"{name} cannot be read .*; remove it to"):
+            train_lpips(config, tmp_path / "stopped")
+        file.unlink()
+    with locked(tmp_path / "whole"), pytest.raises(UserError, match=r"whole: in use by process"):
+        train_lpips(config, tmp_path / "whole")
     config.classification.epochs = 5.0
     with pytest.raises(UserError, match=r"classification\.epochs=4\.0 \(this one has 5\.0\); choose another --workdir"):
         train_lpips(config, tmp_path / "whole")
@@ -112,7 +121,11 @@ def test_on_the_fly_with_samples(config, class_folders, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("classification.learning_rate", 1e30, r"classification: the loss is nan at step \d of 9; lower class"),
+        (
+            "classification.learning_rate",
+            1e30,
+            r"classification: the loss is nan at step \d of 9; lower learning_rate in the section class",
+        ),
         ("classification.learning_rate", float("nan"), r"classification\.learning_rate=nan; give a number above 0"),
         ("classification.save_every", 0, r"classification\.save_every=0; give a whole number from 1"),
         ("classification.dropout", 1.0, r"classification\.dropout=1\.0; give a share from 0 to below 1"),

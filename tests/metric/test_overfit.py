@@ -16,6 +16,7 @@ from d2g_jax.digits.config import get_config as digits_config
 from d2g_jax.metric import overfit as job
 from d2g_jax.runtime import runs
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.lock import locked
 from d2g_jax.sample import sampler as sample
 
 
@@ -221,6 +222,24 @@ def test_other_workdirs_and_broken_states_are_refused(tmp_path):
     state.write_bytes((WEIGHTS / "metric" / "metric.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"mse\.safetensors: not a fit of this run; remove it"):
         job.overfit(config(losses=("mse",)), tmp_path / "run")
+
+
+def test_a_workdir_is_bound_to_its_pictures_and_says_how_many_there_were(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(2):
+        Image.fromarray(np.full((64, 64, 3), 99 * i, np.uint8)).save(pictures / f"{i}.png")
+    settings = config(losses=("mse",), steps=2, targets=8, images=str(pictures))
+    job.overfit(settings, tmp_path / "run")
+    assert figures(tmp_path / "run")["protocol"]["targets"] == 2
+    Image.fromarray(np.full((64, 64, 3), 50, np.uint8)).save(pictures / "1.png")
+    with pytest.raises(UserError, match=r"holds a run with targets_sha256=.*; choose another --workdir"):
+        job.overfit(settings, tmp_path / "run")
+
+
+def test_a_workdir_in_use_is_refused(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match="in use by process"):
+        job.overfit(config(losses=("mse",)), tmp_path)
 
 
 @pytest.mark.parametrize("bias", [np.nan, np.inf, -np.inf])
