@@ -8,71 +8,67 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from d2g_jax.inputs.images import read_rgb
-from d2g_jax.inputs.text import read_json
 from d2g_jax.lpips_training.images import Images
 from d2g_jax.records.framing import FrameError, scan, unframe
 from d2g_jax.runtime.errors import UserError
 
 IMAGE, LABEL = "image", "label"
-TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-"""TFDS' own, and the only layout of file names that is read."""
 
 
 def open_tfds(folder: Path, split: str) -> Images:
     """One split of the dataset in `folder`, which has the features `image` (PNG or JPEG) and `label` (ClassLabel).
 
-    Raises `UserError` for other features, an unknown split or file format and a missing shard.
+    Raises `UserError` for metadata that TFDS does not read, other features, an unknown split or file format and a
+    missing shard.
     """
-    remedy = "give a folder that TFDS prepared"
-    info, features = (read_json(folder / name, remedy) for name in ("dataset_info.json", "features.json"))
-    classes = _classes(folder, features)
-    file_format = info.get("fileFormat", "tfrecord")
+    try:
+        info = tfds.builder_from_directory(folder).info
+        files = {name: [Path(file) for file in one.filepaths] for name, one in info.splits.items()}
+    except (OSError, ValueError, KeyError, ParseError, tfds.core.DatasetNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: not a folder that TFDS prepared ({reason}); prepare the dataset again") from error
+    classes = _classes(folder, info.features)
+    file_format = info.file_format.value
     if file_format not in ("tfrecord", "array_record"):
         raise UserError(f"{folder}: file format {file_format!r} is not read; prepare it as tfrecord or array_record")
-    splits = {entry["name"]: entry for entry in info.get("splits", [])}
-    if split not in splits:
-        raise UserError(
-            f"{folder}: has no split {split!r}, only {', '.join(splits)}; set images.train_split, val_split"
-        )
-    if splits[split].get("filepathTemplate", TEMPLATE) != TEMPLATE:
-        raise UserError(f"{folder}: files of split {split!r} are not named {TEMPLATE}; prepare it again with TFDS")
-    counts = [int(length) for length in splits[split].get("shardLengths", ())]
+    if split not in files:
+        raise UserError(f"{folder}: has no split {split!r}, only {', '.join(files)}; set images.train_split, val_split")
+    paths, counts = files[split], info.splits[split].shard_lengths
     if not sum(counts):
         raise UserError(f"{folder}: split {split!r} is empty; prepare it again or choose another")
-    paths = [folder / f"{info['name']}-{split}.{file_format}-{i:05d}-of-{len(counts):05d}" for i in range(len(counts))]
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path}: shard is missing; prepare the dataset again")
     record = _array_record(paths, counts) if file_format == "array_record" else _TfRecords(paths, counts).read
-    digest = hashlib.sha256(json.dumps([info["name"], info.get("version"), split, counts]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([info.name, str(info.version), split, counts]).encode()).hexdigest()
     name = lambda row: f"{folder}, split {split}, record {row}"  # noqa: E731
     read = lambda row: _decode(record(row), len(classes), name(row))  # noqa: E731
     return Images(folder, sum(counts), classes, read, name, digest)
 
 
-def _classes(folder: Path, features: dict[str, Any]) -> tuple[str, ...]:
+def _classes(folder: Path, features: tfds.features.FeatureConnector) -> tuple[str, ...]:
     """Names of the classes; their numbers where TFDS wrote no names."""
-    known = features.get("featuresDict", {}).get("features", {})
-    if "image" not in known.get(IMAGE, {}) or "classLabel" not in known.get(LABEL, {}):
+    known = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
+    image, label = known.get(IMAGE), known.get(LABEL)
+    if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
         raise UserError(
             f"{folder / 'features.json'}: needs the features image (Image) and label (ClassLabel), has "
             f"{', '.join(known) or 'none'}"
         )
-    count = int(known[LABEL]["classLabel"].get("numClasses", 0))
-    if count < 2:
-        raise UserError(f"{folder / 'features.json'}: label has {count} classes; a classifier needs two or more")
-    names = folder / f"{LABEL}.labels.txt"
-    if names.is_file():
-        return tuple(line for line in names.read_text(encoding="utf-8").splitlines() if line.strip())
-    return tuple(str(i) for i in range(count))
+    if len(label.names) < 2:
+        raise UserError(
+            f"{folder / 'features.json'}: label has {len(label.names)} classes; a classifier needs two or more"
+        )
+    return tuple(label.names)
 
 
 def _array_record(paths: list[Path], counts: list[int]) -> Callable[[int], bytes]:

@@ -1,5 +1,6 @@
 """Labelled images from class folders and TFDS folders, and their crops."""
 
+import hashlib
 import importlib.resources
 import json
 import subprocess
@@ -119,6 +120,7 @@ def test_tfds_folders_without_tensorflow(tmp_path, file_format):
     folder = write_tfds(tmp_path / "toy", file_format, [example(p, i % 2) for i, p in enumerate(pictures)])
     images = open_images(folder, "train")
     assert (images.count, images.classes) == (5, ("blue", "red"))
+    assert images.sha256 == hashlib.sha256(b'["toy", "1.0.0", "train", [2, 3]]').hexdigest()  # or caches would be lost
     for i in (4, 0, 2, 1, 3):
         image, label = images.read(i)
         assert label == i % 2
@@ -166,17 +168,37 @@ def test_bad_tfds_folders(tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match=r"00001-of-00002: shard is missing"):
         open_images(folder, "train")
+
+
+def test_bad_metadata_of_tfds_folders(tmp_path):
+    folder = write_tfds(tmp_path / "toy", "tfrecord", [example(gradient(9, 9), i % 2) for i in range(5)])
     info = json.loads((folder / "dataset_info.json").read_text())
+    (split,) = info["splits"]
+    damaged = "toy: not a folder that TFDS prepared .*; prepare the dataset again"
     for change, message in (
         ({"splits": [{"name": "train"}]}, "split 'train' is empty"),
         ({"fileFormat": "riegeli"}, "file format 'riegeli' is not read"),
-        ({"splits": [{**info["splits"][0], "filepathTemplate": "{SHARD_X_OF_Y}"}]}, "files of split 'train' are not"),
+        ({"splits": [{**split, "filepathTemplate": "{SHARD_X_OF_Y}"}]}, "toy/00000-of-00002: shard is missing"),
+        ({"name": ""}, damaged),
+        ({"splits": [{**split, "name": ""}]}, damaged),
+        ({"splits": [{**split, "shardLengths": ["x"]}]}, damaged),
+        ({"splits": 3}, damaged),
     ):
         (folder / "dataset_info.json").write_text(json.dumps({**info, **change}))
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message) as caught:
             open_images(folder, "train")
-    (folder / "features.json").write_text('{"featuresDict": {"features": {"text": {}}}}')
-    with pytest.raises(UserError, match=r"features\.json: needs the features image .* has text"):
+        assert "\n" not in str(caught.value)
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    features = json.loads((folder / "features.json").read_text())
+    (folder / "label.labels.txt").write_text("blue\n")
+    with pytest.raises(UserError, match=r"features\.json: label has 1 classes; a classifier needs two or more"):
+        open_images(folder, "train")
+    del features["featuresDict"]["features"]["label"]
+    (folder / "features.json").write_text(json.dumps(features))
+    with pytest.raises(UserError, match=r"features\.json: needs the features image .* has image"):
+        open_images(folder, "train")
+    (folder / "features.json").write_text("{")
+    with pytest.raises(UserError, match=damaged):
         open_images(folder, "train")
 
 
