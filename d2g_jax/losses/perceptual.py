@@ -117,7 +117,7 @@ class LatentLPIPS:
             raise UserError(f"{path}: not a metric folder; give one with config.json, or a file and its latent space")
         else:
             config, file = vgg.VGGConfig(in_channels=space.channels), path
-        tree = to_params(_without_duplicates(load_state_dict(file)), metric_tree(config), source=str(file))
+        tree = to_params(without_duplicates(load_state_dict(file)), metric_tree(config), source=str(file))
         return cls.from_params(config, tree["net"], heads_of(tree), space, dtype, source=str(file))
 
     @classmethod
@@ -378,7 +378,7 @@ def metric_tree(config: vgg.VGGConfig) -> Params:
     return {"net": vgg.build_training(config).abstract(), **lins}
 
 
-def _without_duplicates(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def without_duplicates(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Published files hold every head twice, as `lin0.` and as `lins.0.`; the copies go when they are copies."""
     kept = {}
     for key, value in state.items():

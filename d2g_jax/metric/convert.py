@@ -5,22 +5,30 @@ Nobody's weights are in this package. Files are read as `inputs.torch_files` doe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from d2g_jax.inputs.torch_files import StateDict, read_torch
 from d2g_jax.losses.lpips import LPIPS, save_lpips
-from d2g_jax.losses.perceptual import LATENT_SPACES, LatentLPIPS, LatentSpace, latent_space, save_metric
+from d2g_jax.losses.perceptual import (
+    LATENT_SPACES,
+    LatentLPIPS,
+    LatentSpace,
+    heads_of,
+    latent_space,
+    metric_tree,
+    save_metric,
+    without_duplicates,
+)
 from d2g_jax.models import vgg
-from d2g_jax.pipeline.weights import to_params, torch_shapes
+from d2g_jax.models.network import Params
+from d2g_jax.pipeline.weights import to_params
 from d2g_jax.runtime.errors import UserError
 
 _RELEASE = "the file to convert is the release's {space}_latest_vgg16_tuned.pth"
 _TORCHVISION = "the file to convert is torchvision's vgg16 (not vgg16_bn)"
 _HEADS = "--heads is the lpips package's weights/v0.1/vgg.pth"
-_SLICES = range(len(vgg.PIXELS.widths))
 
 
 def convert(source: Path, out: Path, space: str | None = None, heads: Path | None = None) -> Path:
@@ -52,46 +60,24 @@ def convert(source: Path, out: Path, space: str | None = None, heads: Path | Non
 
 
 def _convert_latent(source: Path, out: Path, space: LatentSpace) -> None:
-    config = vgg.VGGConfig(in_channels=space.channels)
-    state, hint = read_torch(source), _RELEASE.format(space=space.name)
-    trunk = {f"net.{key}": shape for key, shape in torch_shapes(vgg.build_training(config).abstract()).items()}
+    config, state = vgg.VGGConfig(in_channels=space.channels), read_torch(source)
     _check_space(state, space, source)
-    twins = {f"lins.{i}.model.1.weight": _head(i) for i in _SLICES}
-    means = (key for key in trunk if key.endswith("running_mean"))
-    counters = {key.replace("running_mean", "num_batches_tracked") for key in means}
-    _check_layout(state, trunk | _head_shapes(config), {*twins, *counters}, source, hint)
-    for twin, key in twins.items():
-        if twin in state and not np.array_equal(state[twin], state[key]):
-            raise UserError(f"{source}: tensors {twin} and {key} should be copies and differ; fetch the file again")
-    net = {key.removeprefix("net."): state[key] for key in trunk}
-    params, heads = to_params(net, vgg.build_training(config).abstract(), source=source), _heads(state)
+    tree = _fitted(without_duplicates(state), metric_tree(config), source, _RELEASE.format(space=space.name))
+    params, heads = tree["net"], heads_of(tree)
     LatentLPIPS.from_params(config, params, heads, space, source=str(source))  # refuses bad heads in the source's name
     save_metric(out, config, params, heads, space)
 
 
 def _convert_pixels(source: Path, heads_file: Path, out: Path) -> None:
-    network = vgg.build(vgg.PIXELS)
-    shapes = torch_shapes(network.abstract())
-    names = {key: f"features.{key.partition('.')[2]}" for key in shapes}  # slice2.5.weight -> features.5.weight
-    state, lins = read_torch(source), read_torch(heads_file)
-    classifier = {key for key in state if key.startswith("classifier.")}
-    _check_layout(state, {names[key]: shape for key, shape in shapes.items()}, classifier, source, _TORCHVISION)
-    _check_layout(lins, _head_shapes(vgg.PIXELS), (), heads_file, _HEADS)
-    params = to_params({key: state[name] for key, name in names.items()}, network.abstract(), source=source)
-    LPIPS.from_params(params, _heads(lins), source=str(heads_file))  # refuses bad heads in their file's name
-    save_lpips(out, params, _heads(lins))
-
-
-def _head(index: int) -> str:
-    return f"lin{index}.model.1.weight"
-
-
-def _head_shapes(config: vgg.VGGConfig) -> dict[str, tuple[int, ...]]:
-    return {_head(i): (1, width, 1, 1) for i, width in enumerate(config.widths)}
-
-
-def _heads(state: StateDict) -> list[np.ndarray]:
-    return [state[_head(i)].reshape(-1) for i in _SLICES]
+    slices, lins = vgg.build(vgg.PIXELS).abstract(), metric_tree(vgg.PIXELS)
+    del lins["net"]
+    layers = {number: layer for part in slices.values() for number, layer in part.items()}  # slice2.5 is features.5
+    kept = {key: value for key, value in read_torch(source).items() if not key.startswith("classifier.")}
+    found = _fitted(kept, {"features": layers}, source, _TORCHVISION)["features"]
+    params = {name: {number: found[number] for number in part} for name, part in slices.items()}
+    heads = heads_of({"net": params, **_fitted(read_torch(heads_file), lins, heads_file, _HEADS)})
+    LPIPS.from_params(params, heads, source=str(heads_file))  # refuses bad heads in their file's name
+    save_lpips(out, params, heads)
 
 
 def _check_space(state: StateDict, space: LatentSpace, source: Path) -> None:
@@ -103,17 +89,12 @@ def _check_space(state: StateDict, space: LatentSpace, source: Path) -> None:
         raise UserError(f"{source}: reads latents of {shape[1]} channels; {space.name} has {space.channels}; {remedy}")
 
 
-def _check_layout(
-    state: StateDict, shapes: Mapping[str, tuple[int, ...]], ignored: Collection[str], source: Path, hint: str
-) -> None:
-    """Raises `UserError` unless the tensors are those of `shapes`, in floating point, and at most `ignored` besides."""
-    missing = [key for key in shapes if key not in state]
-    extra = [key for key in state if key not in shapes and key not in ignored]
-    for keys, what in ((missing, "is missing"), (extra, "is unexpected")):
-        if keys:
-            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-            raise UserError(f"{source}: tensor {keys[0]} {what}{more}; {hint}")
-    for key, shape in shapes.items():
-        if state[key].shape != shape or state[key].dtype.kind != "f":
-            found = f"{state[key].dtype} {state[key].shape}"
-            raise UserError(f"{source}: tensor {key} is {found}, not floating point {shape}; {hint}")
+def _fitted(state: StateDict, abstract: Params, source: Path, hint: str) -> Params:
+    """`to_params`, whose refusals end with `hint`; raises `UserError` for parameters of whole numbers too."""
+    for key, value in state.items():
+        if value.dtype.kind != "f" and not key.endswith("num_batches_tracked"):
+            raise UserError(f"{source}: tensor {key} is {value.dtype}, not floating point; {hint}")
+    try:
+        return to_params(state, abstract, source=source)
+    except UserError as error:
+        raise UserError(f"{error}; {hint}") from error

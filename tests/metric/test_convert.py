@@ -153,12 +153,28 @@ def test_files_that_are_no_state_dict(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: s.pop("net.slice3.21.running_var"), "tensor net.slice3.21.running_var is missing; the file"),
-        (lambda s: [s.pop(k) for k in list(s) if k.startswith("lin0")], "tensor lin0.model.1.weight is missing"),
-        (lambda s: s.update({"net.slice5.43.weight": flat(3), "more": flat(3)}), "is unexpected (and 1 more)"),
-        (lambda s: s.update({"net.slice2.7.weight": flat((128, 64, 1, 1))}), "not floating point (128, 64, 3, 3)"),
-        (lambda s: s.update({"lin1.model.1.weight": torch.ones(1, 128, 1, 1).int()}), "is int32 (1, 128, 1, 1), not"),
-        (lambda s: s.update({"lin2.model.1.weight": flat((1, 256, 1, 1), 0.7)}), "lins.2.model.1.weight and lin2"),
+        (lambda s: s.pop("net.slice3.21.running_var"), "tensor net.slice3.21.running_var is missing; the network"),
+        (
+            lambda s: [s.pop(k) for k in list(s) if k.endswith("0.model.1.weight")],
+            "tensor lin0.model.1.weight is missing",
+        ),
+        (lambda s: s.pop("lin0.model.1.weight"), "unexpected tensor lins.0.model.1.weight"),
+        (
+            lambda s: s.update({"net.slice5.43.weight": flat(3), "more": flat(3)}),
+            "unexpected tensor net.slice5.43.weight",
+        ),
+        (
+            lambda s: s.update({"net.slice2.7.weight": flat((128, 64, 1, 1))}),
+            "has shape (128, 64, 1, 1), the network of its config.json needs (128, 64, 3, 3)",
+        ),
+        (
+            lambda s: s.update({"lin1.model.1.weight": torch.ones(1, 128, 1, 1).int()}),
+            "tensor lin1.model.1.weight is int32, not",
+        ),
+        (
+            lambda s: s.update({"lin2.model.1.weight": flat((1, 256, 1, 1), 0.7)}),
+            "unexpected tensor lins.2.model.1.weight",
+        ),
         (lambda s: s.update({"net.slice1.1.bias": flat((64,), torch.nan)}), "slice1.1.bias holds NaN"),
         (
             lambda s: s.update({f"{k}.model.1.weight": flat((1, 512, 1, 1), -0.5) for k in ("lin4", "lins.4")}),
@@ -187,14 +203,18 @@ def test_channels_of_another_space(tmp_path):
 def test_wrong_pixel_files(tmp_path):
     source, lins = saved(tmp_path, torchvision_vgg16()), saved(tmp_path, heads(), "vgg.pth")
     out = tmp_path / "out"
-    assert "vgg.pth: tensor features.0.bias is missing (and 25 more); the file" in refused(lins, out, heads=source)
-    assert "source.pth: tensor lin0.model.1.weight is missing" in refused(source, out, heads=source)
+    assert "vgg.pth: unexpected tensor lin0.model.1.weight" in refused(lins, out, heads=source)
+    assert "source.pth: unexpected tensor features.0.weight" in refused(source, out, heads=source)
     negative = saved(tmp_path, heads(-0.1), "negative.pth")
     assert "negative.pth: tensor lin0.model.1.weight has negative" in refused(source, out, heads=negative)
     with_norms = saved(tmp_path, {**torchvision_vgg16(), "features.1.running_mean": flat(64)}, "bn.pth")
-    assert "features.1.running_mean is unexpected; the file to convert is torchvision's vgg16 (not" in refused(
-        with_norms, out, heads=lins
-    )
+    message = refused(with_norms, out, heads=lins)
+    assert "bn.pth: unexpected tensor features.1.running_mean" in message
+    assert message.endswith("; the file to convert is torchvision's vgg16 (not vgg16_bn)")
+    less = torchvision_vgg16()
+    del less["features.5.bias"]
+    less = saved(tmp_path, less, "less.pth")
+    assert "less.pth: tensor features.5.bias is missing" in refused(less, out, heads=lins)
     assert not out.exists()
 
 
