@@ -96,8 +96,10 @@ def fit(
         average = jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), average, params) if ema else average
         return (params, average, state), value
 
-    first, carry = _restore(recipe.folder, (params, params if ema else {}, recipe.optimizer.init(params)))
-    carry = meshes.place(carry, mesh)
+    done = {"steps": np.int64(0), "carry": (params, params if ema else {}, recipe.optimizer.init(params))}
+    if recipe.folder is not None and (recipe.folder / CHECKPOINT).exists():
+        done = restore_tree(recipe.folder / CHECKPOINT, done)
+    first, carry = int(done["steps"]), meshes.place(done["carry"], mesh)
     with ExitStack() as opened:
         log = _Log(recipe, first, opened)
         progress = opened.enter_context(Progress(label, recipe.steps, "step", done=first, beginning="compiling"))
@@ -140,40 +142,28 @@ class _Log:
         if steps % self._every == 0 or last:
             self._metrics.write(steps * recipe.batch_size, {"loss": value})
         if steps % recipe.save_every == 0 or last or self._requests.stop:
-            _save(recipe.folder / CHECKPOINT, steps, carry)
+            save_tree({"steps": np.int64(steps), "carry": carry}, recipe.folder / CHECKPOINT)
         if self._requests.stop and not last:
             self._requests.leave()
 
 
-def _save(file: Path, steps: int, carry: Any) -> None:
-    """Every leaf under its path in the tree, and the number of steps done."""
-    leaves = {_name(path): _contiguous(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(carry)}
-    weights.save_state_dict({"steps": np.asarray(steps, np.int64), **leaves}, file)
+def save_tree(tree: Any, file: Path) -> None:
+    """Every leaf of a dict or dataclass under its path, as `restore_tree` reads it; atomically."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    weights.save_state_dict({_name(path): np.asarray(jax.device_get(leaf)) for path, leaf in leaves}, file)
 
 
-def _restore(folder: Path | None, carry: Any) -> tuple[int, Any]:
-    """(steps done, carry) of the folder's checkpoint, or (0, `carry`) without one."""
-    file = None if folder is None else folder / CHECKPOINT
-    if file is None or not file.exists():
-        return 0, carry
+def restore_tree(file: Path, like: Any) -> Any:
+    """The tree that `save_tree` wrote, on the host; raises `UserError` unless shapes and dtypes are those of `like`."""
     state = weights.load_state_dict(file, dtype=None)
-    paths, tree = jax.tree_util.tree_flatten_with_path(carry)
+    paths, tree = jax.tree_util.tree_flatten_with_path(like)
     for path, leaf in paths:
         stored = state.get(_name(path))
-        if stored is None or stored.shape != np.shape(leaf) or stored.dtype != leaf.dtype:
-            raise UserError(
-                f"{file}: not a checkpoint of this training ({_name(path)} differs); remove it to start over"
-            )
-    if "steps" not in state:
-        raise UserError(f"{file}: not a checkpoint of this training (steps is missing); remove it to start over")
-    return int(state["steps"]), jax.tree.unflatten(tree, [state[_name(path)] for path, _ in paths])
+        if stored is None or (stored.shape, stored.dtype) != (leaf.shape, leaf.dtype):
+            raise UserError(f"{file}: not a checkpoint of this run ({_name(path)} differs); remove it to start over")
+    return tree.unflatten(state[_name(path)] for path, _ in paths)
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    return f"carry{jax.tree_util.keystr(path)}"
-
-
-def _contiguous(leaf: jax.Array) -> np.ndarray:
-    """On the host as safetensors needs it; `np.ascontiguousarray` alone would give a scalar an axis."""
-    array = np.asarray(jax.device_get(leaf))
-    return np.ascontiguousarray(array).reshape(array.shape)
+    """Such as "carry[0]['bias']"."""
+    return jax.tree_util.keystr(path[:1], simple=True) + jax.tree_util.keystr(path[1:])

@@ -28,10 +28,10 @@ from d2g_jax.inputs.images import SUFFIXES, image_files, read_rgb
 from d2g_jax.losses import augment
 from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, mse, regression_loss
+from d2g_jax.lpips_training.fit import restore_tree, save_tree
 from d2g_jax.lpips_training.images import Crop, to_floats
 from d2g_jax.models import vae
 from d2g_jax.models.network import Network, Params
-from d2g_jax.pipeline import weights
 from d2g_jax.pipeline.folder import load_vae, to_uint8
 from d2g_jax.report import write_report
 from d2g_jax.runtime import runs
@@ -89,20 +89,21 @@ class Scene:
         return self.lpips.distance(jnp.clip(images, -1, 1), jnp.clip(others, -1, 1))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """One loss' optimisation, as far as it has come.
+    """One loss' optimisation, as far as it has come; a pytree, as which it is kept.
 
     Attributes:
-      steps: done.
-      seconds: spent on them, compilation included.
+      steps: done, int64.
+      seconds: spent on them, compilation included, float64.
       carry: the latents (N, h, w, C) and the optimiser's state.
       curves: by measure, and "loss", float32 (rows, N): a row at the start and one every `overfit.every` steps. The
-        loss' row is its mean over the steps since the row before, NaN at the start.
+        loss' row is its mean over the steps since the row before, NaN at the start. Rows to come are NaN.
     """
 
-    steps: int
-    seconds: float
+    steps: np.integer
+    seconds: np.floating
     carry: Any
     curves: dict[str, np.ndarray]
 
@@ -214,21 +215,24 @@ def run(name: str, scene: Scene, settings: ml_collections.ConfigDict, file: Path
     optimizer = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.steps))
     advance, every = _program(loss_of(name, settings.preset), optimizer, settings), settings.every
     latents = start(settings.seed, scene.target.shape)
-    fit = _restore(file, _fit(0, 0.0, (latents, optimizer.init(latents)), None, scene, jnp.full(len(latents), jnp.nan)))
-    shown = Progress(TITLES[name], settings.steps, "step", done=fit.steps, beginning="compiling")
+    blank = np.full((settings.steps // every + 1, len(latents)), np.nan, np.float32)
+    curves = dict.fromkeys((*MEASURES, "loss"), blank)
+    fit = Fit(np.int64(0), np.float64(0), (latents, optimizer.init(latents)), curves)
+    fit = restore_tree(file, fit) if file.exists() else _with_row(fit, scene, jnp.full(len(latents), jnp.nan), 0)
+    shown = Progress(TITLES[name], settings.steps, "step", done=int(fit.steps), beginning="compiling")
     with StopRequests() as requests, shown as progress:
         while fit.steps < settings.steps:
             began = time.monotonic()
             carry, values = jax.block_until_ready(advance(scene, fit.carry, fit.steps))
-            seconds = fit.seconds + time.monotonic() - began
-            fit = _fit(fit.steps + every, seconds, carry, fit.curves, scene, values)
-            if not np.isfinite(fit.curves["loss"][-1]).all():
+            fit = Fit(fit.steps + every, fit.seconds + time.monotonic() - began, carry, fit.curves)
+            fit = _with_row(fit, scene, values, row := fit.steps // every)
+            if not np.isfinite(fit.curves["loss"][row]).all():
                 raise UserError(
                     f"overfit: {name} is not finite after {fit.steps} steps; lower overfit.learning_rate "
                     "and start in another --workdir"
                 )
-            _save(file, fit)
-            progress.advance(every, note=f"pixel LPIPS {fit.curves['pixel_lpips'][-1].mean():.4f}")
+            save_tree(fit, file)
+            progress.advance(every, note=f"pixel LPIPS {fit.curves['pixel_lpips'][row].mean():.4f}")
             if requests.stop and fit.steps < settings.steps:
                 requests.leave()
     return fit
@@ -276,37 +280,13 @@ def measure(scene: Scene, latents: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def _fit(
-    steps: int, seconds: float, carry: Any, curves: Mapping[str, np.ndarray] | None, scene: Scene, values: jax.Array
-) -> Fit:
-    """With a further row of the curves; None is before the first."""
-    row = jax.device_get({**measure(scene, carry[0]), "loss": values})
-    before = curves or {name: np.empty((0, len(value)), np.float32) for name, value in row.items()}
-    return Fit(steps, seconds, carry, {name: np.concatenate([before[name], row[name][None]]) for name in row})
-
-
-def _save(file: Path, fit: Fit) -> None:
-    leaves = {f"carry.{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(fit.carry))}
-    curves = {f"curves.{name}": rows for name, rows in fit.curves.items()}
-    done = {"steps": np.asarray(fit.steps, np.int64), "seconds": np.asarray(fit.seconds, np.float64)}
-    # `np.ascontiguousarray` alone would give a scalar an axis.
-    state = {key: np.ascontiguousarray(x).reshape(x.shape) for key, x in {**done, **leaves, **curves}.items()}
-    weights.save_state_dict(state, file)
-
-
-def _restore(file: Path, fit: Fit) -> Fit:
-    """What `file` keeps, or `fit`, the start, without one."""
-    if not file.exists():
-        return fit
-    state = weights.load_state_dict(file, dtype=None)
-    leaves, tree = jax.tree.flatten(fit.carry)
-    stored = [state.get(f"carry.{i}") for i in range(len(leaves))]
-    curves = {name: state.get(f"curves.{name}") for name in fit.curves}
-    same = all(x is not None and (x.shape, x.dtype) == (y.shape, y.dtype) for x, y in zip(stored, leaves, strict=True))
-    if not same or "steps" not in state or "seconds" not in state or any(rows is None for rows in curves.values()):
-        raise UserError(f"{file}: not a fit of this run; remove it to start over")
-    carry = jax.tree.unflatten(tree, [jnp.asarray(leaf) for leaf in stored])
-    return Fit(int(state["steps"]), float(state["seconds"]), carry, curves)
+def _with_row(fit: Fit, scene: Scene, values: jax.Array, row: int) -> Fit:
+    """With a row of the curves: what its latents measure, and `values`, the loss (N,)."""
+    measured = jax.device_get({**measure(scene, fit.carry[0]), "loss": values})
+    curves = {name: rows.copy() for name, rows in fit.curves.items()}
+    for name, value in measured.items():
+        curves[name][row] = value
+    return dataclasses.replace(fit, curves=curves)
 
 
 def _write_curves(workdir: Path, settings: ml_collections.ConfigDict, fits: Mapping[str, Fit]) -> None:
@@ -367,7 +347,7 @@ def _result(
             **settings.to_dict(),
             "targets": len(originals),  # of fewer images than were asked for, all
         },
-        "seconds": {TITLES[name]: round(fit.seconds, 1) for name, fit in fits.items()},
+        "seconds": {TITLES[name]: round(float(fit.seconds), 1) for name, fit in fits.items()},
         "environment": runs.environment(),
     }
 

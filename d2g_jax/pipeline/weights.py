@@ -96,7 +96,8 @@ def save_state_dict(
     from safetensors.numpy import save_file
 
     file = Path(file)
-    tensors = _cast(state, dtype)
+    # safetensors writes memory as it lies; `np.ascontiguousarray` alone would give a scalar an axis.
+    tensors = {key: np.ascontiguousarray(x).reshape(x.shape) for key, x in _cast(state, dtype).items()}
     if dtype is not None:
         for key, value in tensors.items():
             if not _finite(value) and _finite(state[key]):

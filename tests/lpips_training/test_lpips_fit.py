@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 
 from d2g_jax.lpips_training.fit import CHECKPOINT, Recipe, fit, sampled_rows
 from d2g_jax.runtime.errors import UserError
@@ -108,7 +109,9 @@ def test_a_loss_that_is_not_finite_names_step_and_setting():
 
 def test_another_training_s_checkpoint_is_refused(tmp_path):
     train(recipe(tmp_path))
-    with pytest.raises(UserError, match=rf"{CHECKPOINT}: not a checkpoint of this training.*remove it"):
+    names = set(load_file(tmp_path / CHECKPOINT))
+    assert {"steps", "carry[0]['10']", "carry[0]['2']['bias']"} < names  # or trainings under way would be lost
+    with pytest.raises(UserError, match=rf"{CHECKPOINT}: not a checkpoint of this run .*remove it"):
         train(recipe(tmp_path, optimizer=optax.sgd(0.1, 0.9)))
 
 

@@ -109,15 +109,15 @@ def test_same_seed_same_figures(finished, tmp_path):
 
 
 def test_stopped_run_goes_on_to_the_same_figures(finished, tmp_path, monkeypatch):
-    save, calls = job._save, []
+    save, calls = job.save_tree, []
 
-    def save_and_die(file, fit):
-        save(file, fit)
+    def save_and_die(fit, file):
+        save(fit, file)
         calls.append(fit.steps)
         if len(calls) == 3:  # in the middle of the second loss
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "_save", save_and_die)
+    monkeypatch.setattr(job, "save_tree", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         job.overfit(config(), tmp_path)
     assert not (tmp_path / "result.json").exists()
@@ -220,7 +220,7 @@ def test_other_workdirs_and_broken_states_are_refused(tmp_path):
         job.overfit(config(losses=("mse",), seed=1), tmp_path / "run")
     state = tmp_path / "run" / "fits" / "mse.safetensors"
     state.write_bytes((WEIGHTS / "metric" / "metric.safetensors").read_bytes())
-    with pytest.raises(UserError, match=r"mse\.safetensors: not a fit of this run; remove it"):
+    with pytest.raises(UserError, match=r"mse\.safetensors: not a checkpoint of this run \(steps differs\); remove it"):
         job.overfit(config(losses=("mse",)), tmp_path / "run")
 
 
