@@ -21,7 +21,7 @@ def long_recipe(config: ml_collections.ConfigDict, folder: Path) -> Recipe:
     """As `adamw_recipe`, kept in `folder`, but for a rate that falls in the last fifth alone, linearly to zero.
 
     Until then the same training may be made longer: what was done so far does not depend on `config.steps`. A workdir
-    is bound to its config, so that a longer one goes on in another, to which `training/` and `stages/` are copied.
+    is bound to its config, so that a longer one goes on in another, to which `training/` is copied.
     """
     falling = config.steps // 5
     rate = optax.join_schedules(

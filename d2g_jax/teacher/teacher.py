@@ -1,8 +1,9 @@
 """`d2g teacher`: the embedded miniature Stable Diffusion, trained from nothing on digits in front of textures.
 
-Stages, each skipped when its files are there and gone on with where it stopped: autoencoder, text tower alone, denoiser
-and text tower (together, with caption dropout for guidance), latent metric, pixel metric, independent judge. The result
-is a diffusers folder beside the metrics' and the judge's weights; what ships as package data was made by this command.
+Trainings, each gone on with where it stopped and taken as it is where it is done: autoencoder, text tower alone,
+denoiser and text tower (together, with caption dropout for guidance), latent metric, pixel metric, independent judge.
+The result is a diffusers folder beside the metrics' and the judge's weights; what ships as package data was made by
+this command.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +22,15 @@ from flax import nnx
 
 from d2g_jax.diffusion.schedule import Schedule, add_noise, training_target
 from d2g_jax.digits import captions, scenes, tokenizer
-from d2g_jax.digits import judge as judges
 from d2g_jax.lpips_training import fit as training
 from d2g_jax.lpips_training.classify import cross_entropy
-from d2g_jax.lpips_training.fit import Loss, sampled_rows
+from d2g_jax.lpips_training.fit import Batch, Loss, sampled_rows
 from d2g_jax.models import clip, unet, vae
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import folder as pipelines
 from d2g_jax.pipeline import tokenizers, weights
 from d2g_jax.runtime import runs
 from d2g_jax.runtime.atomic import write_text
-from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.lock import locked
 from d2g_jax.teacher.fit import long_recipe
 from d2g_jax.teacher.judge import accuracy, train_judge
@@ -168,14 +167,6 @@ def train_text_tower(
     return training.fit(loss, start, batch_at, long_recipe(config, folder), label="text_tower")["tower"]
 
 
-class Denoising(NamedTuple):
-    """What `fit` takes: loss, first parameters {"text_encoder": ..., "unet": ...}, and the batch of a step."""
-
-    loss: Loss
-    params: Params
-    batch_at: Callable[[int], dict[str, np.ndarray]]
-
-
 def denoising(
     config: ml_collections.ConfigDict,
     latents: Latents,
@@ -183,8 +174,10 @@ def denoising(
     empty: np.ndarray,
     text: clip.ClipTextConfig,
     text_params: Params,
-) -> Denoising:
-    """The text tower and the UNet together, v-prediction, 10% of captions replaced by the empty one.
+) -> tuple[Loss, Params, Callable[[int], Batch]]:
+    """The text tower and the UNet together, v-prediction, 10% of captions replaced by the empty one: what `fit` takes.
+
+    Loss, first parameters {"text_encoder": ..., "unet": ...}, and the batch of a step.
 
     Args:
       latents: scaled moments of the N training images.
@@ -215,7 +208,7 @@ def denoising(
         return {"mean": latents.mean[rows], "std": latents.std[rows], "ids": chosen.astype(np.int32)}
 
     params = {"text_encoder": text_params, "unet": network.init(jax.random.key(config.seed))}
-    return Denoising(loss, params, batch_at)
+    return loss, params, batch_at
 
 
 def make_teacher(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -238,12 +231,7 @@ def _make(config: ml_collections.ConfigDict, workdir: Path) -> None:
     scores = train_metric(config.metric, shown, workdir, lambda images: np.asarray(means(images)))
     print(f"metric: {scores}", file=sys.stderr)
     print(f"pixel metric: {train_pixel_metric(config.pixel_metric, shown, workdir)}", file=sys.stderr)
-    judge = stage(
-        workdir,
-        "judge",
-        judges.build().abstract(),
-        lambda: train_judge(config.judge, shown, workdir / "training" / "judge"),
-    )
+    judge = train_judge(config.judge, shown, workdir / "training" / "judge")
     weights.save_state_dict(weights.to_state_dict(judge), workdir / "judge.safetensors", np.float16)
     held_out = scenes.render(2000, config.scenes.seed + 1, test=True)
     print(f"judge, on digits held out: {accuracy(judge, held_out)}", file=sys.stderr)
@@ -252,40 +240,25 @@ def _make(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def train_pipeline(config: ml_collections.ConfigDict, shown: scenes.Scenes, workdir: Path) -> None:
-    """Writes `workdir`/pipeline, a complete diffusers folder; finished stages of an earlier try are taken over."""
-    target = workdir / "pipeline"
+    """Writes `workdir`/pipeline, a complete diffusers folder; finished trainings of an earlier try are taken over."""
+    target, training_folder = workdir / "pipeline", workdir / "training"
     if (target / "model_index.json").exists():
         return
     plain = scenes.render(config.scenes.plain, config.scenes.seed + 2, plain=True)
     images, labels = (np.concatenate(both) for both in ((shown.images, plain.images), (shown.labels, plain.labels)))
-    vae_params = stage(
-        workdir,
-        "autoencoder",
-        vae.build(VAE).abstract(),
-        lambda: train_autoencoder(config.autoencoder, images, workdir / "training" / "autoencoder"),
-    )
+    vae_params = train_autoencoder(config.autoencoder, images, training_folder / "autoencoder")
     latents, scale = encode(vae_params, images)
     tokenizer.write_tokenizer(target / "tokenizer")
     tokens = tokenizers.load_tokenizer(target / "tokenizer")
     text = text_config(len(tokens))
     ids = caption_table(tokens, labels, config.denoiser.caption_variants, config.denoiser.seed)
     empty = tokenizers.tokenize(tokens, [""])[0]
-    text_params = stage(
-        workdir,
-        "text_tower",
-        clip.build(text).abstract(),
-        lambda: train_text_tower(config.text_tower, ids, labels, text, workdir / "training" / "text_tower"),
-    )
-    denoiser = stage(
-        workdir,
-        "denoiser",
-        {"text_encoder": clip.build(text).abstract(), "unet": unet.build(UNET).abstract()},
-        lambda: training.fit(
-            *denoising(config.denoiser, latents, ids, empty, text, text_params),
-            long_recipe(config.denoiser, workdir / "training" / "denoiser"),
-            label="denoiser",
-            ema=config.denoiser.ema,
-        ),
+    text_params = train_text_tower(config.text_tower, ids, labels, text, training_folder / "text_tower")
+    denoiser = training.fit(
+        *denoising(config.denoiser, latents, ids, empty, text, text_params),
+        long_recipe(config.denoiser, training_folder / "denoiser"),
+        label="denoiser",
+        ema=config.denoiser.ema,
     )
     pipelines.save_pipeline(
         target,
@@ -298,14 +271,3 @@ def train_pipeline(config: ml_collections.ConfigDict, shown: scenes.Scenes, work
         {**denoiser, "vae": vae_params},
         {"tokenizer": tokenizer.tokenizer_files()},
     )
-
-
-def stage(workdir: Path, name: str, abstract: Params, train: Callable[[], Params]) -> Params:
-    """The parameters in `workdir`/stages/`name`.safetensors, trained and written there first if need be."""
-    file = workdir / "stages" / f"{name}.safetensors"
-    if not file.exists():
-        weights.save_state_dict(weights.to_state_dict(train()), file)
-    try:
-        return weights.to_params(weights.load_state_dict(file), abstract, source=str(file))
-    except UserError as error:
-        raise UserError(f"{error}; or remove it, to train the stage again") from error

@@ -48,9 +48,20 @@ def test_every_file_is_made_and_kept(tmp_path):
     assert (tmp_path / "prompts.txt").read_text() == (config.WEIGHTS / "prompts.txt").read_text()
     ours = {file.relative_to(config.WEIGHTS) for file in config.WEIGHTS.rglob("*") if file.is_file()}
     assert all((tmp_path / name).is_file() for name in ours), ours
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "stages").iterdir()}
+    (tmp_path / "pipeline" / "model_index.json").unlink()  # as if it had been stopped before the last file
+    weights = {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "training").glob("*/checkpoint.safetensors")}
+    assert {file.parent.name for file in before} == {
+        "autoencoder",
+        "text_tower",
+        "denoiser",
+        "metric",
+        "lpips",
+        "judge",
+    }
     assert main(command) == 0
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "stages").iterdir()} == before
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert {file: file.read_bytes() for file in weights} == weights
 
 
 def test_a_longer_training_begins_as_a_shorter_one(tmp_path):
