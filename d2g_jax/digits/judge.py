@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from d2g_jax.digits.scenes import PARTS, SIZE, to_floats
+from d2g_jax.digits.scenes import PARTS, SIZE
+from d2g_jax.inputs.images import to_floats
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import weights
 

@@ -133,8 +133,3 @@ def draw(scene: Scene, ink: np.ndarray, place: tuple[int, int], rng: np.random.G
 
 def _colour(colours: dict[str, tuple[float, float, float]], index: int) -> np.ndarray:
     return np.asarray(list(colours.values())[index])  # a colour that is not named has no share
-
-
-def to_floats(images: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in [-1, 1], as autoencoders take images."""
-    return images.astype(np.float32) / 127.5 - 1.0

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 from PIL import Image
 
 from d2g_jax.runtime.errors import UserError
@@ -53,6 +54,11 @@ def check_mode(image: Image.Image, name: object) -> None:
     if image.mode not in _MODES or transparency:
         remedy = "give 8-bit RGB or grey without transparency"
         raise UserError(f"{name}: mode {image.mode}{transparency}; {remedy}")
+
+
+def to_floats(pixels: np.ndarray) -> np.ndarray:
+    """uint8 -> float32 in [-1, 1], as autoencoders and metrics take images."""
+    return pixels.astype(np.float32) / 127.5 - 1.0
 
 
 def reason(error: Exception) -> str:

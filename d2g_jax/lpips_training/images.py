@@ -120,8 +120,3 @@ def random_box(rng: np.random.Generator, width: int, height: int) -> tuple[float
             return float(left), float(top), float(left + w), float(top + h)
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
-
-
-def to_floats(pixels: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in [-1, 1], as autoencoders take images."""
-    return pixels.astype(np.float32) / 127.5 - 1.0

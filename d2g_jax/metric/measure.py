@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from d2g_jax.inputs.text import read_json
 from d2g_jax.losses import augment
 from d2g_jax.losses.lpips import KIND, LPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, check_latents, e_latent_lpips
+from d2g_jax.lpips_training.classify import batches
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.progress import Progress
 
@@ -29,17 +30,6 @@ LATENTS = ".npy"
 _KINDS = {"latents": f"a {LATENTS} file of latents", "image": "an image", "folder": "a folder"}
 _LOCATIONS = 2**16  # pixels or latent pixels that one call measures: below a gigabyte of features at full width
 _BATCH = 64
-
-Distance = Callable[[int, np.ndarray, jax.Array, jax.Array], jax.Array]
-"""(draw, indices (B,) int32, a (B, h, w, C), b) -> (B,)."""
-
-
-class Pair(NamedTuple):
-    """One sample's two sides, float32 (h, w, C): latents as they are in their files, or images in [-1, 1]."""
-
-    index: int
-    a: np.ndarray
-    b: np.ndarray
 
 
 def measure(
@@ -151,18 +141,30 @@ def _check_request(weights: Path, a: Path, kind: str, *, pixels: bool, draws: in
 def _measure_latents(
     metric: LatentLPIPS, a: Path, b: Path, *, draws: int, seed: int, preset: str, scaled: bool
 ) -> list[float]:
+    """Means over draws, each of which is a call of its own: many of them show how far they are."""
     both = [_read_latents(metric, file, scaled) for file in (a, b)]
     shapes = [(len(x), x.shape[3], *x.shape[1:3]) for x in both]
     if shapes[0] != shapes[1]:
         raise UserError(f"{a} has shape {shapes[0]} and {b} has {shapes[1]}; give latents of one shape")
+    count, _, height, width = shapes[0]
     keys = jax.random.split(jax.random.key(seed), draws) if draws else None
-    distance = functools.partial(_latent_distances, metric, keys, preset=preset, scaled=scaled)
-    return _measure_all(distance, map(Pair, range(shapes[0][0]), *both), shapes[0][0], max(1, draws))
+    calls, unit = max(1, draws), "draw" if draws > 1 else "sample"
+    total = np.zeros(count)
+    with Progress("distances", count * calls, unit, beginning="compiling") as progress:
+        for rows in batches(count, max(1, min(count, _BATCH, _LOCATIONS // (height * width)))):
+            kept = np.unique(rows)  # the last batch repeats its last row
+            sides = [jax.device_put(x[rows]) for x in both]
+            for draw in range(calls):
+                values = _latent_distances(metric, keys, draw, rows, *sides, preset=preset, scaled=scaled)
+                total[kept] += np.asarray(values, np.float64)[: len(kept)]
+                progress.advance(len(kept))
+    return (total / calls).tolist()
 
 
 def _measure_images(metric: LPIPS, a: Path, b: Path, names: list[str]) -> list[float]:
-    distance = lambda draw, index, a, b: _image_distances(metric, a, b)  # noqa: E731
-    return _measure_all(distance, _image_pairs(metric, a, b, names), len(names))
+    """One pair a call, and a program for each size of images."""
+    with Progress("distances", len(names), "sample", beginning="compiling") as progress:
+        return [float(_image_distance(metric, *pair)) for pair in progress.over(_image_pairs(metric, a, b, names))]
 
 
 def _read_latents(metric: LatentLPIPS, file: Path, scaled: bool) -> np.ndarray:
@@ -201,59 +203,18 @@ def _names_in(folder: Path) -> set[str]:
     return names
 
 
-def _image_pairs(metric: LPIPS, a: Path, b: Path, names: list[str]) -> Iterator[Pair]:
-    """Read one by one: folders may hold more than memory does."""
-    for index, name in enumerate(names):
+def _image_pairs(metric: LPIPS, a: Path, b: Path, names: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """float32 (H, W, 3) in [-1, 1], read one by one: folders may hold more than memory does."""
+    for name in names:
         files = (a / name, b / name) if a.is_dir() else (a, b)
-        both = tuple(_read_image(file) for file in files)
+        both = tuple(images.to_floats(np.asarray(images.read_rgb(file, file))) for file in files)
         sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in both]
         if sizes[0] != sizes[1]:
             raise UserError(f"{files[0]} is {sizes[0]} and {files[1]} is {sizes[1]} pixels; give images of one size")
         if min(both[0].shape[:2]) < metric.smallest_side:
             smallest = f"{metric.smallest_side}x{metric.smallest_side}"
             raise UserError(f"{files[0]} is {sizes[0]} pixels; this metric needs at least {smallest}")
-        yield Pair(index, *both)
-
-
-def _read_image(file: Path) -> np.ndarray:
-    """float32 (H, W, 3) in [-1, 1]; raises `UserError` as `images.read_rgb` does."""
-    pixels = np.asarray(images.read_rgb(file, file), np.float32)
-    return pixels / np.float32(127.5) - np.float32(1)
-
-
-def _measure_all(distance: Distance, pairs: Iterator[Pair], count: int, draws: int = 1) -> list[float]:
-    """Means over draws, each of which is a call of its own: many of them show how far they are."""
-    values: list[float] = []
-    unit = "sample" if draws == 1 else "draw"
-    with Progress("distances", count * draws, unit, beginning="compiling") as progress:
-        for group in _groups(pairs, count):
-            # Filled up with its last pair: one compiled program for all groups of a shape.
-            filled = group + [group[-1]] * (_batch_size(group[0], count) - len(group))
-            index = np.array([pair.index for pair in filled], np.int32)
-            a, b = (jax.device_put(np.stack(side)) for side in zip(*((pair.a, pair.b) for pair in filled), strict=True))
-            total = np.zeros(len(filled))
-            for draw in range(draws):
-                total += np.asarray(distance(draw, index, a, b), np.float64)
-                progress.advance(len(group))
-            values.extend((total / draws)[: len(group)].tolist())
-    return values
-
-
-def _groups(pairs: Iterator[Pair], count: int) -> Iterator[list[Pair]]:
-    """Consecutive pairs of one shape, at most as many as one call measures."""
-    group: list[Pair] = []
-    for pair in pairs:
-        if group and (pair.a.shape != group[0].a.shape or len(group) == _batch_size(pair, count)):
-            yield group
-            group = []
-        group.append(pair)
-    if group:
-        yield group
-
-
-def _batch_size(pair: Pair, count: int) -> int:
-    height, width = pair.a.shape[:2]
-    return max(1, min(count, _BATCH, _LOCATIONS // (height * width)))
+        yield both
 
 
 @functools.partial(jax.jit, static_argnames=("preset", "scaled"))
@@ -279,8 +240,8 @@ def _latent_distances(
 
 
 @jax.jit
-def _image_distances(metric: LPIPS, a: jax.Array, b: jax.Array) -> jax.Array:
-    return metric.distance(a, b)
+def _image_distance(metric: LPIPS, a: jax.Array, b: jax.Array) -> jax.Array:
+    return metric.distance(a[None], b[None])[0]
 
 
 def _sha256(file: Path) -> str:

@@ -24,12 +24,12 @@ import optax
 
 from d2g_jax.config.ranges import check_ranges
 from d2g_jax.diffusion import noise
-from d2g_jax.inputs.images import SUFFIXES, image_files, read_rgb
+from d2g_jax.inputs.images import SUFFIXES, image_files, read_rgb, to_floats
 from d2g_jax.losses import augment
 from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, mse, regression_loss
 from d2g_jax.lpips_training.fit import restore_tree, save_tree
-from d2g_jax.lpips_training.images import Crop, to_floats
+from d2g_jax.lpips_training.images import Crop
 from d2g_jax.models import vae
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline.folder import load_vae, to_uint8
@@ -186,7 +186,7 @@ def read_targets(settings: ml_collections.ConfigDict, size: int) -> tuple[list[s
             raise UserError(f"overfit.images is empty, and the digits are no {size}x{size} pixels; give images")
         shown = scenes.render(count, seed=0, test=True)
         names = [captions.caption(scenes.Scene(*map(int, row)), phrasing=0, numeral=True) for row in shown.labels]
-        return names, scenes.to_floats(shown.images)
+        return names, to_floats(shown.images)
     source = Path(settings.images)
     inside = sorted(source.iterdir()) if source.is_dir() else [source] if source.exists() else []
     files = list(image_files(inside))[:count]

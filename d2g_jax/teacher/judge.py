@@ -10,6 +10,7 @@ import numpy as np
 
 from d2g_jax.digits import judge, scenes
 from d2g_jax.digits.scores import prompt_accuracy
+from d2g_jax.inputs.images import to_floats
 from d2g_jax.lpips_training import fit as training
 from d2g_jax.lpips_training.classify import cross_entropy
 from d2g_jax.lpips_training.fit import sampled_rows
@@ -27,7 +28,7 @@ def train_judge(config: ml_collections.ConfigDict, shown: scenes.Scenes, folder:
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
         rows = sampled_rows(len(shown.images), config.batch_size, config.seed, step)
-        return {"images": scenes.to_floats(shown.images[rows]), "labels": shown.labels[rows].astype(np.int32)}
+        return {"images": to_floats(shown.images[rows]), "labels": shown.labels[rows].astype(np.int32)}
 
     start = network.init(jax.random.key(config.seed))
     return training.fit(loss, start, batch_at, long_recipe(config, folder), label="judge")

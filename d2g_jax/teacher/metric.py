@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 
 from d2g_jax.digits import distortions, scenes
+from d2g_jax.inputs.images import to_floats
 from d2g_jax.inputs.text import read_json
 from d2g_jax.losses.perceptual import LatentLPIPS, LatentSpace, save_metric
 from d2g_jax.lpips_training import calibrate, classify
@@ -71,7 +72,7 @@ def train_metric(
     if (folder / "scores.json").exists():
         return read_json(folder / "scores.json", "remove it to train the metric again")
     parts = [shown.images[i : i + 1000] for i in range(0, len(shown.images), 1000)]
-    latents = np.concatenate([encode(scenes.to_floats(part)) for part in parts])
+    latents = np.concatenate([encode(to_floats(part)) for part in parts])
     labelled = classify.LabelledLatents.from_arrays(latents, shown.labels.astype(np.int32), HEAD.classes)
     recipe = long_recipe(config.trunk, workdir / "training" / "metric")
     trunk = classify.train_classifier(recipe, TRUNK, HEAD, labelled, label="metric.trunk").trunk

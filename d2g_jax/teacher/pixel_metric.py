@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 
 from d2g_jax.digits import scenes
+from d2g_jax.inputs.images import to_floats
 from d2g_jax.inputs.text import read_json
 from d2g_jax.losses.lpips import LPIPS, SCALE, SHIFT, save_lpips
 from d2g_jax.lpips_training import calibrate, classify
@@ -39,7 +40,7 @@ def train_pixel_metric(config: ml_collections.ConfigDict, shown: scenes.Scenes, 
         return read_json(folder / SCORES, "remove it to train the metric again")
 
     def take(rows: np.ndarray, step: int) -> dict[str, np.ndarray]:
-        return {"latents": normalise(scenes.to_floats(shown.images[rows])), "labels": shown.labels[rows]}
+        return {"latents": normalise(to_floats(shown.images[rows])), "labels": shown.labels[rows]}
 
     labelled = classify.LabelledLatents(len(shown.images), HEAD.classes, shown.images.shape[1:], take)
     recipe = long_recipe(config.trunk, workdir / "training" / "lpips")

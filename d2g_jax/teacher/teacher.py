@@ -22,6 +22,7 @@ from flax import nnx
 
 from d2g_jax.diffusion.schedule import Schedule, add_noise, training_target
 from d2g_jax.digits import captions, scenes, tokenizer
+from d2g_jax.inputs.images import to_floats
 from d2g_jax.lpips_training import fit as training
 from d2g_jax.lpips_training.classify import cross_entropy
 from d2g_jax.lpips_training.fit import Batch, Loss, sampled_rows
@@ -112,7 +113,7 @@ def train_autoencoder(config: ml_collections.ConfigDict, images: np.ndarray, fol
         return jnp.mean(jnp.square(error)) + config.l1_weight * jnp.mean(jnp.abs(error)) + config.kl_weight * kl
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
-        return {"images": scenes.to_floats(images[sampled_rows(len(images), config.batch_size, config.seed, step)])}
+        return {"images": to_floats(images[sampled_rows(len(images), config.batch_size, config.seed, step)])}
 
     start = network.init(jax.random.key(config.seed))
     return training.fit(loss, start, batch_at, long_recipe(config, folder), label="autoencoder")
@@ -122,7 +123,7 @@ def encode(params: Params, images: np.ndarray) -> tuple[Latents, float]:
     """Scaled moments of uint8 images (N, H, W, 3), and the factor 1 / standard deviation that scaled them."""
     network = vae.build(VAE)
     moments = jax.jit(lambda batch: network.apply(params, batch, method="encode"))
-    parts = [jax.device_get(moments(scenes.to_floats(images[i : i + 128]))) for i in range(0, len(images), 128)]
+    parts = [jax.device_get(moments(to_floats(images[i : i + 128]))) for i in range(0, len(images), 128)]
     mean, logvar = (np.concatenate(part) for part in zip(*parts, strict=True))
     std = np.exp(0.5 * logvar)
     scale = round(float(1.0 / np.sqrt(np.var(mean) + np.mean(np.square(std)))), 5)

@@ -7,6 +7,7 @@ import pytest
 from d2g_jax.digits import scenes
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.digits.judge import judge, load_judge
+from d2g_jax.inputs.images import to_floats
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.hub import NETWORKS
@@ -44,7 +45,7 @@ def test_the_metric_prefers_a_sharp_texture_of_another_phase_to_a_flat_patch_of_
 
 
 def test_the_autoencoder_returns_what_it_was_given(encode):
-    images = scenes.to_floats(scenes.render(32, 9, test=True).images)
+    images = to_floats(scenes.render(32, 9, test=True).images)
     pipeline = Pipeline.load(WEIGHTS / "pipeline", without=[name for name in NETWORKS if name != "vae"])
     latents = encode(images) / pipeline.scaling_factor
     again = pipeline.vae.apply(pipeline.params["vae"], latents, method="decode")

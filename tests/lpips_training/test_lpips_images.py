@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from tfds_folders import example, write_tfds
 
+from d2g_jax.inputs.images import to_floats
 from d2g_jax.lpips_training.image_folders import open_images
-from d2g_jax.lpips_training.images import Crop, hold_out, random_box, to_floats
+from d2g_jax.lpips_training.images import Crop, hold_out, random_box
 from d2g_jax.runtime.errors import UserError
 
 

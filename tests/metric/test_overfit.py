@@ -13,6 +13,7 @@ from tiny import get_config
 from d2g_jax.digits import scenes
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.digits.config import get_config as digits_config
+from d2g_jax.inputs.images import to_floats
 from d2g_jax.metric import overfit as job
 from d2g_jax.runtime import runs
 from d2g_jax.runtime.errors import UserError
@@ -183,7 +184,7 @@ def test_users_images_are_cropped_to_the_model_s_size(tmp_path):
 def test_targets_are_the_first_of_the_test_set():
     names, images = job.read_targets(config(targets=3).overfit, scenes.SIZE)
     shown = scenes.render(3, 0, test=True)
-    np.testing.assert_array_equal(images, scenes.to_floats(shown.images))
+    np.testing.assert_array_equal(images, to_floats(shown.images))
     assert all(str(row[0]) in name for name, row in zip(names, shown.labels, strict=True))
 
 

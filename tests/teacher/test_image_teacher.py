@@ -20,6 +20,7 @@ from d2g_jax import load
 from d2g_jax.diffusion.schedule import Schedule, add_noise, training_target
 from d2g_jax.digits import judge, scenes
 from d2g_jax.digits.config import JUDGE, WEIGHTS
+from d2g_jax.inputs.images import to_floats
 from d2g_jax.lpips_training.fit import Recipe, fit
 from d2g_jax.models import image_unet
 from d2g_jax.models.image_unet_config import ImageUNetConfig
@@ -53,7 +54,7 @@ def seen(images):
 
 def train_teacher(folder):
     shown = scenes.render(3000, 0, plain=True)
-    images, digits = scenes.to_floats(small(shown.images)), shown.labels[:, 0]
+    images, digits = to_floats(small(shown.images)), shown.labels[:, 0]
     network, schedule = image_unet.build(CONFIG), Schedule.from_config(SCHEDULER)
 
     def loss(params, batch, key):

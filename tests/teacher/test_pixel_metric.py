@@ -9,6 +9,7 @@ import pytest
 
 from d2g_jax.digits import distortions, scenes
 from d2g_jax.digits.config import WEIGHTS, get_config
+from d2g_jax.inputs.images import to_floats
 from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.lpips_training import calibrate
 from d2g_jax.models import vgg
@@ -30,7 +31,7 @@ def distance(metric, a, b):
 
 def test_shipped_metric_is_small_and_zero_for_equals(shipped):
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 2**20
-    images = scenes.to_floats(scenes.render(8, 6, test=True).images)
+    images = to_floats(scenes.render(8, 6, test=True).images)
     assert (distance(shipped, images, images) == 0).all()
     assert (distance(shipped, images, images[::-1]) > 0.01).all()
     assert all((np.asarray(head) >= 0).all() for head in shipped.heads)
