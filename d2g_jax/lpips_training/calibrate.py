@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +15,13 @@ import numpy as np
 import optax
 
 from d2g_jax.losses.lpips import LPIPS
-from d2g_jax.losses.perceptual import LatentLPIPS, LatentSpace
+from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.lpips_training.fit import Recipe, fit, sampled_rows
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
 
 JUDGE_WIDTH = 32
 """Of the small network that turns two distances into a verdict; LPIPS' own."""
-
-
-class Triplets(NamedTuple):
-    """Scaled latents (N, h, w, C), or images of a pixel metric, and judgements (N,): the share that prefers `right`."""
-
-    reference: np.ndarray
-    left: np.ndarray
-    right: np.ndarray
-    judgement: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,33 +45,31 @@ def uniform_heads(config: vgg.VGGConfig) -> list[np.ndarray]:
     return [np.ones(width, np.float32) for width in config.widths]
 
 
-def uncalibrated(config: vgg.VGGConfig, trunk: Params, space: LatentSpace) -> LatentLPIPS:
-    """The metric of a trunk (`vgg.build_training`'s whole tree) with uniform heads."""
-    return LatentLPIPS.from_params(config, trunk, uniform_heads(config), space)
-
-
-def head_differences(
-    metric: LatentLPIPS | LPIPS, a: np.ndarray, b: np.ndarray, batch_size: int = 250
-) -> list[np.ndarray]:
-    """`metric.channel_differences` of N pairs of what it compares: (N, C_k) per tap."""
-    slices = [slice(i, i + batch_size) for i in range(0, len(a), batch_size)]
-    parts = [jax.device_get(_channel_differences(metric, a[part], b[part])) for part in slices]
-    return [np.concatenate(tap) for tap in zip(*parts, strict=True)]
-
-
 @jax.jit
 def _channel_differences(metric: LatentLPIPS | LPIPS, a: jax.Array, b: jax.Array) -> list[jax.Array]:
     scaled = {"scaled": True} if isinstance(metric, LatentLPIPS) else {}
     return metric.channel_differences(a, b, **scaled)
 
 
-def differences(metric: LatentLPIPS | LPIPS, triplets: Triplets, batch_size: int = 250) -> Differences:
-    """What calibration and scoring see of `triplets`; the heads of `metric` play no part."""
-    return Differences(
-        head_differences(metric, triplets.left, triplets.reference, batch_size),
-        head_differences(metric, triplets.right, triplets.reference, batch_size),
-        triplets.judgement,
-    )
+def differences(
+    metric: LatentLPIPS | LPIPS,
+    reference: np.ndarray,
+    left: np.ndarray,
+    right: np.ndarray,
+    judgement: np.ndarray,
+    batch_size: int = 250,
+) -> Differences:
+    """What calibration and scoring see of triplets; the heads of `metric` play no part.
+
+    Args:
+      reference, left, right: scaled latents (N, h, w, C), or images of a pixel metric.
+      judgement: (N,), the share that prefers `right`.
+    """
+    slices, sides = [slice(i, i + batch_size) for i in range(0, len(reference), batch_size)], []
+    for side in (left, right):
+        parts = [jax.device_get(_channel_differences(metric, side[part], reference[part])) for part in slices]
+        sides.append([np.concatenate(tap) for tap in zip(*parts, strict=True)])
+    return Differences(*sides, judgement)
 
 
 def calibrate(recipe: Recipe, data: Differences, *, label: str) -> list[np.ndarray]:
@@ -134,15 +122,10 @@ def two_afc(heads: Sequence[np.ndarray], data: Differences) -> float:
     return float(np.mean(np.where(right == left, 0.5, votes)))
 
 
-def two_afc_of_judges(judgement: np.ndarray) -> float:
-    """What a metric that always sides with the majority would score: the bound that no metric passes."""
-    return float(np.mean(np.maximum(judgement, 1 - judgement)))
-
-
 def scores(heads: Sequence[np.ndarray], data: Differences) -> dict[str, float]:
-    """The 2AFC score of heads, that of uniform ones, and that of the judges' majority."""
+    """The 2AFC score of heads, that of uniform ones, and that of the judges' majority, which no metric passes."""
     return {
         "2afc": two_afc(heads, data),
         "2afc_without_calibration": two_afc([np.ones(tap.shape[1], np.float32) for tap in data.left], data),
-        "2afc_of_judges": two_afc_of_judges(data.judgement),
+        "2afc_of_judges": float(np.mean(np.maximum(data.judgement, 1 - data.judgement))),
     }

@@ -71,14 +71,6 @@ class LabelledLatents:
         return cls(len(labels), classes, latents.shape[1:], take)
 
 
-@dataclasses.dataclass(frozen=True)
-class Classifier:
-    """Trained parameters: the trunk (`vgg.build_training`'s whole tree) and the layers of the head."""
-
-    trunk: Params
-    head: Params
-
-
 def train_classifier(
     recipe: Recipe,
     config: vgg.VGGConfig,
@@ -87,8 +79,8 @@ def train_classifier(
     *,
     label: str,
     dtype: jnp.dtype = jnp.float32,
-) -> Classifier:
-    """Cross-entropy on batches drawn with replacement.
+) -> Params:
+    """Cross-entropy on batches drawn with replacement; gives the parameters that `abstract` describes.
 
     The batch norms' statistics are not a running average of changing weights: they are measured on the final ones,
     over `STATISTICS_BATCHES` batches. `dtype` is the trunk's compute dtype.
@@ -116,7 +108,7 @@ def train_classifier(
     steps = range(STATISTICS_BATCHES)
     measured = [measure(params["trunk"], data.batch(rows_at(step), step)["latents"]) for step in steps]
     final = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *jax.device_get(measured))
-    return Classifier(vgg.merge_statistics(params["trunk"], final), params["head"])
+    return {"features": vgg.merge_statistics(params["trunk"], final), "classifier": params["head"]}
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, parts: tuple[int, ...] = ()) -> jax.Array:
@@ -132,17 +124,15 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, parts: tuple[int, ...] =
     return sum(loss.sum() / jnp.maximum(known[:, i].sum(), 1) for i, loss in enumerate(losses))
 
 
-def accuracy(
-    classifier: Classifier, config: vgg.VGGConfig, head: Head, data: LabelledLatents, batch_size: int
-) -> float:
+def accuracy(params: Params, config: vgg.VGGConfig, head: Head, data: LabelledLatents, batch_size: int) -> float:
     """Top-1 of every row of `data`, in batches of `batch_size` (a multiple of the devices)."""
     network, mesh = vgg.build_training(config), meshes.make_mesh()
-    placed = meshes.place({"trunk": classifier.trunk, "head": classifier.head}, mesh)
+    placed = meshes.place(params, mesh)
 
     @jax.jit
     def predict(params: Params, latents: jax.Array) -> jax.Array:
-        taps = network.apply(params["trunk"], latents)
-        return _logits(head, params["head"], taps[-1], None).argmax(-1)
+        taps = network.apply(params["features"], latents)
+        return _logits(head, params["classifier"], taps[-1], None).argmax(-1)
 
     right = 0
     for rows in batches(data.count, batch_size):
@@ -160,7 +150,7 @@ def batches(count: int, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def abstract(config: vgg.VGGConfig, head: Head, shape: tuple[int, int, int]) -> Params:
-    """Shapes of a `Classifier`'s parameters, for reading them back: {"features": trunk, "classifier": head}."""
+    """Shapes of a trained classifier: `vgg.build_training`'s whole tree as "features", the head as "classifier"."""
     layers = jax.eval_shape(lambda: _init_head(head, _features(config, head, shape), jax.random.key(0)))
     return {"features": vgg.build_training(config).abstract(), "classifier": layers}
 

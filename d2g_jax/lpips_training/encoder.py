@@ -117,9 +117,3 @@ def sha256_of(params: Params) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def check_posterior(value: str, key: str) -> None:
-    """Raises `UserError` unless `value` is one of `POSTERIORS`."""
-    if value not in POSTERIORS:
-        raise UserError(f"{key}={value!r} is unknown; choose one of {', '.join(POSTERIORS)}")

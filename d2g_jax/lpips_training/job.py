@@ -17,7 +17,7 @@ from d2g_jax.config.ranges import check_ranges
 from d2g_jax.inputs.text import read_json
 from d2g_jax.losses.perceptual import LatentLPIPS, save_metric
 from d2g_jax.lpips_training import cache, calibrate, classify
-from d2g_jax.lpips_training.encoder import Encoder, check_posterior, sha256_of
+from d2g_jax.lpips_training.encoder import POSTERIORS, Encoder, sha256_of
 from d2g_jax.lpips_training.fit import CHECKPOINT, Recipe
 from d2g_jax.lpips_training.image_folders import open_images
 from d2g_jax.lpips_training.images import Crop, Images, hold_out
@@ -68,7 +68,7 @@ def train_lpips(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, A
         train, val = labelled(config.images, images, encoder, crop)
         trunk, accuracy = classification(config, trunk_config, train, val, workdir / "classification")
         space = encoder.space(config.name)
-        metric = calibrate.uncalibrated(trunk_config, trunk, space)
+        metric = LatentLPIPS.from_params(trunk_config, trunk, calibrate.uniform_heads(trunk_config), space)
         seen = {
             part: [
                 differences(config.triplets, kind, metric, encoder, workdir / "calibration" / part) for kind in folders
@@ -103,11 +103,14 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             raise UserError(
                 f"{key}.batch_size={config[key].batch_size} is not a multiple of the {jax.device_count()} devices"
             )
-    for key in ("encoder", "classification"):
-        if config[key].dtype not in DTYPES:
-            raise UserError(f"{key}.dtype={config[key].dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    check_posterior(config.images.posterior, "images.posterior")
-    check_posterior(config.triplets.posterior, "triplets.posterior")
+    for section, name, known in (
+        ("encoder", "dtype", DTYPES),
+        ("classification", "dtype", DTYPES),
+        ("images", "posterior", POSTERIORS),
+        ("triplets", "posterior", POSTERIORS),
+    ):
+        if (value := config[section][name]) not in known:
+            raise UserError(f"{section}.{name}={value!r} is unknown; choose one of {', '.join(known)}")
     if not 0 <= config.classification.dropout < 1:
         raise UserError(f"classification.dropout={config.classification.dropout}; give a share from 0 to below 1")
 
@@ -186,16 +189,14 @@ def classification(
         trained = classify.train_classifier(
             recipe, trunk, head, train, label="classification", dtype=jnp.dtype(c.dtype)
         )
-        tree = {"features": trained.trunk, "classifier": trained.head}
-        weights.save_state_dict(weights.to_state_dict(tree), file)
+        weights.save_state_dict(weights.to_state_dict(trained), file)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     tree = weights.to_params(
         weights.load_state_dict(file), classify.abstract(trunk, head, train.shape), source=str(file)
     )
     measured = folder / "accuracy.json"
     if not measured.exists():
-        classifier = classify.Classifier(tree["features"], tree["classifier"])
-        value = classify.accuracy(classifier, trunk, head, val, c.batch_size)
+        value = classify.accuracy(tree, trunk, head, val, c.batch_size)
         write_json(measured, {"accuracy": value})
     return tree["features"], read_json(measured, "remove it to measure the accuracy again")["accuracy"]
 
@@ -220,7 +221,7 @@ def differences(
         ids = 3 * np.asarray(rows)
         sides = [encoder.encode(patches[:, i], config.posterior, ids + i) for i in range(3)]
         judgement = np.asarray([kind.judgement(row) for row in rows], np.float32)
-        seen = calibrate.differences(metric, calibrate.Triplets(*sides, judgement), encoder.batch_size)
+        seen = calibrate.differences(metric, *sides, judgement, encoder.batch_size)
         made = np.empty(len(rows), record)
         made["left"], made["right"] = (np.concatenate(taps, axis=1) for taps in (seen.left, seen.right))
         made["judgement"] = judgement

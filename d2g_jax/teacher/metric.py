@@ -16,6 +16,7 @@ import numpy as np
 from d2g_jax.digits import distortions, scenes
 from d2g_jax.inputs.images import to_floats
 from d2g_jax.inputs.text import read_json
+from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.losses.perceptual import LatentLPIPS, LatentSpace, save_metric
 from d2g_jax.lpips_training import calibrate, classify
 from d2g_jax.models import vgg
@@ -47,11 +48,17 @@ def check_triplets(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"teacher.{name}.heads.triplets={count}; give a multiple of {4 * CHUNK}")
 
 
-def latent_triplets(encode: Encoder, count: int, seed: int, *, test: bool = False) -> calibrate.Triplets:
-    """`count` triplets, a multiple of `CHUNK`, as latents."""
-    made = chunks_of_triplets(count, seed, test=test)
-    parts = [(*(encode(images) for images in chunk[:3]), chunk.judgement) for chunk in made]
-    return calibrate.Triplets(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+def differences(
+    metric: LatentLPIPS | LPIPS, count: int, seed: int, encode: Encoder = lambda images: images, *, test: bool = False
+) -> calibrate.Differences:
+    """What calibration and scoring see of `count` triplets, a multiple of `CHUNK`; `metric`'s heads play no part.
+
+    `encode` makes what `metric` compares; a pixel metric takes the images as they are.
+    """
+    chunks = chunks_of_triplets(count, seed, test=test)
+    return calibrate.Differences.together(
+        calibrate.differences(metric, *map(encode, chunk[:3]), chunk.judgement) for chunk in chunks
+    )
 
 
 def prefers_sharp_textures(metric: LatentLPIPS, encode: Encoder, count: int, seed: int) -> float:
@@ -75,12 +82,10 @@ def train_metric(
     latents = np.concatenate([encode(to_floats(part)) for part in parts])
     labelled = classify.LabelledLatents.from_arrays(latents, shown.labels.astype(np.int32), HEAD.classes)
     recipe = long_recipe(config.trunk, workdir / "training" / "metric")
-    trunk = classify.train_classifier(recipe, TRUNK, HEAD, labelled, label="metric.trunk").trunk
-    metric, heads = calibrate.uncalibrated(TRUNK, trunk, SPACE), config.heads
-    seen, held_out = (
-        calibrate.differences(metric, latent_triplets(encode, count, seed, test=test))
-        for count, seed, test in ((heads.triplets, heads.seed, False), (heads.triplets // 4, heads.seed + 1, True))
-    )
+    trunk = classify.train_classifier(recipe, TRUNK, HEAD, labelled, label="metric.trunk")["features"]
+    metric, heads = LatentLPIPS.from_params(TRUNK, trunk, calibrate.uniform_heads(TRUNK), SPACE), config.heads
+    seen = differences(metric, heads.triplets, heads.seed, encode)
+    held_out = differences(metric, heads.triplets // 4, heads.seed + 1, encode, test=True)
     recipe = adamw_recipe(heads.steps, heads.learning_rate, heads.seed, batch_size=heads.batch_size)
     save_metric(folder, TRUNK, trunk, calibrate.calibrate(recipe, seen, label="metric.heads"), SPACE)
     trained = LatentLPIPS.load(folder)

@@ -22,7 +22,7 @@ from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
 from d2g_jax.runtime.atomic import write_json
 from d2g_jax.teacher.fit import adamw_recipe, long_recipe
-from d2g_jax.teacher.metric import HEAD, chunks_of_triplets
+from d2g_jax.teacher.metric import HEAD, differences
 
 TRUNK = dataclasses.replace(vgg.PIXELS, widths=(16, 32, 32, 48, 48), batch_norm=True)
 """Four pools: the last tap of a 64x64 image has 4x4 locations."""
@@ -45,7 +45,7 @@ def train_pixel_metric(config: ml_collections.ConfigDict, shown: scenes.Scenes, 
     labelled = classify.LabelledLatents(len(shown.images), HEAD.classes, shown.images.shape[1:], take)
     recipe = long_recipe(config.trunk, workdir / "training" / "lpips")
     trained = classify.train_classifier(recipe, TRUNK, HEAD, labelled, label="pixel_metric.trunk")
-    plain, params = without_batch_norm(TRUNK, trained.trunk)
+    plain, params = without_batch_norm(TRUNK, trained["features"])
     metric = LPIPS.from_params(params, calibrate.uniform_heads(plain), plain)
     recipe = adamw_recipe(heads.steps, heads.learning_rate, heads.seed, batch_size=heads.batch_size)
     seen = differences(metric, heads.triplets, heads.seed)
@@ -83,9 +83,3 @@ def without_batch_norm(config: vgg.VGGConfig, trunk: Params) -> tuple[vgg.VGGCon
         for s, indices in enumerate(slices, start=1)
     }
     return plain, params
-
-
-def differences(metric: LPIPS, count: int, seed: int, *, test: bool = False) -> calibrate.Differences:
-    """What calibration and scoring see of `count` triplets, a multiple of `CHUNK`; `metric`'s heads play no part."""
-    chunks = chunks_of_triplets(count, seed, test=test)
-    return calibrate.Differences.together(calibrate.differences(metric, chunk) for chunk in chunks)

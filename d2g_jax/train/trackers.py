@@ -9,7 +9,7 @@ import importlib.util
 import os
 import zlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -22,19 +22,6 @@ FOLDER = "tensorboard"
 _NEEDS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
-class Tracker(Protocol):
-    """What the journal tells, by images seen."""
-
-    def add_line(self, images: int, values: dict[str, float | None]) -> None:
-        """Metrics; None for one that was not finite, which is left out."""
-
-    def add_picture(self, images: int, file: Path) -> None:
-        """A sample grid, PNG."""
-
-    def close(self) -> None:
-        """Everything is on disk after it."""
-
-
 def check_trackers(train: ml_collections.ConfigDict) -> None:
     """Raises `UserError` for an option whose package is not installed: before anything long has begun."""
     for option, package in _NEEDS.items():
@@ -45,7 +32,7 @@ def check_trackers(train: ml_collections.ConfigDict) -> None:
             )
 
 
-def open_trackers(config: ml_collections.ConfigDict, workdir: Path, images: int) -> list[Tracker]:
+def open_trackers(config: ml_collections.ConfigDict, workdir: Path, images: int) -> list[TensorBoard | Wandb]:
     """Those that `config.train` asks for, to go on after `images` images; none for a config without the options."""
     train, found = config.train, []
     if train.get("tensorboard"):
@@ -111,4 +98,5 @@ class Wandb:
 
 
 def _finite(values: dict[str, float | None]) -> dict[str, float]:
+    """A line's metrics without those that were not finite, which are None."""
     return {name: value for name, value in values.items() if value is not None}

@@ -30,7 +30,7 @@ def test_classifier_learns_and_its_statistics_are_the_data_s(head):
     trained = classify.train_classifier(recipe, NARROW, head, labelled(256, 0), label="classification")
     assert classify.accuracy(trained, NARROW, head, labelled(83, 1), 16) > 0.9
     # The first convolution sees the data itself, so the mean of its output is known.
-    first, statistics = trained.trunk["slice1"]["0"], trained.trunk["slice1"]["1"]
+    first, statistics = trained["features"]["slice1"]["0"], trained["features"]["slice1"]["1"]
     padded = np.pad(labelled(256, 0).batch(np.arange(256), 0)["latents"], ((0, 0), (1, 1), (1, 1), (0, 0)))
     windows = [[padded[:, y : y + 8, x : x + 8].mean((0, 1, 2)) for x in range(3)] for y in range(3)]
     expected = np.einsum("yxi,yxio->o", windows, first["kernel"]) + first["bias"]
@@ -97,7 +97,7 @@ def test_two_afc_by_hand():
     data = calibrate.Differences(left, right, np.array([0.25, 0.8, 0.9, 1.0], np.float32))
     # left closer: 0.75 agree; right closer: 0.8; tie: half; left closer: nobody agrees
     assert calibrate.two_afc([np.ones(1)], data) == pytest.approx((0.75 + 0.8 + 0.5 + 0.0) / 4)
-    assert calibrate.two_afc_of_judges(data.judgement) == pytest.approx((0.75 + 0.8 + 0.9 + 1.0) / 4)
+    assert calibrate.scores([np.ones(1)], data)["2afc_of_judges"] == pytest.approx((0.75 + 0.8 + 0.9 + 1.0) / 4)
 
 
 def test_triplets_by_kind(triplet_folder):
