@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from d2g_jax import records
 from d2g_jax.runtime import atomic
@@ -154,18 +155,12 @@ def search(queries: np.ndarray, source: Sequence[Record], count: int, skip: Sequ
     `skip`: for each query a pair that it must not find, as itself; empty for none.
     """
     flat = queries.reshape(len(queries), -1).astype(np.float64)
-    best = Nearest(np.zeros((len(flat), 0), np.int64), np.zeros((len(flat), 0)))
-    for ids, bank in _bank(source):
-        other = bank.reshape(len(bank), -1).astype(np.float64)
-        squares = (flat**2).sum(1)[:, None] + (other**2).sum(1)[None] - 2 * flat @ other.T
-        distances = np.sqrt(np.maximum(squares, 0) / flat.shape[1])
-        if len(skip):
-            distances[ids[None] == np.asarray(skip)[:, None]] = np.inf
-        ids = np.concatenate([best.ids, np.broadcast_to(ids, distances.shape)], axis=1)
-        distances = np.concatenate([best.distances, distances], axis=1)
-        order = np.argsort(distances, axis=1, kind="stable")[:, :count]
-        best = Nearest(np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1))
-    return best
+    parts = [(ids, cdist(flat, bank.reshape(len(bank), -1)) / np.sqrt(flat.shape[1])) for ids, bank in _bank(source)]
+    ids, distances = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+    if len(skip):
+        distances[ids[None] == np.asarray(skip)[:, None]] = np.inf
+    order = np.argsort(distances, axis=1, kind="stable")[:, :count]
+    return Nearest(ids[order], np.take_along_axis(distances, order, 1))
 
 
 def _spread(total: int, count: int) -> list[int]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ from d2g_jax.train.step import Distillation, Frozen, condition, generate
 
 SAMPLES_IN_GRID = 32
 COLUMNS = 8
-T = TypeVar("T")
 Record = dict[str, np.ndarray]
 
 
@@ -130,16 +129,12 @@ class Painter:
         """
         places = {name: np.stack([record[name] for record in batch]) for name in batch[0]}
         places["id"] = places["id"].astype(np.uint32)
-        whole = {name: padded(value, self._padded) for name, value in places.items()}
-        whole |= {f"mix {name}": padded(value, self._padded) for name, value in mix._asdict().items()}
-        placed = meshes.place_whole_batch(whole, self._mesh)
-        mixed = Mix(**{name: placed.pop(f"mix {name}") for name in Mix._fields})
-        return jax.device_get(self._latents(params, self._frozen, placed, mixed))[: len(mix.left)]
+        placed, placed_mix = self._placed((places, mix))
+        return jax.device_get(self._latents(params, self._frozen, placed, placed_mix))[: len(mix.left)]
 
     def decoded(self, latents: np.ndarray) -> np.ndarray:
         """uint8 images (N, H, W, 3) of at most `count` latents (N, C, h, w)."""
-        placed = meshes.place_whole_batch({"x": padded(latents.astype(np.float32), self._padded)}, self._mesh)
-        decoded = jax.device_get(self._decode(self._vae, placed["x"]))
+        decoded = jax.device_get(self._decode(self._vae, self._placed(latents.astype(np.float32))))
         if not decoded.finite[: len(latents)].all():  # a picture is no reason to end a run
             warnings.warn(
                 "the VAE makes images that are not finite of some latents; they are black or white", stacklevel=2
@@ -156,9 +151,7 @@ class Painter:
         found = []
         for first in range(0, len(a), self.count):
             parts = [np.moveaxis(x[first : first + self.count], 1, -1).astype(np.float32) for x in (a, b)]
-            both = {name: padded(x, self._padded) for name, x in zip("ab", parts, strict=True)}
-            placed = meshes.place_whole_batch(both, self._mesh)
-            measured = jax.device_get(self._distances(self._frozen.metric, placed["a"], placed["b"]))
+            measured = jax.device_get(self._distances(self._frozen.metric, *self._placed(parts)))
             found.append(measured[: len(parts[0])])
         return np.concatenate(found).astype(np.float64)
 
@@ -174,9 +167,14 @@ class Painter:
         drawn = self.pictures(params, self._first, Mix.none(self.count))
         file = self._workdir / "samples" / f"images_{images:08d}.png"
         if is_first():
-            rows = [part for pair in zip(_rows(drawn.teacher), _rows(drawn.student), strict=True) for part in pair]
-            save_png(file, grid(np.concatenate(rows), COLUMNS))
+            rows = range(0, self.count, COLUMNS)
+            parts = [images[i : i + COLUMNS] for i in rows for images in (drawn.teacher, drawn.student)]
+            save_png(file, grid(np.concatenate(parts), COLUMNS))
         return file
+
+    def _placed(self, tree: Any) -> Any:
+        """Host arrays, each filled up to one number of rows, over the mesh."""
+        return meshes.place_whole_batch(jax.tree.map(lambda x: padded(x, self._padded), tree), self._mesh)
 
 
 def _distance(metric: LatentLPIPS | DecodedLPIPS | None) -> tuple[str, Callable[..., jax.Array]]:
@@ -186,7 +184,3 @@ def _distance(metric: LatentLPIPS | DecodedLPIPS | None) -> tuple[str, Callable[
     scaled = {"scaled": True} if isinstance(metric, LatentLPIPS) else {}
     name = "LatentLPIPS" if scaled else "LPIPS"
     return name, lambda metric, a, b: metric.distance(a[None], b[None], **scaled)[0]
-
-
-def _rows(images: Sequence[T]) -> Iterator[Sequence[T]]:
-    return (images[i : i + COLUMNS] for i in range(0, len(images), COLUMNS))

@@ -55,20 +55,18 @@ def open_pairs(config: ml_collections.ConfigDict, folder: Path) -> records.PairS
 def check_pairs(folder: Path, manifest: records.Manifest, pipeline: Pipeline) -> None:
     """Raises `UserError` unless these pairs were made by this teacher, and it is one."""
     check_teacher(pipeline)
-    # one process: the others wait for the gigabytes that are hashed
-    first_decides(lambda: _check_pairs(folder, manifest, pipeline))
-
-
-def _check_pairs(folder: Path, manifest: records.Manifest, pipeline: Pipeline) -> None:
     height, width, channels = pipeline.latent_shape
-    records.check_fits(
-        manifest,
-        source=folder,
-        latent_shape=(channels, height, width),
-        token_length=pipeline.token_length,
-        scaling_factor=pipeline.scaling_factor,
-        scheduler=pipeline.scheduler,
-        teacher_hash=folder_hash(pipeline.folder),
+    # one process: the others wait for the gigabytes that are hashed
+    first_decides(
+        lambda: records.check_fits(
+            manifest,
+            source=folder,
+            latent_shape=(channels, height, width),
+            token_length=pipeline.token_length,
+            scaling_factor=pipeline.scaling_factor,
+            scheduler=pipeline.scheduler,
+            teacher_hash=folder_hash(pipeline.folder),
+        )
     )
 
 
@@ -205,19 +203,11 @@ def load_metric(config: ml_collections.ConfigDict, pipeline: Pipeline) -> Metric
 
 def make_regression(config: ml_collections.ConfigDict, metric: Metric | None) -> Any:
     """(metric, key, generated, target) -> (B,), by `config.loss`; `UserError` for an unknown name or preset."""
-
-    def regression(metric: Metric | None, key: jax.Array, generated: jax.Array, target: jax.Array) -> jax.Array:
-        loss = regression_loss(
-            config.name,
-            metric,
-            config.preset,
-            l1_weight=config.l1_weight,
-            pseudo_huber_c=config.pseudo_huber_c,
-        )
-        return loss(key, generated, target)
-
-    regression_loss(config.name, metric, config.preset)  # refuses a wrong name before anything compiles
-    return regression
+    options = {"preset": config.preset, "l1_weight": config.l1_weight, "pseudo_huber_c": config.pseudo_huber_c}
+    regression_loss(config.name, metric, **options)  # refuses a wrong name before anything compiles
+    return lambda metric, key, generated, target: regression_loss(config.name, metric, **options)(
+        key, generated, target
+    )
 
 
 def initial_state(

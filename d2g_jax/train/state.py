@@ -46,14 +46,6 @@ class TrainState:
     left_out: dict[str, jax.Array]
 
 
-def _warmup(learning_rate: float, warmup_steps: int) -> optax.Schedule:
-    return (
-        optax.linear_schedule(0.0, learning_rate, warmup_steps)
-        if warmup_steps
-        else optax.constant_schedule(learning_rate)
-    )
-
-
 def _adam(
     config: ml_collections.ConfigDict,
     learning_rate: float,
@@ -63,7 +55,7 @@ def _adam(
     """`first_beta1`: another first beta, and for how many updates."""
     b1, b2 = config.betas
     # The first update already moves: a schedule that starts at exactly zero wastes a step.
-    schedule = _warmup(learning_rate, config.warmup_images // batch_size)
+    schedule = optax.linear_schedule(0.0, learning_rate, max(1, config.warmup_images // batch_size))
     if config.moment_dtype not in MOMENT_DTYPES:
         raise UserError(
             f"moment_dtype={config.moment_dtype!r} of an optimizer; choose one of {', '.join(MOMENT_DTYPES)}"
