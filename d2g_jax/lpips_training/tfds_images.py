@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from d2g_jax.inputs.images import read_rgb
+from d2g_jax.inputs.tfds_folders import dataset_info
 from d2g_jax.lpips_training.images import Images
 from d2g_jax.records.framing import FrameError, scan, unframe
 from d2g_jax.runtime.errors import UserError
@@ -30,12 +30,8 @@ def open_tfds(folder: Path, split: str) -> Images:
     Raises `UserError` for metadata that TFDS does not read, other features, an unknown split or file format and a
     missing shard.
     """
-    try:
-        info = tfds.builder_from_directory(folder).info
-        files = {name: [Path(file) for file in one.filepaths] for name, one in info.splits.items()}
-    except (OSError, ValueError, KeyError, ParseError, tfds.core.DatasetNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: not a folder that TFDS prepared ({reason}); prepare the dataset again") from error
+    info = dataset_info(folder, "prepare the dataset again")
+    files = {name: [Path(file) for file in one.filepaths] for name, one in info.splits.items()}
     classes = _classes(folder, info.features)
     file_format = info.file_format.value
     if file_format not in ("tfrecord", "array_record"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from d2g_jax.inputs import places, text
+from d2g_jax.inputs.tfds_folders import dataset_info
 from d2g_jax.records.framing import FrameError, read_frames
 from d2g_jax.runtime.errors import UserError
 
@@ -225,15 +226,11 @@ def _check_readable(file: Path) -> None:
 
 def _tfds_values(folder: Path, column: _Column) -> Iterator[bytes]:
     """A text feature of a prepared TFDS folder, file by file, every checksum checked; TensorFlow is not imported."""
-    import tensorflow_datasets as tfds  # a second of import that other sources do not need
+    import tensorflow_datasets as tfds
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2
 
-    try:
-        info = tfds.builder_from_directory(folder).info
-    except (OSError, ValueError, KeyError, tfds.core.DatasetNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: not a folder that TFDS prepared ({reason}); give .../NAME/VERSION") from error
+    info = dataset_info(folder, "give .../NAME/VERSION")
     texts = [name for name, kind in info.features.items() if isinstance(kind, tfds.features.Text)]
     column.check(folder, texts)
     if info.file_format is not tfds.core.FileFormat.TFRECORD:

@@ -278,6 +278,12 @@ def test_broken_tfds_folders(tmp_path):
     with pytest.raises(UserError, match="not a folder that TFDS prepared"):
         read_prompts(tmp_path, 1, "caption")
     folder = write_tfds(tmp_path)
+    file = folder / "dataset_info.json"
+    info = file.read_text()
+    file.write_text(info[:-20])
+    with pytest.raises(UserError, match="not a folder that TFDS prepared"):
+        read_prompts(folder, 1, "caption")
+    file.write_text(info)
     shard = folder / "cats-train.tfrecord-00001-of-00002"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
