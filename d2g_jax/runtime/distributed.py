@@ -11,6 +11,7 @@ only one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -42,7 +43,7 @@ _PATIENCE = 6  # polls without a sign of life; counted, not timed, so that a mac
 _HEARTBEAT_SECONDS = 50  # JAX's own watch, which aborts with a stack trace: for when ours gets no turn
 _CONNECT_SECONDS = 300
 _SILENT_SECONDS = 10
-_joined = threading.Event()
+_joined, _stopped = threading.Event(), threading.Event()
 _END_MILLISECONDS = 7 * 24 * 3600 * 1000
 
 
@@ -96,7 +97,7 @@ def _detect(environment: Mapping[str, str]) -> str | None:
     return "gketpu" if "," in workers or slices != "1" else None
 
 
-def join(environment: Mapping[str, str] = os.environ) -> None:
+def join() -> None:
     """Joins the other processes, if there are any; before any device is used.
 
     It comes first of all, before a config is read: from then on a process that fails alone takes the others along.
@@ -105,7 +106,7 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
     Raises:
       UserError: the environment is half set, or not what the detector needs.
     """
-    place = find_place(environment)
+    place = find_place(os.environ)
     if place is None or _client() is not None:
         return
     where = place.coordinator or place.detector
@@ -129,7 +130,8 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
     finally:
         waiting.cancel()
         _joined.set()
-    _watch.start()
+    _show("0")
+    threading.Thread(target=_watch, name="d2g watch", daemon=True).start()
 
 
 def _wait(place: Place, where: str) -> None:
@@ -143,33 +145,21 @@ def _wait(place: Place, where: str) -> None:
     os._exit(LOST)
 
 
-def start(facts: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
+def start(facts: Mapping[str, Any]) -> None:
     """Joins the other processes unless that is done, and compares what they are about to do.
 
     Args:
       facts: what must be the same everywhere, such as the config with its keys joined by dots.
 
     Raises:
-      UserError: as `join` does; or facts differ, then in all processes.
+      UserError: as `join` does; or facts differ from those of process 0, then the same one in all processes.
     """
-    join(environment)
-    if _client() is not None:
-        _agree({**facts, "jax": jax.__version__, "d2g_jax": __version__})
-
-
-def process_id() -> int:
-    """This process' number, 0 where it is alone; unlike `jax.process_index` without using a device."""
-    return runtime.global_state.process_id
-
-
-def _client() -> Any:
-    return runtime.global_state.client
-
-
-def _agree(facts: dict[str, Any]) -> None:
-    """Raises the same `UserError` in all processes when the facts of one differ from those of process 0."""
+    join()
     client, count = _client(), runtime.global_state.num_processes
-    client.key_value_set(f"{_FACTS}/{process_id()}", json.dumps({**facts, "host": socket.gethostname()}))
+    if client is None:
+        return
+    own = {**facts, "jax": jax.__version__, "d2g_jax": __version__, "host": socket.gethostname()}
+    client.key_value_set(f"{_FACTS}/{process_id()}", json.dumps(own))
     client.wait_at_barrier(_FACTS, _CONNECT_SECONDS * 1000)
     everyone = {int(key.rpartition("/")[2]): json.loads(text) for key, text in client.key_value_dir_get(_FACTS)}
     first = everyone[0]
@@ -182,6 +172,15 @@ def _agree(facts: dict[str, Any]) -> None:
                     f"process {process} on {mine['host']} has {key}={mine.get(key)!r}, process 0 has "
                     f"{first.get(key)!r}; start all processes with the same command and the same code"
                 )
+
+
+def process_id() -> int:
+    """This process' number, 0 where it is alone; unlike `jax.process_index` without using a device."""
+    return runtime.global_state.process_id
+
+
+def _client() -> Any:
+    return runtime.global_state.client
 
 
 def say(message: str) -> None:
@@ -213,11 +212,13 @@ def finish(code: int, message: str = "") -> int:
         return code
     if code == 0:
         client.wait_at_barrier("d2g/end", _END_MILLISECONDS)
-        _watch.stop()
+        _stopped.set()
         return code
-    _watch.fail(code, message)
+    _stopped.set()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone, and all who could read this
+        _show(f"failed {code} {message}")  # the others leave with the same code
     if process_id() == 0:
-        _watch.linger()  # the key-value store is here, and the others still read it
+        _linger()  # the key-value store is here, and the others still read it
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -235,74 +236,57 @@ def crash() -> None:
         finish(1, "ended by the exception above")
 
 
-class _Watch:
-    """The thread that shows that this process lives, and looks whether the others do."""
+def _linger() -> None:
+    """Returns when every other process has failed too, or is taken for dead."""
+    others = runtime.global_state.num_processes - 1
+    for _ in range(_PATIENCE):
+        if sum(text.startswith("failed") for text in _look().values()) > others:
+            break
+        time.sleep(_POLL_SECONDS / 2)
+    time.sleep(1.0)  # between their last word here and their end
 
-    def __init__(self) -> None:
-        self._stopped = threading.Event()
 
-    def start(self) -> None:
-        self._show("0")
-        threading.Thread(target=self._run, name="d2g watch", daemon=True).start()
+def _show(text: str) -> None:
+    """Tells the others how this process is."""
+    _client().key_value_set(f"{_ALIVE}/{process_id()}", text, allow_overwrite=True)
 
-    def stop(self) -> None:
-        self._stopped.set()
 
-    def fail(self, code: int, message: str) -> None:
-        """Tells the others, who leave with the same code."""
-        self._stopped.set()
+def _look() -> dict[int, str]:
+    """What every process last said of itself."""
+    return {int(key.rpartition("/")[2]): text for key, text in _client().key_value_dir_get(_ALIVE)}
+
+
+def _watch() -> None:
+    """Shows that this process lives, and looks whether the others do, until `_stopped`."""
+    beats, still, before = 0, {}, {}
+    while not _stopped.wait(_POLL_SECONDS):
+        beats += 1
         try:
-            self._show(f"failed {code} {message}")
+            _show(str(beats))
+            now = _look()
         except jax.errors.JaxRuntimeError:
-            return  # the coordinator is gone, and with it all who could read this
-
-    def linger(self) -> None:
-        """Returns when every other process has failed too, or is taken for dead."""
-        others = runtime.global_state.num_processes - 1
-        for _ in range(_PATIENCE):
-            if sum(text.startswith("failed") for text in self._look().values()) > others:
-                break
-            time.sleep(_POLL_SECONDS / 2)
-        time.sleep(1.0)  # between their last word here and their end
-
-    def _show(self, text: str) -> None:
-        _client().key_value_set(f"{_ALIVE}/{process_id()}", text, allow_overwrite=True)
-
-    def _look(self) -> dict[int, str]:
-        return {int(key.rpartition("/")[2]): text for key, text in _client().key_value_dir_get(_ALIVE)}
-
-    def _run(self) -> None:
-        beats, still, before = 0, {}, {}
-        while not self._stopped.wait(_POLL_SECONDS):
-            beats += 1
-            try:
-                self._show(str(beats))
-                now = self._look()
-            except jax.errors.JaxRuntimeError:
-                self._leave(0, LOST, "does not answer any more")
-                return  # stopped meanwhile
-            still = {who: still.get(who, 0) + 1 if before.get(who) == text else 0 for who, text in now.items()}
-            before = now
-            for who, text in now.items():
-                if text.startswith("failed") and still[who] >= 2:  # time to fail likewise, by ourselves
-                    _, code, *message = text.split(" ", 2)
-                    self._leave(who, int(code), f"has ended: {''.join(message)}")
-                if still[who] >= _PATIENCE:
-                    self._leave(who, LOST, f"gave no sign of life for {_PATIENCE * _POLL_SECONDS:.0f} s")
-
-    def _leave(self, who: int, code: int, what: str) -> None:
-        if self._stopped.is_set():
-            return
-        first = 1 if who == 0 else 0
-        if process_id() == first:
-            count = runtime.global_state.num_processes
-            print(
-                f"d2g: process {who} of {count} {what}; all stop here, the same command goes on from the newest "
-                "checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
-        os._exit(code)
+            _leave(0, LOST, "does not answer any more")
+            return  # stopped meanwhile
+        still = {who: still.get(who, 0) + 1 if before.get(who) == text else 0 for who, text in now.items()}
+        before = now
+        for who, text in now.items():
+            if text.startswith("failed") and still[who] >= 2:  # time to fail likewise, by ourselves
+                _, code, *message = text.split(" ", 2)
+                _leave(who, int(code), f"has ended: {''.join(message)}")
+            if still[who] >= _PATIENCE:
+                _leave(who, LOST, f"gave no sign of life for {_PATIENCE * _POLL_SECONDS:.0f} s")
 
 
-_watch = _Watch()
+def _leave(who: int, code: int, what: str) -> None:
+    """Ends this process because of another; returns only where the watch was stopped meanwhile."""
+    if _stopped.is_set():
+        return
+    first = 1 if who == 0 else 0
+    if process_id() == first:
+        count = runtime.global_state.num_processes
+        print(
+            f"d2g: process {who} of {count} {what}; all stop here, the same command goes on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+    os._exit(code)

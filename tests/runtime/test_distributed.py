@@ -1,5 +1,7 @@
 """Which processes make up a job, by the environment."""
 
+import threading
+
 import jax
 import pytest
 
@@ -54,12 +56,13 @@ def test_half_set_variables_are_named(environment, message):
 
 
 def test_a_watch_that_is_stopped_while_the_store_goes_ends_quietly(monkeypatch):
-    watch = distributed._Watch()
+    stopped = threading.Event()
+    monkeypatch.setattr(distributed, "_stopped", stopped)
     monkeypatch.setattr(distributed, "_POLL_SECONDS", 0)
 
     def gone(text):
-        watch.stop()
+        stopped.set()
         raise jax.errors.JaxRuntimeError("the store is gone")
 
-    monkeypatch.setattr(watch, "_show", gone)
-    watch._run()
+    monkeypatch.setattr(distributed, "_show", gone)
+    distributed._watch()
