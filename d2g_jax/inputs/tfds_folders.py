@@ -9,7 +9,10 @@ from d2g_jax.runtime.errors import UserError
 
 
 def dataset_info(folder: Path, remedy: str) -> Any:
-    """The `tfds.core.DatasetInfo` of a folder. Raises `UserError`, which ends with `remedy`, where TFDS cannot read it."""
+    """The `tfds.core.DatasetInfo` of a folder.
+
+    Raises `UserError`, which ends with `remedy`, where TFDS cannot read it.
+    """
     import tensorflow_datasets as tfds  # a second of import that other sources do not need
     from google.protobuf.json_format import ParseError
 
