@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,9 @@ from typing import Any
 import ml_collections
 
 from d2g_jax.ablate.rows import Ablation, Row
+from d2g_jax.config.configuration import with_settings
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.runs import flatten
 
 
 def student_config(config: ml_collections.ConfigDict, row: Row, seed: int) -> ml_collections.ConfigDict:
@@ -19,17 +20,15 @@ def student_config(config: ml_collections.ConfigDict, row: Row, seed: int) -> ml
 
     Only the last checkpoint is kept: that is what is judged, and there will be many students.
     """
-    student = copy.deepcopy(config)
-    student.update_from_flattened_dict(dict(row.changes))
-    student.name, student.seed = row.name, seed
-    student.train.update(keep_checkpoints=1, keep_best="")
-    return student
+    own = {"name": row.name, "seed": seed, "train.keep_checkpoints": 1, "train.keep_best": ""}
+    return with_settings(config, dict(row.changes) | own)
 
 
 def check_config(config: ml_collections.ConfigDict, ablation: Ablation) -> None:
     """Raises `UserError` for a config under which two rows would be the same run, or one could not be timed."""
+    flat = flatten(config.to_dict())
     for key, off in ablation.switches:
-        if _value(config, key) == off:
+        if flat[key] == off:
             rows = [row.title for row in ablation.rows if (key, off) not in row.changes]
             raise UserError(
                 f"{key} is {off} in this config, so that the row {rows[0]!r} would be that before it; give "
@@ -67,8 +66,3 @@ def images_per_second(lines: Sequence[Mapping[str, Any]], begins: int) -> float:
     marks = [(0, 0.0), *((line["images"], line["seconds"]) for line in lines)]
     rates = [(b - a) / (until - since) for (a, since), (b, until) in itertools.pairwise(marks) if a >= begins]
     return statistics.median(rates)
-
-
-def _value(config: ml_collections.ConfigDict, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return config[section][name]

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 
 from d2g_jax.plan.trace import program_cost
-from d2g_jax.runtime import atomic
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.progress import Progress
 from d2g_jax.runtime.runs import environment
@@ -270,11 +269,6 @@ def _processor() -> str | None:
 def _load_average() -> float | None:
     """Programs that wanted to run in the last five minutes: beyond the cores, times are those of a busy machine."""
     return round(os.getloadavg()[1], 2) if hasattr(os, "getloadavg") else None
-
-
-def write_report(report: dict[str, Any], file: str | Path) -> None:
-    """Writes the report as JSON, whole or not at all; raises `UserError` when it cannot."""
-    atomic.write_json(file, report)
 
 
 def format_report(report: dict[str, Any]) -> str:

@@ -15,7 +15,6 @@ from d2g_jax.models import clip
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline.folder import Pipeline, placer
 from d2g_jax.plan.architectures import IMAGES, KNOWN, MODELS, abstract_pipeline, computing_in
-from d2g_jax.runtime.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
 
@@ -26,12 +25,6 @@ Place = Callable[[tuple[str, ...], np.ndarray], Any]
 def default_dtype() -> str:
     """What one computes in on this device: float32 on a CPU, bfloat16 elsewhere."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def check_dtype(dtype: str) -> None:
-    """Raises `UserError` unless `dtype` is one of `DTYPES`."""
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype}: give {' or '.join(DTYPES)}")
 
 
 def random_pipeline(model: str, dtype: str, storage: str, seed: int, mesh: jax.sharding.Mesh) -> Pipeline:

@@ -7,7 +7,6 @@ same steps, guidance, batch, precision and noise. Nothing is decoded.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,10 +24,13 @@ from d2g_jax.bench.measure import (
     ratio,
     time_in_turns,
 )
-from d2g_jax.bench.networks import check_dtype, default_dtype, known, random_pipeline
+from d2g_jax.bench.networks import default_dtype, known, random_pipeline
 from d2g_jax.bench.programs import Compiled, together
+from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.diffusion import noise
 from d2g_jax.digits.config import WEIGHTS
+from d2g_jax.inputs.numbers import SEED
+from d2g_jax.inputs.places import expanded
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Solution, draw, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
@@ -74,10 +76,11 @@ class Request:
     def resolved(self) -> Request:
         """The request with this device's defaults; raises `UserError` that names the flag."""
         check_counts(self, "batch", "steps", "repeats")
+        SEED.check("--seed", self.seed)
         if self.batch % jax.device_count():
             raise UserError(f"--batch={self.batch} is not a multiple of the {jax.device_count()} devices")
         dtype = self.dtype or default_dtype()
-        check_dtype(dtype)
+        compute_dtype("--dtype", dtype)  # refuses another
         return dataclasses.replace(self, dtype=dtype, compile=torch_pipeline.compiles(self.compile))
 
 
@@ -111,7 +114,7 @@ def load(request: Request, mesh: jax.sharding.Mesh) -> Pipeline:
     """
     if known(request.model):
         return random_pipeline(request.model, request.dtype, "float32", request.seed, mesh)
-    if "/" not in request.model and not Path(request.model).exists():
+    if "/" not in request.model and not expanded(request.model).exists():
         raise UserError(f"--model={request.model}: no such folder, and no name; give a folder or {', '.join(MODELS)}")
     return Pipeline.load(request.model, jnp.dtype(request.dtype), mesh)
 
@@ -151,23 +154,24 @@ def _ours(
         (batch,) = draw(compiled, mesh, drawn, input_ids, request.batch, images=False)
         return batch.latents
 
-    return Candidate("d2g_jax", request.dtype, call, facts, describe=lambda latents: _keep(kept, "d2g_jax", latents))
+    return Candidate("d2g_jax", request.dtype, call, facts, describe=lambda latents: keep(kept, "d2g_jax", latents))
 
 
 def _diffusers(request: Request, pipeline: Pipeline, drawn: np.ndarray, kept: dict[str, np.ndarray]) -> Candidate:
     """diffusers' own class for the pipeline, on the device that JAX uses."""
-    if reason := torch_pipeline.alone_missing():
+    if reason := torch_pipeline.alone_missing(pipeline):
         return Candidate("diffusers", request.dtype, None, not_run=reason)
     solution = Solution(steps=request.steps, guidance_scale=request.guidance_scale)
     prompts = [request.prompt] * request.batch
     call = torch_pairs.solver(pipeline, solution, prompts, drawn, request.dtype, compiles=request.compile)
 
     def describe(latents: np.ndarray) -> dict[str, Any]:
-        return {**_keep(kept, "diffusers", latents), **torch_pipeline.peak(latents)}
+        return {**keep(kept, "diffusers", latents), **torch_pipeline.peak(latents)}
 
     return Candidate("diffusers", request.dtype, call, describe=describe)
 
 
-def _keep(kept: dict[str, np.ndarray], side: str, latents: np.ndarray) -> dict[str, Any]:
-    kept[side] = latents
-    return {"latent_std": float(latents.std())}
+def keep(kept: dict[Any, np.ndarray], side: Any, latents: Any) -> dict[str, Any]:
+    """Puts a side's latents aside, for `check_same`; for its row their standard deviation."""
+    kept[side] = np.asarray(latents)
+    return {"latent_std": float(kept[side].std())}

@@ -25,12 +25,14 @@ from d2g_jax.bench.measure import (
     ratio,
     time_in_turns,
 )
-from d2g_jax.bench.networks import check_dtype, default_dtype, random_input_ids, random_pipeline
-from d2g_jax.bench.pairs import check_same
+from d2g_jax.bench.networks import default_dtype, random_input_ids, random_pipeline
+from d2g_jax.bench.pairs import check_same, keep
 from d2g_jax.bench.programs import Compiled, together
+from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.diffusion import noise
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.diffusion.systems import OneStep
+from d2g_jax.inputs.numbers import SEED
 from d2g_jax.pipeline.draw import Programs, one_step_programs
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import mesh as meshes
@@ -75,11 +77,12 @@ class Request:
         default = (devices, 8 * devices) if accelerator else (devices,)
         batches = default if self.batches is None else self.batches
         dtype = self.dtype or default_dtype()
-        check_dtype(dtype)
+        compute_dtype("--dtype", dtype)  # refuses another
         if not batches or min(batches) < 1 or any(batch % devices for batch in batches):
             listed = ",".join(map(str, batches))
             raise UserError(f"--batches={listed}: give numbers that are multiples of the {devices} devices")
         check_counts(self, "repeats")
+        SEED.check("--seed", self.seed)
         if not self.parts or not set(self.parts) <= set(PARTS):
             raise UserError(f"--parts={','.join(self.parts)}: give some of {', '.join(PARTS)}")
         compiles = torch_pipeline.compiles(self.compile)
@@ -96,9 +99,9 @@ def run(request: Request) -> dict[str, Any]:
     pipeline = random_pipeline(request.model, request.dtype, request.dtype, request.seed, mesh)
     timestep = Schedule.from_config(pipeline.scheduler).num_train_timesteps - 1
     programs = one_step_programs(pipeline, pipeline.params["unet"], OneStep(timestep), mesh)
-    theirs, reason = None, "left out by --no-torch"
-    if request.torch:
-        theirs, reason = torch_pipeline.build(pipeline, request.dtype, timestep, compiles=request.compile)
+    theirs, reason = None, torch_pipeline.left_out(pipeline) if request.torch else None
+    if request.torch and reason is None:
+        theirs = torch_pipeline.TorchPipeline(pipeline, request.dtype, timestep, compiles=request.compile)
     rows, latents = [(None, None, product_candidate(request.dtype))], {}
     for batch in request.batches:
         inputs = _inputs(request, pipeline, batch)
@@ -118,19 +121,12 @@ def run(request: Request) -> dict[str, Any]:
     return make_report("sample", dataclasses.asdict(request), measured, list(_bars(request, measured)))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Inputs:
+def _inputs(request: Request, pipeline: Pipeline, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """On the host: token ids (B, T L), and noise (B, C, h, w)."""
-
-    input_ids: np.ndarray
-    noise: np.ndarray
-
-
-def _inputs(request: Request, pipeline: Pipeline, batch: int) -> _Inputs:
     height, width, channels = pipeline.latent_shape
     ids = np.arange(batch, dtype=np.uint32)
     drawn = np.asarray(noise.record_noise(request.seed, ids, (channels, height, width)))
-    return _Inputs(random_input_ids(pipeline, batch, request.seed), drawn)
+    return random_input_ids(pipeline, batch, request.seed), drawn
 
 
 def _name(part: str, batch: int, side: str = "") -> str:
@@ -138,20 +134,25 @@ def _name(part: str, batch: int, side: str = "") -> str:
 
 
 def _ours(
-    request: Request, programs: Programs, mesh: jax.sharding.Mesh, inputs: _Inputs, kept: dict[Any, np.ndarray]
+    request: Request,
+    programs: Programs,
+    mesh: jax.sharding.Mesh,
+    inputs: tuple[np.ndarray, np.ndarray],
+    kept: dict[Any, np.ndarray],
 ) -> dict[str, Candidate]:
     """A candidate for each of `PARTS`; the UNet's latents are kept under (batch, "ours")."""
-    batch, placed = len(inputs.noise), meshes.place_batch({"noise": inputs.noise, "ids": inputs.input_ids}, mesh)
+    input_ids, drawn = inputs
+    batch, placed = len(drawn), meshes.place_batch({"noise": drawn, "ids": input_ids}, mesh)
     text = Compiled.of(programs.encode, placed["ids"])
     unet = Compiled.of(programs.solve, placed["noise"], text.results)
     vae = Compiled.of(programs.decode, unet.results)
     parts = {"text": text, "unet": unet, "vae": vae}
     refused = does_not_fit(max(part.facts.temp_bytes + part.facts.output_bytes for part in parts.values()))
     condition = None if refused else jax.block_until_ready(text.call(placed["ids"]))
-    latents = jax.device_put(inputs.noise, unet.results.sharding)  # of the right shape
+    latents = jax.device_put(drawn, unet.results.sharding)  # of the right shape
 
     def everything() -> np.ndarray:
-        ids = meshes.place_batch(inputs.input_ids, mesh)
+        ids = meshes.place_batch(input_ids, mesh)
         return np.asarray(vae.call(unet.call(placed["noise"], text.call(ids))).images)
 
     calls: dict[str, Callable[[], Any]] = {
@@ -161,7 +162,7 @@ def _ours(
         "all": everything,
     }
     facts = {name: part.facts for name, part in parts.items()} | {"all": together([p.facts for p in parts.values()])}
-    describe = {"unet": functools.partial(_keep, kept, (batch, "ours"))}
+    describe = {"unet": functools.partial(keep, kept, (batch, "ours"))}
     return {
         part: Candidate(
             _name(part, batch), request.dtype, None if refused else call, facts[part], refused,
@@ -175,28 +176,23 @@ def _torch(
     request: Request,
     theirs: torch_pipeline.TorchPipeline | None,
     reason: str | None,
-    inputs: _Inputs,
+    inputs: tuple[np.ndarray, np.ndarray],
     kept: dict[Any, np.ndarray],
 ) -> dict[str, Candidate]:
     """The same candidates of diffusers' modules; the UNet's latents are kept under (batch, "torch")."""
-    batch = len(inputs.noise)
+    batch = len(inputs[1])
     if theirs is None:
         return {p: Candidate(_name(p, batch, "torch"), request.dtype, None, not_run=reason) for p in PARTS}
-    calls: dict[str, Callable[[], Any]] = theirs.calls(inputs.input_ids, inputs.noise)
+    calls: dict[str, Callable[[], Any]] = theirs.calls(*inputs)
     candidates = {
         part: Candidate(_name(part, batch, "torch"), request.dtype, call, describe=torch_pipeline.peak)
         for part, call in calls.items()
     }
 
-    def keep(result: Any) -> dict[str, Any]:
-        return {**_keep(kept, (batch, "torch"), result.float().cpu().numpy()), **torch_pipeline.peak(result)}
+    def describe(result: Any) -> dict[str, Any]:
+        return {**keep(kept, (batch, "torch"), result.float().cpu().numpy()), **torch_pipeline.peak(result)}
 
-    return {**candidates, "unet": dataclasses.replace(candidates["unet"], describe=keep)}
-
-
-def _keep(kept: dict[Any, np.ndarray], key: tuple[int, str], latents: Any) -> dict[str, Any]:
-    kept[key] = np.asarray(latents)
-    return {"latent_std": float(kept[key].std())}
+    return {**candidates, "unet": dataclasses.replace(candidates["unet"], describe=describe)}
 
 
 def _check_all(latents: dict[Any, np.ndarray]) -> None:

@@ -5,7 +5,6 @@ Nothing here imports torch before it is called, and torch is no dependency.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 import os
@@ -37,10 +36,15 @@ def missing(packages: Sequence[str] = RIVALS) -> str | None:
     return f"this torch has no {backend}"
 
 
-def alone_missing() -> str | None:
-    """As `missing`, of what runs on one device only: it isn't held against several of ours."""
+def left_out(pipeline: Pipeline) -> str | None:
+    """Why a pipeline has no counterpart here; None where it has one."""
+    return missing() if pipeline.classes is None else "left out: only teachers that are told text have a counterpart"
+
+
+def alone_missing(pipeline: Pipeline) -> str | None:
+    """As `left_out`, of what runs on one device only: it isn't held against several of ours."""
     several = jax.default_backend() != "cpu" and jax.device_count() > 1
-    return missing() or ("it runs on one device, ours on several" if several else None)
+    return left_out(pipeline) or ("it runs on one device, ours on several" if several else None)
 
 
 def device() -> str:
@@ -124,37 +128,26 @@ def modules(pipeline: Pipeline, dtype: str) -> dict[str, Any]:
     return {name: module(net, pipeline.params[name], dtype).eval() for name, net in pipeline.networks.items()}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class TorchText:
-    """Text towers in PyTorch.
+    """Text towers in PyTorch."""
 
-    Attributes:
-      towers: modules, in evaluation.
-      split: tokens of the first one.
-      time_ids: SDXL's six numbers.
-    """
-
-    towers: list[Any]
-    split: int
-    time_ids: tuple[float, ...]
-
-    @classmethod
-    def of(cls, pipeline: Pipeline, towers: list[Any]) -> TorchText:
-        """For the pipeline whose towers these are."""
-        return cls(towers, pipeline.tokenizer.model_max_length, tuple(map(float, size_ids(pipeline))))
+    def __init__(self, pipeline: Pipeline, towers: list[Any]):
+        """`towers`: the pipeline's modules, in evaluation."""
+        self._towers, self._split = towers, pipeline.tokenizer.model_max_length
+        self._time_ids = tuple(map(float, size_ids(pipeline)))
 
     def encode(self, input_ids: Any) -> tuple[Any, dict[str, Any] | None]:
         """Token ids (B, T L) to hidden states, and what SDXL adds to its time."""
         import torch
 
-        if len(self.towers) == 1:
-            return self.towers[0](input_ids=input_ids).last_hidden_state, None
-        parts = input_ids[:, : self.split], input_ids[:, self.split :]
+        if len(self._towers) == 1:
+            return self._towers[0](input_ids=input_ids).last_hidden_state, None
+        parts = input_ids[:, : self._split], input_ids[:, self._split :]
         outputs = [
-            tower(input_ids=ids, output_hidden_states=True) for tower, ids in zip(self.towers, parts, strict=True)
+            tower(input_ids=ids, output_hidden_states=True) for tower, ids in zip(self._towers, parts, strict=True)
         ]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-        ids = torch.tensor([self.time_ids] * len(input_ids), device=hidden.device, dtype=hidden.dtype)
+        ids = torch.tensor([self._time_ids] * len(input_ids), device=hidden.device, dtype=hidden.dtype)
         return hidden, {"text_embeds": outputs[1].text_embeds, "time_ids": ids}
 
 
@@ -166,41 +159,44 @@ def to_x0(prediction_type: str, output: Any, noise: Any, alpha_bar: float) -> An
     return signal * noise - sigma * output if prediction_type == "v_prediction" else output
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class TorchPipeline:
-    """One-step sampling in PyTorch.
+    """One-step sampling in PyTorch, by a pipeline's weights."""
 
-    Attributes:
-      text, unet, vae: modules, in evaluation.
-      dtype: of weights and arithmetic.
-      timestep: of the one call.
-      prediction_type, alpha_bar: what the UNet answers, and where in the schedule it is asked.
-      scaling_factor: of the latents.
-      compiled: whether torch.compile has them.
-    """
+    def __init__(self, pipeline: Pipeline, dtype: str, timestep: int, *, compiles: bool):
+        """For a pipeline that `left_out` has nothing against.
 
-    text: TorchText
-    unet: Any
-    vae: Any
-    dtype: Any
-    timestep: int
-    prediction_type: str
-    alpha_bar: float
-    scaling_factor: float
-    compiled: bool
+        Args:
+          dtype: of weights and arithmetic.
+          timestep: of the one call.
+          compiles: torch.compile of the towers, the UNet and the decoder, on GPUs with max-autotune.
+        """
+        import torch
+
+        parts = modules(pipeline, dtype)
+        if compiles:
+            compiled = compiler()
+            for name in (*pipeline.towers, "unet"):
+                parts[name] = compiled(parts[name])
+            parts["vae"].decode = compiled(parts["vae"].decode)
+        schedule = Schedule.from_config(pipeline.scheduler)
+        self._text = TorchText(pipeline, [parts[name] for name in pipeline.towers])
+        self._unet, self._vae, self._compiled = parts["unet"], parts["vae"], compiles
+        self._dtype, self._timestep = getattr(torch, dtype), timestep
+        self._prediction_type, self._alpha_bar = schedule.prediction_type, float(schedule.alphas_cumprod[timestep])
+        self._scaling_factor = pipeline.scaling_factor
 
     def solve(self, noise: Any, condition: tuple[Any, dict[str, Any] | None]) -> Any:
         """Noise (B, C, h, w) to float32 latents."""
         hidden, added = condition
-        sample, t = noise.to(self.dtype), noise.new_full((len(noise),), self.timestep).long()
-        output = self.unet(sample, t, encoder_hidden_states=hidden, added_cond_kwargs=added).sample.float()
-        return to_x0(self.prediction_type, output, noise, self.alpha_bar)
+        sample, t = noise.to(self._dtype), noise.new_full((len(noise),), self._timestep).long()
+        output = self._unet(sample, t, encoder_hidden_states=hidden, added_cond_kwargs=added).sample.float()
+        return to_x0(self._prediction_type, output, noise, self._alpha_bar)
 
     def decode(self, latents: Any) -> Any:
         """Latents to uint8 images (B, H, W, 3), rounded as diffusers does."""
         import torch
 
-        images = self.vae.decode((latents / self.scaling_factor).to(self.dtype)).sample.float()
+        images = self._vae.decode((latents / self._scaling_factor).to(self._dtype)).sample.float()
         return ((images * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def calls(self, input_ids: np.ndarray, noise: np.ndarray) -> dict[str, Callable[[], Any]]:
@@ -212,7 +208,7 @@ class TorchPipeline:
 
         def waited(call: Callable[[], Any]) -> Callable[[], Any]:
             def run() -> Any:
-                if self.compiled and place == "cuda":
+                if self._compiled and place == "cuda":
                     torch.compiler.cudagraph_mark_step_begin()
                 with torch.inference_mode():
                     result = call()
@@ -224,45 +220,13 @@ class TorchPipeline:
 
         def everything() -> Any:
             ids = torch.from_numpy(input_ids).long().to(place)
-            return self.decode(self.solve(drawn, self.text.encode(ids))).cpu()
+            return self.decode(self.solve(drawn, self._text.encode(ids))).cpu()
 
         with torch.inference_mode():
-            condition = jax.tree.map(torch.clone, self.text.encode(ids))  # a compiled tower writes over its results
+            condition = jax.tree.map(torch.clone, self._text.encode(ids))  # a compiled tower writes over its results
         return {
-            "text": waited(lambda: self.text.encode(ids)),
+            "text": waited(lambda: self._text.encode(ids)),
             "unet": waited(lambda: self.solve(drawn, condition)),
             "vae": waited(lambda: self.decode(drawn)),  # latents of the right shape
             "all": waited(everything),
         }
-
-
-def build(
-    pipeline: Pipeline, dtype: str, timestep: int, *, compiles: bool
-) -> tuple[TorchPipeline, None] | tuple[None, str]:
-    """The pipeline with the same weights; or None and why it does not run here.
-
-    `compiles`: torch.compile of the towers, the UNet and the decoder, on GPUs with max-autotune.
-    """
-    if reason := missing():
-        return None, reason
-    import torch
-
-    parts = modules(pipeline, dtype)
-    if compiles:
-        compiled = compiler()
-        for name in (*pipeline.towers, "unet"):
-            parts[name] = compiled(parts[name])
-        parts["vae"].decode = compiled(parts["vae"].decode)
-    schedule = Schedule.from_config(pipeline.scheduler)
-    made = TorchPipeline(
-        text=TorchText.of(pipeline, [parts[name] for name in pipeline.towers]),
-        unet=parts["unet"],
-        vae=parts["vae"],
-        dtype=getattr(torch, dtype),
-        timestep=timestep,
-        prediction_type=schedule.prediction_type,
-        alpha_bar=float(schedule.alphas_cumprod[timestep]),
-        scaling_factor=pipeline.scaling_factor,
-        compiled=compiles,
-    )
-    return made, None

@@ -38,7 +38,7 @@ def candidate(
     float32 and arithmetic `train.dtype` by autocast, as ours; `compiles`: torch.compile of the UNet.
     """
     dtype = run.config.train.dtype
-    reason = refused or torch_pipeline.alone_missing()
+    reason = refused or torch_pipeline.alone_missing(abstract_pipeline(run.config.pipeline))
     if training is None or data is None or reason:
         return Candidate(name, dtype, None, not_run=reason)
     step = _build(run, training, data, compiles=compiles)
@@ -61,7 +61,7 @@ def _build(run: Run, training: Training, data: dict[str, np.ndarray], *, compile
         torch_pipeline.module(clip.build(tower.config), training.towers[key], "float32").eval()
         for key, tower in pipeline.towers.items()
     ]
-    text = torch_pipeline.TorchText.of(pipeline, towers)
+    text = torch_pipeline.TorchText(pipeline, towers)
     parameters = list(unet.parameters())
     average = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(

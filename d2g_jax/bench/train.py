@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,8 @@ from d2g_jax.bench.measure import (
     time_in_turns,
 )
 from d2g_jax.bench.training import Run, Training, compile_run, state_bytes, with_loss_and_batch
+from d2g_jax.inputs.numbers import SEED
+from d2g_jax.plan.shapes import run_shapes
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.progress import Progress
@@ -78,6 +81,7 @@ class Request:
     def resolved(self) -> Request:
         """The request with the config's batch and this device's default; raises `UserError` that names the flag."""
         check_counts(self, "repeats")
+        SEED.check("--seed", self.seed)
         losses = tuple(dict.fromkeys(("mse", self.config.loss.name))) if self.losses is None else self.losses
         if len(set(losses)) < max(1, len(losses)):
             raise UserError(f"--losses={','.join(losses)}: give names of losses, each once")
@@ -121,14 +125,17 @@ def run(request: Request) -> dict[str, Any]:
 
 
 def _compile_all(request: Request, mesh: jax.sharding.Mesh) -> dict[int, Runs]:
-    """By batch and loss: of all losses G's steps, of the last one also D's."""
+    """By batch and loss: of all losses G's steps, of the last one also D's.
+
+    Raises `UserError`, before the first compilation, as `d2g plan` does for a config that fits no mesh and a pipeline
+    whose shapes are not known.
+    """
+    asked = list(itertools.product(request.batches, request.losses))
+    shapes = [run_shapes(with_loss_and_batch(request.config, loss, batch), mesh) for batch, loss in asked]
     runs: dict[int, Runs] = {batch: {} for batch in request.batches}
-    with Progress("compile", len(request.batches) * len(request.losses), "runs") as progress:
-        for batch, of_batch in runs.items():
-            for loss in request.losses:
-                config = with_loss_and_batch(request.config, loss, batch)
-                of_batch[loss] = compile_run(config, mesh, None if loss == request.losses[-1] else _G_STEPS)
-                progress.advance(1)
+    with Progress("compile", len(asked), "runs") as progress:
+        for (batch, loss), of_run in progress.over(list(zip(asked, shapes, strict=True))):
+            runs[batch][loss] = compile_run(of_run, None if loss == request.losses[-1] else _G_STEPS)
     return runs
 
 
@@ -144,20 +151,21 @@ def _candidates(
         placed = meshes.place_whole_batch(data, main.shapes.mesh)
         frozen = {loss: training.frozen(run) for loss, run in runs.items()}
 
-    def candidate(name: str, loss: str, program: str, method: str) -> Candidate:
+    def candidate(name: str, loss: str, program: str) -> Candidate:
         run, call = runs[loss], None
         if training is not None:
-            call = functools.partial(getattr(training, method), run, frozen[loss], placed)
+            call = functools.partial(training.step, run, program, frozen[loss], placed)
         return Candidate(name, dtype, call, run.facts[program], refused, lambda m: {"images": batch, **_loss(m)})
 
-    steps = [(f"g, {loss} x{batch}", loss, "g_regression", "regress") for loss in runs]
-    steps += [(f"g + adversary, {loss} x{batch}", loss, "g_adversarial", "fool") for loss in runs]
+    # MSE goes first: PyTorch's step has the weights of before all calls, and the first losses of both are compared.
+    steps = [(f"g, {loss} x{batch}", loss, "g_regression") for loss in sorted(runs, key=lambda loss: loss != "mse")]
+    steps += [(f"g + adversary, {loss} x{batch}", loss, "g_adversarial") for loss in runs]
     last = request.losses[-1]
-    steps += [(f"d x{batch}", last, "d", "discriminate"), (f"r1 x{batch}", last, "r1", "regularise")]
-    for name, loss, program, method in steps:
+    steps += [(f"d x{batch}", last, "d"), (f"r1 x{batch}", last, "r1")]
+    for name, loss, program in steps:
         if program not in runs[loss].facts:
             continue
-        yield candidate(name, loss, program, method)
+        yield candidate(name, loss, program)
         if request.torch and name == f"g, mse x{batch}":
             yield torch_train.candidate(
                 f"{name} (torch)", runs[loss], training, data, refused, compiles=request.compile

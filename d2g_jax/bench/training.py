@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from typing import Any
@@ -14,10 +13,11 @@ import numpy as np
 
 from d2g_jax.bench.measure import Facts, facts_of
 from d2g_jax.bench.networks import random_input_ids, random_params
+from d2g_jax.config.configuration import with_settings
 from d2g_jax.losses.lpips import DecodedLPIPS
 from d2g_jax.pipeline.folder import placer
 from d2g_jax.plan.architectures import MODELS, abstract_pipeline
-from d2g_jax.plan.shapes import Shapes, run_shapes
+from d2g_jax.plan.shapes import Shapes
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.train.packed import Packed, pack, unpack
 from d2g_jax.train.programs import Programs, compiler_options, iteration, trace_programs, without_adversary
@@ -59,19 +59,13 @@ class Run:
 
 def with_loss_and_batch(config: ml_collections.ConfigDict, loss: str, batch: int) -> ml_collections.ConfigDict:
     """A copy of a config; a pipeline of `architectures.MODELS` gets its own name."""
-    changed = copy.deepcopy(config)
-    with changed.unlocked():
-        changed.pipeline = MODELS.get(config.pipeline, config.pipeline)
-        changed.loss.name, changed.train.batch_size = loss, batch
-    return changed
+    pipeline = MODELS.get(config.pipeline, config.pipeline)
+    return with_settings(config, {"pipeline": pipeline, "loss.name": loss, "train.batch_size": batch})
 
 
-def compile_run(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, names: tuple[str, ...] | None) -> Run:
-    """Compiles the steps of `names` (None: all) that a run needs from its first image on; no array is made.
-
-    Raises `UserError` as `d2g plan` does for a config that fits no mesh and a pipeline whose shapes are not known.
-    """
-    shapes = run_shapes(config, mesh)
+def compile_run(shapes: Shapes, names: tuple[str, ...] | None) -> Run:
+    """Compiles the steps of `names` (None: all) that a run needs from its first image on; no array is made."""
+    config, mesh = shapes.config, shapes.mesh
     arguments = config, shapes.d, shapes.frozen, shapes.state, shapes.batch, mesh
     programs, facts, start = {}, {}, time.perf_counter()
     for name, traced in trace_programs(*arguments, images=0, names=names):
@@ -118,26 +112,18 @@ class Training:
         batch["input_ids"] = random_input_ids(abstract_pipeline(run.config.pipeline), size, self.seed)
         return {**batch, "id": np.arange(size, dtype=np.uint32)}
 
-    def regress(self, run: Run, frozen: Frozen, batch: dict[str, jax.Array]) -> Metrics:
-        """G's step without the adversary; waits for it, as all of these do."""
-        state = self.state
-        alone, _, metrics = run.programs.g_regression(frozen, without_adversary(state), batch)
-        adversary = {name: getattr(state, name) for name in ("discriminator", "discriminator_optimizer")}
-        return self._keep(dataclasses.replace(alone, **adversary), metrics)
-
-    def fool(self, run: Run, frozen: Frozen, batch: dict[str, jax.Array]) -> Metrics:
-        """G's step with the adversary."""
-        state, _, metrics = run.programs.g_adversarial(frozen, self.state, batch)
+    def step(self, run: Run, name: str, frozen: Frozen, batch: dict[str, jax.Array]) -> Metrics:
+        """A call of the run's program `name`, waited for; D takes the targets as if they had been generated."""
+        given, inputs = self.state, (batch,)
+        if name == "g_regression":
+            given = without_adversary(given)
+        if name == "d":
+            inputs = batch, jnp.transpose(batch["latents"], (0, 2, 3, 1)).astype(jnp.float32)
+        state, *_, metrics = getattr(run.programs, name)(frozen, given, *inputs)
+        if name == "g_regression":
+            adversary = {part: getattr(self.state, part) for part in ("discriminator", "discriminator_optimizer")}
+            state = dataclasses.replace(state, **adversary)
         return self._keep(state, metrics)
-
-    def discriminate(self, run: Run, frozen: Frozen, batch: dict[str, jax.Array]) -> Metrics:
-        """D's step, on the targets as if they had been generated."""
-        generated = jnp.transpose(batch["latents"], (0, 2, 3, 1)).astype(jnp.float32)
-        return self._keep(*run.programs.d(frozen, self.state, batch, generated))
-
-    def regularise(self, run: Run, frozen: Frozen, batch: dict[str, jax.Array]) -> Metrics:
-        """R1's step."""
-        return self._keep(*run.programs.r1(frozen, self.state, batch))
 
     def loop(self, run: Run, frozen: Frozen, data: dict[str, np.ndarray]) -> Metrics:
         """`run.loop_length` iterations as the loop does them, each with its batch from the host; one has R1."""

@@ -19,7 +19,7 @@ def run(arguments: list[str]) -> int:
         "--pairs", type=common.path, help="finished folder of pairs; default WORKDIR/pairs/1.0.0, made first"
     )
     parser.add_argument("--seeds", type=_seeds, help="of training, as 0,1,2; default three from config.seed on")
-    own, config = common.parse_with_config(parser, arguments)
+    own, config = common.parse_with_config(parser, arguments, *common.TRAINED)
     common.start(config)
     from d2g_jax.ablate.job import ablate
 

@@ -29,15 +29,16 @@ def run(arguments: list[str]) -> int:
         raise SystemExit(0)
     bench, start, out = read(arguments)
     common.start(start, cache=False)
-    from d2g_jax.bench.measure import format_report, write_report
+    from d2g_jax.bench.measure import format_report
     from d2g_jax.inputs.places import check_output
+    from d2g_jax.runtime import atomic
 
     if out:
         check_output(out, "bench.json")
     report = bench()
     print(format_report(report))
     if out:
-        write_report(report, out)
+        atomic.write_json(out, report)
     return 0
 
 
@@ -59,7 +60,7 @@ def read(arguments: list[str]) -> tuple[Callable[[], dict[str, Any]], Any, Path 
     parser.add_argument("--repeats", type=int, help="rounds; medians are reported; default 5")
     {"sample": _sample, "train": _train, "loss": _loss, "input": _input, "pairs": _pairs}[name](parser)
     if name == "train":
-        own, start = common.parse_with_config(parser, rest)
+        own, start = common.parse_with_config(parser, rest, *common.TRAINED)
         own.config = start
     else:
         own, start = parser.parse_args(rest), ConfigDict({"mesh": {}})

@@ -32,6 +32,8 @@ JOBS = {
 RESUMED = ("demo", "teacher", "pairs", "train", "sample", "evaluate", "lpips", "overfit", "ablate")
 """Jobs that keep what is done."""
 CONFIGURED = ("demo", "teacher", "pairs", "train", "plan", "lpips", "overfit", "ablate")
+TRAINED = ("mesh", "pairs", "loss", "lora", "generator", "discriminator", "adversarial", "optimizer", "train")
+"""Sections of a config that `d2g train` reads."""
 _CONFIG_HELP = """
 Settings: --config=FILE.py names a file with get_config(); without it the digits configuration is taken.
 --config.KEY=VALUE overrides one setting, for example --config.train.images=100000.
@@ -78,8 +80,13 @@ def place(text: str) -> Any:
     return as_path(text) if "://" in text else path(text)
 
 
-def parse_with_config(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, Any]:
-    """A job's own flags and the config that its --config flags name and change."""
+def parse_with_config(
+    parser: Parser, arguments: list[str], *sections: str, like: str = "digits"
+) -> tuple[argparse.Namespace, Any]:
+    """A job's own flags and the config that its --config flags name and change.
+
+    Raises `UserError` for a config without one of the `sections` that the job reads; configs/`like`.py has them.
+    """
     parser.add_argument("--config", type=path, default=None, metavar="FILE.py")
     own, rest = parser.parse_known_args(arguments)
     overrides = [a for a in rest if a.startswith("--config.")]
@@ -88,13 +95,13 @@ def parse_with_config(parser: Parser, arguments: list[str]) -> tuple[argparse.Na
     config = read_config(own.config, overrides)
     if unknown := [a for a in rest if a not in overrides]:
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see `{parser.prog} --help`")
+    absent = [name for name in sections if name not in config]
+    if absent and own.config is None:
+        raise UserError(f"--config is missing; give a file such as configs/{like}.py")
+    if absent:
+        wrong = f"has no section {absent[0]}, which `{parser.prog}` reads"
+        raise UserError(f"--config={own.config}: {wrong}; see configs/{like}.py")
     return own, config
-
-
-def require_section(config: Any, name: str) -> None:
-    """Raises `UserError` for a config without a section that not every config has."""
-    if name not in config:
-        raise UserError(f"the config has no section {name}, which this job reads; see configs/digits.py")
 
 
 def start(config: Any = None, *, cache: bool = True, same: dict[str, Any] | None = None) -> None:

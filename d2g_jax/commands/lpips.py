@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 
 from d2g_jax.commands import common
-from d2g_jax.runtime.errors import UserError
 
 
 def run(arguments: list[str]) -> int:
     parser = common.parser("lpips")
     parser.add_argument("--workdir", type=common.path, required=True)
-    own, config = common.parse_with_config(parser, arguments)
-    if own.config is None:
-        raise UserError("--config is missing; give a file such as configs/lpips.py")
+    sections = ("mesh", "trunk", "images", "encoder", "classification", "triplets", "calibration")
+    own, config = common.parse_with_config(parser, arguments, *sections, like="lpips")
     common.start(config)
     from d2g_jax.lpips_training.job import train_lpips
 

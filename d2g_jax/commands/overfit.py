@@ -8,7 +8,7 @@ from d2g_jax.commands import common
 def run(arguments: list[str]) -> int:
     parser = common.parser("overfit")
     parser.add_argument("--workdir", type=common.path, required=True)
-    own, config = common.parse_with_config(parser, arguments)
+    own, config = common.parse_with_config(parser, arguments, "mesh", "overfit")
     common.start(config)
     from d2g_jax.metric.overfit import overfit
 

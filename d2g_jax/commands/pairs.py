@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from d2g_jax.commands import common
+from d2g_jax.inputs.numbers import SEED
 from d2g_jax.runtime.errors import UserError
 
 
@@ -13,7 +14,7 @@ def run(arguments: list[str]) -> int:
     parser = common.parser("pairs")
     parser.add_argument("--workdir", type=common.place, required=True, help="a folder, here or in a bucket (gs://...)")
     parser.add_argument("--dry-run", action="store_true", help="print records, bytes, FLOPs and hours; write nothing")
-    own, config = common.parse_with_config(parser, arguments)
+    own, config = common.parse_with_config(parser, arguments, "mesh", "pairs")
     common.start(config, same={"job": "pairs", "--workdir": str(own.workdir)})
     if own.dry_run:
         from d2g_jax.pairs.estimate import estimate
@@ -34,7 +35,8 @@ def _verify(arguments: list[str]) -> int:
         "--resolve", type=int, metavar="K", help="also solve K random records again with the --config that made them"
     )
     parser.add_argument("--resolve-seed", type=int, default=0, metavar="SEED", help="which K records; default 0")
-    own, config = common.parse_with_config(parser, arguments)
+    own, config = common.parse_with_config(parser, arguments, "mesh", "pairs")
+    SEED.check("--resolve-seed", own.resolve_seed)
     if own.resolve is not None:
         common.start(config)
     from d2g_jax import records

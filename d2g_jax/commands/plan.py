@@ -18,7 +18,7 @@ def run(arguments: list[str]) -> int:
     parser = common.parser("plan")
     _add_flags(parser)
     parser.add_argument("--no-search", action="store_true", help="if it does not fit, do not look for what would")
-    own, config = common.parse_with_config(parser, arguments)
+    own, config = common.parse_with_config(parser, arguments, *common.TRAINED)
     from d2g_jax.plan import job
 
     _check_out(own)
@@ -71,8 +71,8 @@ def _check_out(own: argparse.Namespace) -> None:
 
 
 def _print(own: argparse.Namespace, text: str, report: dict[str, Any]) -> None:
-    from d2g_jax.plan import job
+    from d2g_jax.runtime import atomic
 
     print(json.dumps(report, indent=1) if own.json else text)
     if own.out:
-        job.write_report(report, own.out)
+        atomic.write_json(own.out, report, indent=1)

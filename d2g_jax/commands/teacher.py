@@ -10,8 +10,7 @@ def run(arguments: list[str]) -> int:
         return _convert(arguments[1:])
     parser = common.parser("teacher")
     parser.add_argument("--workdir", type=common.path, required=True)
-    own, config = common.parse_with_config(parser, arguments)
-    common.require_section(config, "teacher")
+    own, config = common.parse_with_config(parser, arguments, "mesh", "teacher")
     common.start(config)
     from d2g_jax.teacher.teacher import make_teacher
 

@@ -12,7 +12,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--pairs", type=common.place, help="folder of pairs, here or in a bucket; default WORKDIR/pairs/1.0.0"
     )
-    own, config = common.parse_with_config(parser, arguments)
+    own, config = common.parse_with_config(parser, arguments, *common.TRAINED)
     common.start(config, same={"job": "train", "--workdir": str(own.workdir), "--pairs": str(own.pairs)})
     from d2g_jax.pairs import FOLDER
     from d2g_jax.train import train

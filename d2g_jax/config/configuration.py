@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def read_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Any:
     check_ranges(values.config)
     _expand_homes(values.config)
     return values.config
+
+
+def with_settings(config: Any, changes: Mapping[str, Any]) -> Any:
+    """A copy of a config with changes such as {"train.remat": "full"}."""
+    changed = copy.deepcopy(config)
+    with changed.unlocked():
+        changed.update_from_flattened_dict(dict(changes))
+    return changed
 
 
 def _expand_homes(config: Any) -> None:

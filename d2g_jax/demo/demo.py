@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -17,12 +15,14 @@ import ml_collections
 import numpy as np
 
 from d2g_jax import pairs
+from d2g_jax.config.configuration import with_settings
 from d2g_jax.demo import evaluation
 from d2g_jax.demo.held_out import HeldOut, cached, latents_of_pairs
 from d2g_jax.demo.judge import check_evaluation, judge_of
 from d2g_jax.inputs.text import read_json
 from d2g_jax.pipeline.draw import decode_all
 from d2g_jax.report import LivePage, finish
+from d2g_jax.report.status import peak_memory
 from d2g_jax.runtime import atomic, runs
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.grid import grid, save_png
@@ -55,14 +55,12 @@ def student_configs(config: ml_collections.ConfigDict, *, full: bool) -> dict[st
     for name in STUDENTS:
         if name in ONLY_IN_FULL and not full:
             continue
-        c = copy.deepcopy(config)
-        c.name = name
+        changes: dict[str, Any] = {"name": name}
         if name != "full":
-            c.loss.name = name
-            c.adversarial.weight = 0.0
+            changes |= {"loss.name": name, "adversarial.weight": 0.0}
         if name in ("mse", "pseudo_huber"):
-            c.loss.l1_weight = 0.0
-        configs[name] = c
+            changes["loss.l1_weight"] = 0.0
+        configs[name] = with_settings(config, changes)
     return configs
 
 
@@ -144,10 +142,7 @@ def measure(
         result = evaluation.score(judge, images, other_images, held_out.prompts, calls, latents, kinds)
         _show(workdir, [p.prompt for p in held_out.prompts[:SHOWN]], images)
     result["protocol"] |= {**held_out.protocol, "guidance_scale": solution.guidance_scale}
-    result["environment"] = {
-        **runs.environment(),
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-    }
+    result["environment"] = {**runs.environment(), "peak_memory_gib": peak_memory()["host"]}
     return {**result, "seconds": clock.seconds}
 
 

@@ -14,6 +14,7 @@ import ml_collections
 
 from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.digits.config import WEIGHTS
+from d2g_jax.inputs import places
 from d2g_jax.inputs.text import read_json
 from d2g_jax.losses import perceptual
 from d2g_jax.losses.lpips import LPIPS, DecodedLPIPS
@@ -66,8 +67,8 @@ def abstract_pipeline(model: str) -> Pipeline:
 
     Raises `UserError` for any other name, and for a folder that `Pipeline.load` refuses.
     """
-    if Path(model).exists():
-        pipeline = Pipeline.load(model, without=NETWORKS)
+    if places.is_there(folder := places.expanded(model)):
+        pipeline = Pipeline.load(folder, without=NETWORKS)
     elif model in KNOWN:
         kind, changes = KNOWN[model]
         pipeline = dataclasses.replace(of_kind(kind, json.dumps(changes)), folder=Path(model))

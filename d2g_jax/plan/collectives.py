@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
 
 from d2g_jax.runtime.errors import UserError
 
@@ -51,14 +50,6 @@ def ring_bytes(kind: str, whole_bytes: float, group: int) -> float:
     if kind == "collective-permute":
         return whole_bytes
     return (2 if kind == "all-reduce" else 1) * whole_bytes * (group - 1) / group
-
-
-def by_kind(collectives: Iterable[Collective]) -> dict[str, float]:
-    """Bytes received by each device under the kinds that occur."""
-    totals: dict[str, float] = {}
-    for collective in collectives:
-        totals[collective.kind] = totals.get(collective.kind, 0.0) + collective.received_bytes
-    return totals
 
 
 def parse_collectives(hlo: str, devices: int) -> list[Collective]:

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import ml_collections
 
+from d2g_jax.config.configuration import with_settings
 from d2g_jax.models.attention import MANY_KEYS
 from d2g_jax.models.platform import ANY
 from d2g_jax.plan import store
 from d2g_jax.plan.collectives import Collective
 from d2g_jax.plan.programs import Program
-from d2g_jax.plan.settings import with_settings
 from d2g_jax.plan.shapes import Shapes, device_bytes, run_shapes
 from d2g_jax.plan.targets import Target
 from d2g_jax.plan.trace import Assumptions, Cost, program_cost

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import ml_collections
 
+from d2g_jax.inputs.numbers import COUNT
 from d2g_jax.plan import sampling, store
 from d2g_jax.plan.plan import Plan, from_json, to_json
 from d2g_jax.plan.planner import find_fit, plan_run
 from d2g_jax.plan.report import format_plan, format_sampling, format_search, format_table
 from d2g_jax.plan.targets import Target, check_libtpu, parse_topology
-from d2g_jax.runtime import atomic
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.interrupt import started
@@ -45,7 +45,7 @@ def make_report(
     text, found, tried = format_plan(plan), None, []
     if search and not plan.fits:
         found, tried = find_fit(config, target, method)
-        text += "\n\n" + format_search(found, tried)
+        text += "\n\n" + format_search(plan, found, tried)
     report = {
         "date": datetime.date.today().isoformat(),
         "versions": store.versions(),
@@ -60,7 +60,12 @@ def make_report(
 def make_sampling_report(
     model: str, target: Target, dtype: str, batches: Sequence[int], method: str
 ) -> tuple[str, dict[str, Any]]:
-    """One-step sampling of each batch on one device of the target, as text and as plain values for JSON."""
+    """One-step sampling of each batch on one device of the target, as text and as plain values for JSON.
+
+    Raises `UserError` for any impossible batch before the first is planned, and as `plan_sampling`.
+    """
+    for batch in batches:
+        COUNT.check("--batches", batch)
     plans = [sampling.plan_sampling(model, target, dtype, batch, method) for batch in batches]
     report = {
         "date": datetime.date.today().isoformat(),
@@ -69,11 +74,6 @@ def make_sampling_report(
         "sampling": [sampling.to_json(plan) for plan in plans],
     }
     return format_sampling(plans), report
-
-
-def write_report(report: dict[str, Any], file: Path) -> None:
-    """As JSON, whole or not at all; raises `UserError` when it cannot be written."""
-    atomic.write_json(file, report, indent=1)
 
 
 def table(files: Sequence[Path]) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from d2g_jax.plan.collectives import Collective, by_kind
+from d2g_jax.plan.collectives import Collective
 from d2g_jax.plan.programs import Program
 from d2g_jax.plan.targets import Chip, Target
 
@@ -91,8 +91,8 @@ class Plan:
         """Of one iteration, by kind of collective, per device."""
         total: dict[str, float] = {}
         for program in self.programs:
-            for kind, received in by_kind(program.collectives).items():
-                total[kind] = total.get(kind, 0.0) + self.calls[program.name] * received
+            for one in program.collectives:
+                total[one.kind] = total.get(one.kind, 0.0) + self.calls[program.name] * one.received_bytes
         return total
 
     def floor_seconds(self) -> dict[str, float] | None:

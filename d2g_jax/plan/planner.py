@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import ml_collections
 
+from d2g_jax.config.configuration import with_settings
 from d2g_jax.models.layers import REMATS
 from d2g_jax.plan import store
 from d2g_jax.plan.formula import CODE_BYTES, formula_program, formula_programs, interpolate, micro_batch_costs
 from d2g_jax.plan.plan import Plan, from_json, to_json
 from d2g_jax.plan.programs import Program, compile_program
-from d2g_jax.plan.settings import MOMENTS, settings, with_settings
+from d2g_jax.plan.settings import MOMENTS, settings
 from d2g_jax.plan.shapes import Shapes, run_shapes
 from d2g_jax.plan.targets import Target, described_tpu, devices
 from d2g_jax.plan.trace import Cost

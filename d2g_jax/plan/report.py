@@ -7,7 +7,7 @@ from typing import Any
 
 from d2g_jax.plan.plan import ASSUMED_SHARE, EFFICIENCY_BAR, Plan, program_seconds
 from d2g_jax.plan.programs import Program
-from d2g_jax.plan.sampling import Floor, SamplingPlan
+from d2g_jax.plan.sampling import SamplingPlan
 from d2g_jax.plan.targets import GIB
 from d2g_jax.results.table import markdown
 
@@ -103,14 +103,14 @@ def _time_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def format_search(found: Plan | None, tried: Sequence[Plan]) -> str:
-    """What was tried to make a config fit, and what did."""
-    lines = [f"tried: {_changes(plan)}: {_gib(plan.total_bytes())} GiB, does not fit" for plan in tried]
+def format_search(asked: Plan, found: Plan | None, tried: Sequence[Plan]) -> str:
+    """What was tried to make a config fit, and what did, as flags that change the plan that was asked for."""
+    lines = [f"tried: {_changes(asked, plan)}: {_gib(plan.total_bytes())} GiB, does not fit" for plan in tried]
     if found is None:
         changes = "change of mesh, rematerialisation, micro-batch or moments"
         end = f"no {changes} makes it fit" if not tried else f"no {changes} that was tried makes it fit"
         return "\n".join([*lines, end])
-    return "\n".join([*lines, f"the cheapest change that fits: {_changes(found)}", "", format_plan(found)])
+    return "\n".join([*lines, f"the cheapest change that fits: {_changes(asked, found)}", "", format_plan(found)])
 
 
 def format_sampling(plans: Sequence[SamplingPlan]) -> str:
@@ -140,14 +140,19 @@ def _sampling_rows(plan: SamplingPlan) -> list[tuple[str, ...]]:
     return rows
 
 
-def _floor_cells(floor: Floor | None, batch: int) -> tuple[str, ...]:
+def _floor_cells(floor: Mapping[str, float] | None, batch: int) -> tuple[str, ...]:
     if floor is None:
         return ("-", "-", "-")
-    return f"{1e3 * floor.seconds:.2f}", f"{floor.share_of_peak:.0%}", f"{batch / floor.seconds:,.1f}"
+    seconds = floor["seconds"]
+    return f"{1e3 * seconds:.2f}", f"{floor['products'] / seconds:.0%}", f"{batch / seconds:,.1f}"
 
 
-def _changes(plan: Plan) -> str:
-    return " ".join(f"--config.{name}={value}" for name, value in plan.settings.items())
+def _changes(asked: Plan, plan: Plan) -> str:
+    """Flags for the settings that differ; `mesh.data` takes what another `mesh.fsdp` leaves."""
+    changes = {name: value for name, value in plan.settings.items() if value != asked.settings[name]}
+    if "mesh.fsdp" in changes:
+        changes["mesh.data"] = -1
+    return " ".join(f"--config.{name}={value}" for name, value in changes.items())
 
 
 def format_table(plans: Sequence[tuple[Plan, str]]) -> str:

@@ -7,14 +7,15 @@ Each device draws images of its own and nothing is sent, so that one stands for 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.diffusion.systems import OneStep
+from d2g_jax.inputs.places import expanded
 from d2g_jax.models.platform import compiling_for
 from d2g_jax.pipeline.draw import one_step_programs
 from d2g_jax.pipeline.folder import Pipeline
@@ -22,31 +23,11 @@ from d2g_jax.plan.architectures import MODELS, abstract_pipeline, computing_in
 from d2g_jax.plan.formula import CODE_BYTES, FUSED_FROM, traced_platform
 from d2g_jax.plan.plan import program_seconds
 from d2g_jax.plan.programs import Program, compile_program
-from d2g_jax.plan.targets import Chip, Target, described_tpu, devices
+from d2g_jax.plan.targets import Target, described_tpu, devices
 from d2g_jax.plan.trace import Assumptions, program_cost
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import exported
-
-DTYPES = ("bfloat16", "float32")
-
-
-@dataclasses.dataclass(frozen=True)
-class Floor:
-    """Least seconds of one call: for its products at the peak, and with its memory traffic."""
-
-    products: float
-    seconds: float
-
-    @property
-    def share_of_peak(self) -> float:
-        """Of the peak, the most that the call can have."""
-        return self.products / self.seconds
-
-
-def _floor(program: Program, chip: Chip) -> Floor:
-    seconds = program_seconds(program, chip)
-    return Floor(seconds["products"], max(seconds.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +64,19 @@ class SamplingPlan:
         refused = any(p.needed_bytes is not None for p in self.programs)
         return not refused and self.total_bytes() <= self.target.chip.memory_bytes
 
-    def floors(self) -> dict[str, Floor] | None:
-        """Of each program, and of "all"; None where the chip's peaks are unknown."""
+    def floors(self) -> dict[str, dict[str, float]] | None:
+        """Least seconds of a call of each program, and of "all"; None where the chip's peaks are unknown.
+
+        "products": for those at the peak; "seconds": with memory traffic. Their quotient is the most of the peak that
+        the call can have.
+        """
         if self.target.chip.bf16_flops is None:
             return None
-        floors = {p.name: _floor(p, self.target.chip) for p in self.programs}
-        together = Floor(sum(f.products for f in floors.values()), sum(f.seconds for f in floors.values()))
+        floors = {}
+        for program in self.programs:
+            parts = program_seconds(program, self.target.chip)
+            floors[program.name] = {"products": parts["products"], "seconds": max(parts.values())}
+        together = {name: sum(floor[name] for floor in floors.values()) for name in ("products", "seconds")}
         return {**floors, "all": together}
 
 
@@ -98,23 +86,20 @@ def plan_sampling(model: str, target: Target, dtype: str, batch: int, method: st
     Args:
       model: see above; only its configs are read.
       target: one of its devices is planned.
-      dtype: of `DTYPES`.
+      dtype: float32 or bfloat16.
       batch: images on that device.
       method: "compile" or "formula"; see `planner.plan_run`.
 
     Raises:
-      UserError: for an unknown model or dtype, an impossible batch, and without libtpu.
+      UserError: for an unknown model or dtype, and without libtpu.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype}: give {' or '.join(DTYPES)}")
-    if batch < 1:
-        raise UserError(f"--batches={batch}: give 1 or more images")
-    if (folder := Path(model)).is_dir() and not (folder / "model_index.json").is_file():
+    compute = compute_dtype("--dtype", dtype)
+    if (folder := expanded(model)).is_dir() and not (folder / "model_index.json").is_file():
         known = ", ".join(MODELS)
         raise UserError(f"--model={model}: no pipeline folder; give one, of a student its teacher's, or {known}")
     method = "formula" if target.chip.platform == "gpu" else method
-    pipeline = computing_in(abstract_pipeline(MODELS.get(model, model)), jnp.dtype(dtype))
-    shapes = {name: exported.stored_shapes(params, jnp.dtype(dtype)) for name, params in pipeline.params.items()}
+    pipeline = computing_in(abstract_pipeline(MODELS.get(model, model)), compute)
+    shapes = {name: exported.stored_shapes(params, compute) for name, params in pipeline.params.items()}
     pipeline = dataclasses.replace(pipeline, params=shapes)
     host = meshes.make_mesh(1, 1, jax.devices("cpu")[:1])
     local = _trace(pipeline, host, batch, traced_platform(target))
@@ -170,11 +155,10 @@ def _by_formula(name: str, traced: jax.stages.Traced, target: Target) -> Program
 
 def to_json(plan: SamplingPlan) -> dict[str, Any]:
     """Everything, derived figures too, as plain values."""
-    floors = plan.floors()
     return {
         **dataclasses.asdict(plan),
         "method": plan.method,
         "total_bytes": plan.total_bytes(),
         "fits": plan.fits,
-        "floors": floors and {name: dataclasses.asdict(floor) for name, floor in floors.items()},
+        "floors": plan.floors(),
     }

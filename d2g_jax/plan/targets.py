@@ -104,14 +104,12 @@ def parse_topology(topology: str) -> Target:
     raise UserError(f"--topology={topology}: unknown; give one such as {_EXAMPLES}")
 
 
-def devices(target: Target) -> Sequence[jax.Device] | None:
-    """Devices that programs can be compiled for on this machine; None for GPUs, of which XLA wants a real one.
+def devices(target: Target) -> Sequence[jax.Device]:
+    """Devices of a TPU or CPU target that programs can be compiled for on this machine.
 
     Call before JAX's first use of a device where the target is a CPU. Raises `UserError` without libtpu and for a
     shape that no slice has.
     """
-    if target.chip.platform == "gpu":
-        return None
     if target.chip.platform == "cpu":
         return jax.devices("cpu")[: target.count]
     from jax.experimental import topologies

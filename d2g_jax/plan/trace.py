@@ -103,15 +103,6 @@ class _Op:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Gather:
-    """A parameter in one piece, of `whole` bytes, from the operation of one index to that of another."""
-
-    whole: float
-    first_use: int
-    last_use: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Assumptions:
     """What a count takes for granted.
 
@@ -141,11 +132,11 @@ def _cost(jaxpr: core.Jaxpr, given: Assumptions, carried: int) -> Cost:
     _fuse(ops, given)
     _set_last_uses(ops, results, carried)
     gathers = _gathers(ops)
-    total = Cost(gathered_bytes=sum(gather.whole for gather in gathers))
+    total = Cost(gathered_bytes=sum(whole for whole, _, _ in gathers))
     live, starts, ends = 0.0, [0.0 for _ in ops], [0.0 for _ in ops]
-    for gather in gathers:
-        starts[gather.first_use] += gather.whole
-        ends[gather.last_use] += gather.whole
+    for whole, first, last in gathers:
+        starts[first] += whole
+        ends[last] += whole
     for index, op in enumerate(ops):
         inside = _own_cost(op, given)
         made = [value for value in op.outputs if value.roots == (value,)]
@@ -160,15 +151,19 @@ def _cost(jaxpr: core.Jaxpr, given: Assumptions, carried: int) -> Cost:
     return dataclasses.replace(total, memory_bytes=total.memory_bytes + moved)
 
 
-def _gathers(ops: Iterable[_Op]) -> list[_Gather]:
-    """Sharded parameters that products read: each gathered once, and kept until the last product that reads it."""
-    gathers: dict[_Value, _Gather] = {}
+def _gathers(ops: Iterable[_Op]) -> list[tuple[float, int, int]]:
+    """Sharded parameters that products read: each gathered once, and kept until the last product that reads it.
+
+    Of each its bytes in one piece, and the indices of the first and the last operation that reads it.
+    """
+    first: dict[_Value, tuple[float, int]] = {}
+    last: dict[_Value, int] = {}
     for index, op in enumerate(ops):
         for value in op.inputs if op.name in _PRODUCTS else ():
             if 0 < value.size < value.whole and len(value.roots) == 1 and not value.roots[0].counted:
-                first = gathers.get(value.roots[0], _Gather(value.whole, index, index))
-                gathers[value.roots[0]] = dataclasses.replace(first, last_use=index)
-    return list(gathers.values())
+                first.setdefault(value.roots[0], (value.whole, index))
+                last[value.roots[0]] = index
+    return [(*first[root], last[root]) for root in first]
 
 
 def _flatten(jaxpr: core.Jaxpr, environment: dict[core.Var, _Value], shares: Shares, around: int = 0) -> Iterator[_Op]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import types
 
 import numpy as np
 import pytest
@@ -90,6 +91,13 @@ def test_another_loss_is_refused():
     train._check_losses(request, [rows[0], {**rows[1], "loss": 1.001}])
 
 
+def test_the_loss_that_pytorch_has_is_called_first():
+    request = Request(regression_only(), ("e_latent_lpips", "mse"), torch=False).resolved()
+    run = types.SimpleNamespace(facts={"g_regression": None}, loop_length=8)
+    names = [one.name for one in train._candidates(request, 8, dict.fromkeys(request.losses, run), None, "refused")]
+    assert names == ["g, mse x8", "g, e_latent_lpips x8", "loop of 8 x8"]
+
+
 def test_an_iterations_share_is_of_the_products_best_call():
     facts = {"compile_seconds": 1.0, "temp_bytes": 0, "peak_bytes": 0}
     product = {"name": train.PRODUCT, "dtype": "float32", "flops": 100.0, "seconds": 4.0, "best_seconds": 2.0, **facts}
@@ -148,11 +156,12 @@ def test_the_config_s_own_loss_is_measured(loss, losses):
     [
         ({"repeats": 0}, "--repeats=0"),
         ({"losses": ("mse", "mse")}, "--losses=mse,mse"),
-        ({"losses": ("ms",)}, "ms"),
+        ({"losses": ("mse", "ms")}, "ms"),
         ({"batches": (8, 8)}, "--batches=8,8"),
-        ({"batches": (3,)}, "train.batch_size=3"),
+        ({"batches": (8, 3)}, "train.batch_size=3"),
     ],
 )
-def test_bad_requests(change, message):
+def test_bad_requests(change, message, monkeypatch):
+    monkeypatch.setattr(train, "compile_run", lambda *_: pytest.fail("compiled before all is checked"))
     with pytest.raises(UserError, match=message):
         run(dataclasses.replace(Request(small_config()), **change))

@@ -133,6 +133,8 @@ def test_bars_of_a_partial_run():
     bars = {bar.claim.removeprefix("float32: "): bar for bar in loss._bars(rows, ("float32",), 1.02)}
     assert [bar.met for bar in bars.values()] == [None, True, True, False, True]
     assert [bar.measured for bar in bars.values()] == [None, 25, 0.2, 2, 1.02]
+    half = [{**one, "dtype": "bfloat16"} for one in rows]
+    assert loss._bars([*rows, *half], loss.DTYPES, 1.02)[-1].measured is None  # compiled, and not run for its memory
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,13 @@ def test_the_bar_of_a_gpu_is_against_compiled_diffusers(monkeypatch):
 def test_one_gpu_is_not_compared_with_several(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(torch_pipeline, "missing", lambda: None)
-    assert torch_pipeline.alone_missing() == "it runs on one device, ours on several"
+    assert torch_pipeline.alone_missing(abstract_pipeline(SMALL.model)) == "it runs on one device, ours on several"
+
+
+def test_teachers_of_images_have_no_counterpart():
+    images = abstract_pipeline("google/ddpm-cifar10-32")
+    assert torch_pipeline.left_out(images).startswith("left out: ")
+    assert torch_pipeline.alone_missing(images).startswith("left out: ")
 
 
 def test_what_does_not_fit_is_compiled_and_not_run(monkeypatch):

@@ -92,6 +92,46 @@ def test_config_value_without_an_equals_sign(capsys, tmp_path):
     assert "--config.train.images=VALUE" in error
 
 
+@pytest.mark.parametrize(
+    ("job", "config", "section"),
+    [
+        ("train --workdir={0}", "lpips", "pairs"),
+        ("pairs --workdir={0}", "evaluate/digits", "mesh"),
+        ("pairs verify {0}", "lpips", "pairs"),
+        ("plan --topology=gpu:1xL4", "lpips", "pairs"),
+        ("overfit --workdir={0}", "lpips", "overfit"),
+        ("ablate losses --workdir={0}", "lpips", "pairs"),
+        ("bench train", "lpips", "pairs"),
+        ("demo --workdir={0}", "sd15", "evaluation"),
+        ("teacher --workdir={0}", "sd15", "teacher"),
+        ("lpips --workdir={0}", "digits", "trunk"),
+    ],
+)
+def test_a_config_of_another_job(job, config, section, capsys, tmp_path):
+    error = one_line(capsys, *job.format(tmp_path).split(), f"--config=configs/{config}.py")
+    assert f"configs/{config}.py: has no section {section}, which `d2g " in error
+
+
+def test_lpips_without_a_config(capsys, tmp_path):
+    assert "--config is missing; give a file such as configs/lpips.py" in one_line(
+        capsys, "lpips", f"--workdir={tmp_path}"
+    )
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        "bench loss --seed=-1",
+        "bench sample --seed=-1",
+        "bench train --seed=-1",
+        "bench pairs --seed=-1",
+        "pairs verify nowhere --resolve=2 --resolve-seed=-1",
+    ],
+)
+def test_a_seed_below_zero(job, capsys):
+    assert "seed=-1; give a whole number from 0" in one_line(capsys, *job.split())
+
+
 def test_unwritable_workdir(capsys, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")

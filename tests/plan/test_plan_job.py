@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from d2g_jax.__main__ import main
-from d2g_jax.config.configuration import read_config
+from d2g_jax.config.configuration import read_config, with_settings
 from d2g_jax.digits.config import get_config
 from d2g_jax.pairs.job import planned_manifest
 from d2g_jax.pipeline.folder import Pipeline
@@ -21,8 +21,8 @@ from d2g_jax.plan.collectives import Collective
 from d2g_jax.plan.plan import from_json, scaled, to_json
 from d2g_jax.plan.planner import find_fit, plan_run
 from d2g_jax.plan.programs import out_of_memory
-from d2g_jax.plan.report import format_plan
-from d2g_jax.plan.settings import settings, with_settings
+from d2g_jax.plan.report import format_plan, format_search
+from d2g_jax.plan.settings import settings
 from d2g_jax.plan.shapes import run_shapes
 from d2g_jax.plan.targets import CHIPS, Target, parse_topology
 from d2g_jax.runtime import mesh as meshes
@@ -173,6 +173,8 @@ def test_a_config_that_does_not_fit_is_changed_until_it_does():
     assert not plan_run(config, target, "formula").fits
     found, tried = find_fit(config, target, "formula")
     assert found.fits
+    flags = format_search(plan_run(config, target, "formula"), found, tried).split("that fits: ")[1].split("\n")[0]
+    assert settings(read_config(overrides=flags.split())) == found.settings
     assert found.total_bytes() <= target.chip.memory_bytes
     assert found.settings != settings(config)
     assert all(not plan.fits for plan in tried)
