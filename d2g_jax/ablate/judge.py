@@ -9,7 +9,9 @@ import numpy as np
 
 from d2g_jax import pairs
 from d2g_jax.demo.held_out import HeldOut, cached, latents_of_pairs
-from d2g_jax.demo.judge import judge_of
+from d2g_jax.demo.judge import PROTOCOL, accuracy, judge_of
+from d2g_jax.digits import scenes
+from d2g_jax.digits.judge import judge
 from d2g_jax.digits.scores import sharp_energy
 from d2g_jax.pipeline.draw import decode_all
 from d2g_jax.pipeline.folder import Pipeline
@@ -42,12 +44,12 @@ class StudentJudge:
         file = workdir / "evaluation" / "teacher.npy"
         self._teacher = cached(file, self._held_out, lambda: teacher.programs(self._mesh, solution))
         drawn = self._decode(self._teacher)
-        self._reference, self._sharp = self._judge.see(drawn)[0], sharp_energy(drawn)
+        self._reference, self._sharp = judge(self._judge, drawn)[0], sharp_energy(drawn)
         others = latents_of_pairs(pairs_folder, e.samples)
-        self.floor = frechet_distance(self._judge.see(self._decode(others))[0], self._reference)
+        self.floor = frechet_distance(judge(self._judge, self._decode(others))[0], self._reference)
         self.protocol = self._held_out.protocol | {
-            "frechet_to_teacher": f"{e.samples} images of each, {self._judge.protocol['frechet']}",
-            "accuracy": f"shares of images that are as asked: {self._judge.protocol['accuracy']}",
+            "frechet_to_teacher": f"{e.samples} images of each, {PROTOCOL['frechet']}",
+            "accuracy": f"shares of images that are as asked: {PROTOCOL['accuracy']}",
             "floor": f"the same distance to {len(others)} samples of the teacher on other noise and prompts",
             "drawn": "the moving average of the generator at the end of training, one call",
         }
@@ -56,11 +58,11 @@ class StudentJudge:
         """Of the newest moving average in a training workdir."""
         latents = self._held_out.solve(sample.Sampler.load(student, self._mesh).programs(self._mesh))
         images = self._decode(latents)
-        features, seen = self._judge.see(images)
-        accuracy = self._judge.accuracy(seen, self._held_out.prompts)
+        features, seen = judge(self._judge, images)
+        shares = accuracy(seen, self._held_out.prompts)
         return {
             "frechet_to_teacher": frechet_distance(features, self._reference),
-            **{f"accuracy_{name}": value for name, value in accuracy.items()},
+            **{f"accuracy_{name}": value for name, value in shares.items()},
             "latent_std": float(np.std(latents)),
             "sharpness": sharp_energy(images) / self._sharp,
             "unexplained": unexplained(latents, self._teacher),
@@ -74,7 +76,7 @@ def check_images(config: ml_collections.ConfigDict) -> None:
     """Raises `UserError` for a teacher whose images the config's judge cannot take; reads no weights of the teacher."""
     pipeline = Pipeline.load(config.pipeline, without=("text_encoder", "text_encoder_2", "unet", "vae"))
     height, width = (pipeline.vae.config.downscale * side for side in pipeline.latent_shape[:2])
-    size = judge_of(config).size
+    size = scenes.SIZE
     if (height, width) != (size, size):
         raise UserError(
             f"pipeline={config.pipeline}: draws {height}x{width} pixels, and the judge that the config's section "

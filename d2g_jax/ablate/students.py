@@ -11,8 +11,10 @@ import ml_collections
 
 from d2g_jax.ablate.rows import Ablation, Row
 from d2g_jax.config.configuration import with_settings
+from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.runs import flatten
+from d2g_jax.train.setup import load_metric, make_regression
 
 
 def student_config(config: ml_collections.ConfigDict, row: Row, seed: int) -> ml_collections.ConfigDict:
@@ -49,6 +51,14 @@ def check_config(config: ml_collections.ConfigDict, ablation: Ablation) -> None:
                 f"train.log_every={t.log_every}: no line of metrics.jsonl would be of the last {t.images - begins} "
                 f"images alone, by which {row.title!r} is timed; give at most {(t.images - begins) // 2}"
             )
+
+
+def check_losses(config: ml_collections.ConfigDict, ablation: Ablation) -> None:
+    """Raises `UserError`, before the first is trained, for a row's loss that is none or whose metric cannot be read."""
+    pipeline = Pipeline.load(config.pipeline, without=("text_encoder", "text_encoder_2", "unet"))
+    losses = (student_config(config, row, 0).loss for row in ablation.rows)
+    for loss in {loss.to_json(): loss for loss in losses}.values():
+        make_regression(loss, load_metric(loss, pipeline))
 
 
 def last_phase(config: ml_collections.ConfigDict) -> int:

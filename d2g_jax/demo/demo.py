@@ -138,9 +138,9 @@ def measure(
         *parts, other_images = np.split(drawn, e.samples * np.arange(1, len(latents) + 1))
         images = dict(zip(latents, parts, strict=True))
         kinds = {"teacher": title, **STUDENTS}
-        judge = judge_of(config)
-        result = evaluation.score(judge, images, other_images, held_out.prompts, calls, latents, kinds)
-        _show(workdir, [p.prompt for p in held_out.prompts[:SHOWN]], images)
+        prompts = held_out.prompts
+        result = evaluation.score(judge_of(config), images, other_images, prompts, calls, latents, kinds)
+        _show(workdir, [p.prompt for p in prompts[:SHOWN]], images)
     result["protocol"] |= {**held_out.protocol, "guidance_scale": solution.guidance_scale}
     result["environment"] = {**runs.environment(), "peak_memory_gib": peak_memory()["host"]}
     return {**result, "seconds": clock.seconds}

@@ -7,13 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from d2g_jax.demo.judge import Bar, Judge
-from d2g_jax.digits.scores import sharp_energy
+from d2g_jax.demo.judge import PROTOCOL, accuracy
+from d2g_jax.digits import captions, scenes
+from d2g_jax.digits.judge import judge
+from d2g_jax.digits.scores import prompt_accuracy, sharp_energy
+from d2g_jax.models.network import Params
 from d2g_jax.results.frechet import frechet_distance
 from d2g_jax.results.unexplained import unexplained
 
 REAL = "real test images"
 FLOOR_ROUNDS = 5
+
+Bar = tuple[str, float, float, bool]
+"""What is asked, the value found, the bar, and whether more is better."""
 
 
 def real_against_real(features: np.ndarray, labels: np.ndarray) -> float:
@@ -31,10 +37,10 @@ def real_against_real(features: np.ndarray, labels: np.ndarray) -> float:
 
 
 def score(
-    judge: Judge,
+    params: Params,
     images: Mapping[str, np.ndarray],
     more_teacher_images: np.ndarray,
-    prompts: Sequence[Any],
+    prompts: Sequence[captions.Prompt],
     calls: Mapping[str, int],
     latents: Mapping[str, np.ndarray],
     kinds: Mapping[str, str],
@@ -42,6 +48,7 @@ def score(
     """`result.json` without timings.
 
     Args:
+      params: of the judge.
       images: uint8 (N, H, W, 3) by system, all for the same `prompts` and noise.
       more_teacher_images: the teacher's on other noise and prompts, for the floor.
       calls: network calls per image by system.
@@ -49,16 +56,17 @@ def score(
       kinds: the names of systems under teacher, mse, e_latent_lpips and full.
     """
     teacher = kinds["teacher"]
-    real_features, digits = judge.real()
-    looks = {name: judge.see(drawn) for name, drawn in images.items()}
+    real, test = scenes.real_scenes(), scenes.real_scenes(test=True)
+    real_features, _ = judge(params, real.images)
+    looks = {name: judge(params, drawn) for name, drawn in images.items()}
     teacher_features, sharp = looks[teacher][0], sharp_energy(images[teacher])
-    test, test_features, accuracy = judge.test()
+    test_features, seen = judge(params, test.images)
     systems: dict[str, Any] = {
         REAL: {
-            "samples": len(test),
+            "samples": len(test.images),
             "frechet_to_teacher": frechet_distance(test_features, teacher_features),
-            "accuracy": accuracy,
-            "sharpness": sharp_energy(test) / sharp,
+            "accuracy": prompt_accuracy(seen, test.labels),
+            "sharpness": sharp_energy(test.images) / sharp,
         }
     }
     for name, drawn in images.items():
@@ -67,25 +75,56 @@ def score(
             "samples": len(drawn),
             "frechet_to_teacher": None if name == teacher else frechet_distance(features, teacher_features),
             "frechet_to_real": frechet_distance(features, real_features),
-            "accuracy": judge.accuracy(seen, prompts),
+            "accuracy": accuracy(seen, prompts),
             "network_calls": calls[name],
             "latent_std": float(np.std(latents[name])),
             "sharpness": sharp_energy(drawn) / sharp,
             "unexplained": None if name == teacher else unexplained(latents[name], latents[teacher]),
         }
     floors = {
-        "teacher_vs_teacher": frechet_distance(judge.see(more_teacher_images)[0], teacher_features),
-        "real_vs_real": real_against_real(real_features, digits),
+        "teacher_vs_teacher": frechet_distance(judge(params, more_teacher_images)[0], teacher_features),
+        "real_vs_real": real_against_real(real_features, real.labels[:, 0]),
     }
     return {
-        "protocol": {**judge.protocol, "sharpness": "energy above half the Nyquist frequency over the teacher's"},
+        "protocol": {**PROTOCOL, "sharpness": "energy above half the Nyquist frequency over the teacher's"},
         "systems": {name: _rounded(values) for name, values in systems.items()},
         "floors": _rounded(floors),
-        "checks": checks(judge.bars(systems, floors, kinds)),
+        "checks": checks(bars(systems, kinds)),
     }
 
 
-def checks(bars: Sequence[Bar]) -> list[dict[str, Any]]:
+def bars(systems: Mapping[str, Any], kinds: Mapping[str, str]) -> list[Bar]:
+    """Set beforehand. `kinds`: the names of systems under teacher, mse, e_latent_lpips and full."""
+    teacher, mse, perceptual, full = (systems[kinds[k]] for k in ("teacher", "mse", "e_latent_lpips", "full"))
+    far = "frechet_to_teacher"
+    return [
+        *((f"teacher: accuracy of {p} at least 0.9", teacher["accuracy"][p], 0.9, True) for p in scenes.PARTS),
+        ("MSE student: R at least 0.3", mse["unexplained"], 0.3, True),
+        (
+            "E-LatentLPIPS student: Frechet distance over the MSE student's, at most 1/2",
+            perceptual[far] / mse[far],
+            0.5,
+            False,
+        ),
+        (
+            "full student: Frechet distance over the E-LatentLPIPS student's, at most 1",
+            full[far] / perceptual[far],
+            1.0,
+            False,
+        ),
+        ("MSE student: sharpness below 0.7", mse["sharpness"], 0.7, False),
+        ("full student: sharpness at least 0.85", full["sharpness"], 0.85, True),
+        ("full student: sharpness at most 1.15", full["sharpness"], 1.15, False),
+        (
+            "full student: accuracy of all parts together over the teacher's, at least 0.95",
+            full["accuracy"]["all"] / max(teacher["accuracy"]["all"], 1e-9),  # of a teacher that is never right
+            0.95,
+            True,
+        ),
+    ]
+
+
+def checks(held: Sequence[Bar]) -> list[dict[str, Any]]:
     """The bars, each with the value it is held against and whether it is met."""
     return [
         {
@@ -94,7 +133,7 @@ def checks(bars: Sequence[Bar]) -> list[dict[str, Any]]:
             "bar": round(bar, 4),
             "met": bool(value >= bar if up else value <= bar),
         }
-        for name, value, bar, up in bars
+        for name, value, bar, up in held
     ]
 
 

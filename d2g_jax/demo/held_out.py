@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
 from d2g_jax import records
-from d2g_jax.demo.judge import judge_of
+from d2g_jax.digits import captions
 from d2g_jax.inputs.arrays import read_array
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Programs, draw
@@ -28,16 +27,14 @@ class HeldOut:
 
     Attributes:
       prompts: with the labels that they were built from.
-      about: how they were drawn, in words.
-      noise_seed: of `noise`; the pairs have another.
-      noise: float32 (N, C, h, w).
+      protocol: how prompts and noise were drawn, in words, for a result file.
+      noise: float32 (N, C, h, w); the pairs' has another seed.
       input_ids: int32 (N, L).
       batch_size: images per call, a multiple of the mesh's devices.
     """
 
-    prompts: Sequence[Any]
-    about: str
-    noise_seed: int
+    prompts: Sequence[captions.Prompt]
+    protocol: dict[str, str]
     noise: np.ndarray
     input_ids: np.ndarray
     batch_size: int
@@ -47,21 +44,17 @@ class HeldOut:
     def make(cls, config: ml_collections.ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> HeldOut:
         """By `config.evaluation`; the noise's seed is the one after the sum of the config's and the pairs'."""
         e, seed = config.evaluation, config.seed + 1 + config.pairs.seed
-        prompts = judge_of(config).prompts(e.samples, e.seed, e.grounds)
+        prompts = captions.evaluation_prompts(e.samples, e.seed, e.grounds)
         noise = sample.draw_noise(seed, e.samples, sample.latent_shape(pipeline))
         ids = tokenize_prompts(pipeline, [p.prompt for p in prompts])
         about = f"{e.samples} captions of {', '.join(e.grounds)}, drawn with seed {e.seed}"
-        return cls(prompts, about, seed, noise, ids, e.batch_size, mesh)
+        protocol = {"prompts": about, "noise": f"held out, seed {seed}"}
+        return cls(prompts, protocol, noise, ids, e.batch_size, mesh)
 
     def solve(self, programs: Programs) -> np.ndarray:
         """The scaled latents (N, C, h, w) of a system."""
         batches = draw(programs, self.mesh, self.noise, self.input_ids, self.batch_size, images=False)
         return np.concatenate([batch.latents for batch in batches])
-
-    @property
-    def protocol(self) -> dict[str, str]:
-        """For a result file."""
-        return {"prompts": self.about, "noise": f"held out, seed {self.noise_seed}"}
 
 
 def latents_of_pairs(folder: Path, count: int) -> np.ndarray:

@@ -182,6 +182,7 @@ def test_another_teacher_is_timed_and_its_judging_left_to_evaluate(trained, fold
         (["losses", "--pairs=nowhere"], "nowhere"),
         (["losses", "--config.pairs.guidance_scale=4.0"], "guidance_scale=3.0; give --config.pairs.guidance_scale=3.0"),
         (["discriminator", "--config.adversarial.r1_gamma=0.0"], "adversarial.r1_gamma is 0.0"),
+        (["losses", "--config.loss.lpips=nowhere"], "nowhere"),
     ],
 )
 def test_bad_flags_end_with_one_line(flags, message, trained, folder, tmp_path, capsys):

@@ -9,7 +9,7 @@ from tiny import CONFIG, get_config
 
 from d2g_jax.__main__ import main
 from d2g_jax.demo import demo, evaluation
-from d2g_jax.demo.judge import Judge
+from d2g_jax.digits import scenes
 from d2g_jax.report.status import read_status
 from d2g_jax.runtime import runs
 from d2g_jax.train import job
@@ -179,11 +179,11 @@ def system(distance, everything, parts, **figures):
 
 
 def test_checks_hold_values_to_their_bars():
-    parts = Judge.parts
+    parts = scenes.PARTS
     systems = {"T": system(None, 0.9, parts), "M": system(12.0, 0.5, parts, unexplained=0.34, sharpness=0.6)}
     systems |= {"E": system(7.0, 0.8, parts), "F": system(4.4, 0.86, parts, sharpness=1.2)}
     systems["T"]["accuracy"]["texture"] = 0.89
-    checks = evaluation.checks(Judge.bars(Judge, systems, {}, KINDS))
+    checks = evaluation.checks(evaluation.bars(systems, KINDS))
     missed = [check["name"] for check in checks if not check["met"]]
     assert len(checks) == 14
     assert missed == [
