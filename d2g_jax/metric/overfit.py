@@ -137,7 +137,7 @@ def overfit(config: ml_collections.ConfigDict, workdir: Path) -> str:
         _show(workdir, names, {name: np.asarray(to_uint8(decoded)) for name, decoded in images.items()})
         result = _result(scene, originals, settings, fits)
         write_json(workdir / "result.json", result)
-        return f"{table(result)}\n\n{write_report(workdir, finished=True)}"
+        return f"{table(result)}\n\n{write_report(workdir)}"
 
 
 def check_config(settings: ml_collections.ConfigDict) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from d2g_jax.report.charts import COLOURS, MISSING, Series, format_number, line_chart
-from d2g_jax.report.health import Band
+from d2g_jax.report.files import is_number
+from d2g_jax.report.health import BANDS, Band
 from d2g_jax.report.inputs import Inputs, Row
-from d2g_jax.report.values import card, duration, is_number, part
+from d2g_jax.report.values import card, duration, part
 
 _GROUPS = {
     "Health": "shaded: where a healthy run stays, from the image on from which that holds",
@@ -23,9 +23,9 @@ _GROUPS = {
 _MEMORY = {"host": "Host, peak", "device": "Fullest device, peak", "steps": "Largest compiled step"}
 
 
-def curves(inputs: Inputs, bands: Sequence[Band]) -> dict[str, Any] | None:
+def curves(inputs: Inputs) -> dict[str, Any] | None:
     """Every metric as a panel, every run as a colour; those that have a band first."""
-    runs, banded = inputs.metrics.runs, {band.metric: band for band in bands}
+    runs, banded = inputs.metrics.runs, {band.metric: band for band in BANDS}
     names = list(dict.fromkeys(name for rows in runs.values() for row in rows for name in row.metrics))
     groups: dict[str, dict[str, str]] = {title: {} for title in _GROUPS}
     for name in [*(name for name in banded if name in names), *(name for name in names if name not in banded)]:

@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from d2g_jax.inputs.text import read_json
 from d2g_jax.runtime.errors import UserError
 
-_DEEPEST = 100  # objects in objects; whoever walks them goes no deeper than Python's stack
-_MOST_DIGITS = 300  # of a whole number; a longer one is no float
+_REMEDY = "write it again or remove it"
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, None where there is no file; raises `UserError` for anything else."""
-    if not path.is_file():
-        return None
+    return read_json(path, _REMEDY) if path.is_file() else None
+
+
+def read_formed(path: Path, form: dict[str, Any], workdir: Path) -> dict[str, Any] | None:
+    """What `form` names of the JSON object in a file, None where there is no file.
+
+    A form is a dict of forms by key, a list of one form for all entries, a tuple of one for what may be missing (then
+    None), `Path` for a picture's name (see `inside`), or a function of the value, such as `int`.
+
+    Raises `UserError` for a file of another form.
+    """
+    data = read_object(path)
     try:
-        data = json.loads(path.read_text("utf-8"), parse_int=_whole)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); write it again or remove it") from error
-    except RecursionError as error:
-        raise _too_deep(path) from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds a {type(data).__name__}, expected a JSON object; write it again or remove it")
-    if _is_deeper(data, _DEEPEST):
-        raise _too_deep(path)
-    return data
+        return None if data is None else _formed(data, form, workdir)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: not of its form ({type(error).__name__}: {error}); {_REMEDY}") from error
+
+
+def _formed(value: Any, form: Any, workdir: Path) -> Any:
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            raise TypeError(f"a {type(value).__name__} in place of an object")
+        given = {name: value.get(name) if isinstance(part, tuple) else value[name] for name, part in form.items()}
+        return {name: _formed(given[name], part, workdir) for name, part in form.items()}
+    if isinstance(form, list):
+        if not isinstance(value, list):
+            raise TypeError(f"a {type(value).__name__} in place of a list")
+        return [_formed(one, form[0], workdir) for one in value]
+    if isinstance(form, tuple):
+        return None if value is None else _formed(value, form[0], workdir)
+    return inside(workdir, value) if form is Path else form(value)
 
 
 def inside(workdir: Path, relative: object) -> Path | None:
@@ -40,18 +57,6 @@ def inside(workdir: Path, relative: object) -> Path | None:
         return None
 
 
-def _whole(text: str) -> int:
-    if len(text) > _MOST_DIGITS:
-        raise ValueError(f"a number of {len(text)} digits")
-    return int(text)
-
-
-def _too_deep(path: Path) -> UserError:
-    return UserError(f"{path}: nested more than {_DEEPEST} deep; write it again or remove it")
-
-
-def _is_deeper(value: object, levels: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    parts = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_is_deeper(part, levels - 1) for part in parts)
+def is_number(value: object) -> bool:
+    """Of JSON, where True is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

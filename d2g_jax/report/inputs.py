@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from d2g_jax.report.files import inside, read_object
-from d2g_jax.report.galleries import Gallery, find_galleries
+from d2g_jax.report.files import is_number, read_object
+from d2g_jax.report.galleries import find_comparison, find_galleries
 from d2g_jax.report.status import Status, read_status
 from d2g_jax.runtime.errors import UserError
 
@@ -28,7 +28,6 @@ class Row:
     """
 
     images: float
-    step: float
     seconds: float
     metrics: dict[str, float]
     alarms: tuple[str, ...] = ()
@@ -47,15 +46,6 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The same prompts and noise through several systems. images[column][prompt], None where a file is missing."""
-
-    prompts: list[str]
-    names: list[str]
-    images: list[list[Path | None]]
-
-
-@dataclass(frozen=True)
 class Inputs:
     """Everything that a page is made of; None or empty where the workdir does not have it."""
 
@@ -63,9 +53,9 @@ class Inputs:
     config: dict[str, Any] | None
     metrics: Metrics
     result: dict[str, Any] | None
-    comparison: Comparison | None
+    comparison: dict[str, Any] | None  # of the form `galleries.COMPARISON`
     timelines: dict[str, list[tuple[int, Path]]]  # run -> (images seen, sample grid) in that order
-    galleries: dict[str, Gallery]  # by run
+    galleries: dict[str, dict[str, Any]]  # by run, of the form `galleries.GALLERY`
     evaluations: list[dict[str, Any]]  # results of `d2g evaluate`, by name of their files
     status: Status | None
 
@@ -84,7 +74,7 @@ def read_inputs(workdir: Path) -> Inputs:
         config=read_object(workdir / "config.json"),
         metrics=metrics,
         result=read_object(workdir / "result.json"),
-        comparison=_read_comparison(workdir),
+        comparison=find_comparison(workdir),
         timelines=_in_order(metrics, _find_timelines(workdir)),
         galleries=_in_order(metrics, find_galleries(workdir)),
         evaluations=_read_evaluations(workdir / "evaluation"),
@@ -126,14 +116,14 @@ def _parse_line(line: str) -> tuple[str, Row] | None:
         data = json.loads(line, parse_int=float)  # so that a whole number without end is infinite, not an error
     except (ValueError, RecursionError):
         return None
-    if not isinstance(data, dict) or not _is_number(data.get("images")) or not math.isfinite(data["images"]):
+    if not isinstance(data, dict) or not is_number(data.get("images")) or not math.isfinite(data["images"]):
         return None
-    values = {key: _number_or_nan(value) for key, value in data.items() if value is None or _is_number(value)}
+    values = {key: _number_or_nan(value) for key, value in data.items() if value is None or is_number(value)}
     metrics = {key: value for key, value in values.items() if key not in _NOT_METRICS}
     texts = {key: _strings(data.get(key)) for key in ("alarms", "left_out")}
     problem = data["problem"] if isinstance(data.get("problem"), str) else ""
     seconds = values.get("seconds", math.nan)
-    row = Row(values["images"], values.get("step", math.nan), seconds, metrics, **texts, problem=problem)
+    row = Row(values["images"], seconds, metrics, **texts, problem=problem)
     return str(data.get("run", "")), row
 
 
@@ -141,31 +131,8 @@ def _strings(value: object) -> tuple[str, ...]:
     return tuple(text for text in value if isinstance(text, str)) if isinstance(value, list) else ()
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _number_or_nan(value: float | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def _read_comparison(workdir: Path) -> Comparison | None:
-    source = workdir / "samples" / "comparison.json"
-    data = read_object(source)
-    if data is None:
-        return None
-    prompts, columns = data.get("prompts"), data.get("columns")
-    if not isinstance(prompts, list) or not isinstance(columns, list):
-        raise UserError(f"{source}: keys 'prompts' and 'columns' must be lists; write it again or remove it")
-    names, images = [], []
-    for column in columns:
-        paths = column.get("images") if isinstance(column, dict) else None
-        if not isinstance(paths, list) or len(paths) != len(prompts) or "name" not in column:
-            need = f"a 'name' and 'images', one for each of the {len(prompts)} prompts"
-            raise UserError(f"{source}: every entry of 'columns' needs {need}; write it again or remove it")
-        names.append(str(column["name"]))
-        images.append([inside(workdir, path) for path in paths])
-    return Comparison([str(prompt) for prompt in prompts], names, images)
 
 
 def _read_evaluations(folder: Path) -> list[dict[str, Any]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from d2g_jax.report.charts import Axis, format_number
+from d2g_jax.report.charts import format_number
+from d2g_jax.report.files import is_number
 from d2g_jax.report.inputs import Inputs
-from d2g_jax.report.values import card, flatten, is_number, part
+from d2g_jax.report.values import card, part
+from d2g_jax.runtime.runs import flatten
 
 _SHOWN_ELSEWHERE = ("protocol", "systems", "floors", "checks", "seconds", "environment")
 
@@ -18,7 +20,6 @@ def measured(inputs: Inputs) -> dict[str, Any] | None:
     rest = {key: value for key, value in (inputs.result or {}).items() if key not in _SHOWN_ELSEWHERE}
     found = {
         "systems": _systems(inputs),
-        "distances": _distances(inputs),
         "checks": checks(inputs),
         "cards": {
             **card("Protocol", part(inputs, "protocol", dict)),
@@ -31,36 +32,12 @@ def measured(inputs: Inputs) -> dict[str, Any] | None:
 
 def _systems(inputs: Inputs) -> dict[str, Any] | None:
     systems = part(inputs, "systems", dict)
-    flat = {name: dict(flatten(values)) if isinstance(values, dict) else {} for name, values in systems.items()}
+    flat = {name: flatten(values) if isinstance(values, dict) else {} for name, values in systems.items()}
     keys = list(dict.fromkeys(key for values in flat.values() for key in values))
     if not keys:
         return None
     columns = [[values.get(key) for values in flat.values()] for key in keys]
     return {"columns": keys, "rows": {name: [_cell(c, row) for c in columns] for row, name in enumerate(flat)}}
-
-
-def _distances(inputs: Inputs) -> dict[str, Any] | None:
-    """Fréchet distances on a common logarithmic axis, in per cent of its length; None for fewer than two."""
-    values = {
-        name: float(of["frechet_to_teacher"])
-        for name, of in part(inputs, "systems", dict).items()
-        if isinstance(of, dict) and _is_positive(of.get("frechet_to_teacher"))
-    }
-    if len(values) < 2:
-        return None
-    floor = part(inputs, "floors", dict).get("teacher_vs_teacher")
-    floor = float(floor) if _is_positive(floor) else None
-    ends = [*values.values(), *([floor] if floor else [])]
-    axis = Axis(min(ends) / 1.1, max(ends) * 1.1, 0.0, 100.0, log=True)
-    return {
-        "dots": [{"name": name, "value": value, "left": f"{axis(value):.1f}"} for name, value in values.items()],
-        "floor": floor,
-        "mark": floor and f"{axis(floor):.1f}",
-    }
-
-
-def _is_positive(value: object) -> bool:
-    return is_number(value) and math.isfinite(value) and value > 0
 
 
 def _cell(column: list[Any], index: int) -> str:

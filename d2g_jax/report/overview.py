@@ -8,10 +8,12 @@ from datetime import UTC, datetime
 
 from d2g_jax.report.charts import format_number
 from d2g_jax.report.curves import image_rates, peak_memory
+from d2g_jax.report.files import is_number
 from d2g_jax.report.inputs import Inputs
 from d2g_jax.report.measured import checks
 from d2g_jax.report.status import RUNNING, STOPPED, Status
-from d2g_jax.report.values import card, duration, flatten, is_number, part, scalar
+from d2g_jax.report.values import card, duration, part, scalar
+from d2g_jax.runtime.runs import flatten
 
 _LEAST_PATIENCE = 600.0  # seconds without a line after which a page says that its job may be dead
 _LINES_MISSED = 5
@@ -57,7 +59,8 @@ def environment(inputs: Inputs) -> dict[str, str]:
     for data in (inputs.result, inputs.config):
         found = (data or {}).get("environment")
         if isinstance(found, dict):
-            return {key.replace("_", " "): scalar(value) for key, value in flatten(found, leaves_only=True)}
+            leaves = {key.rpartition(".")[2]: value for key, value in flatten(found).items()}
+            return {key.replace("_", " "): scalar(value) for key, value in leaves.items()}
     return {}
 
 

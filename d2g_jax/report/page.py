@@ -5,18 +5,15 @@ What a section says is found in the modules beside this one; how it looks stands
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
 
-from d2g_jax.report import curves, health, measured, overview, pictures
+from d2g_jax.report import curves, measured, overview, pictures
 from d2g_jax.report.alarms import alarms
 from d2g_jax.report.charts import format_number
 from d2g_jax.report.inputs import Inputs, read_inputs
-from d2g_jax.report.status import FINISHED, RUNNING, STOPPED, Status
+from d2g_jax.report.status import FINISHED, RUNNING, Status
 from d2g_jax.report.values import label
 from d2g_jax.runtime.atomic import write_bytes
 from d2g_jax.runtime.errors import UserError
@@ -33,38 +30,38 @@ _TEMPLATES.filters |= {"number": format_number, "label": label}
 _TEMPLATES.globals["embedded"] = pictures.embedded
 
 
-def write_report(workdir: Path, *, finished: bool | None = None, bands: Sequence[health.Band] = health.BANDS) -> Path:
+def write_report(workdir: Path) -> Path:
     """Write `report.html` from what the workdir holds, and return its path.
 
     workdir: a folder with any of the files that `inputs.read_inputs` reads. What is absent leaves its section out. The
     page is one file: it loads nothing.
-    finished: whether the run is over; None takes it from status.json and without one from the other files (a result, or
-    all of config train.images seen).
-    bands: where a healthy run stays, drawn behind the curve of each one's metric.
     Raises UserError when the folder is missing, has none of these, holds a broken one, or cannot be written.
     """
     workdir = Path(workdir)
     path = workdir / "report.html"
     try:
         inputs = read_inputs(workdir)
-        now = inputs.status or _guessed(inputs)
-        if finished is not None:
-            now = dataclasses.replace(now, state=FINISHED if finished else RUNNING)
+        # Jobs without status.json write lines while they run and a result at their end; evaluations alone never run.
+        at_work = bool(inputs.metrics.runs) and inputs.result is None
+        now = inputs.status or Status(RUNNING if at_work else FINISHED)
         # JSON can say half a character, which UTF-8 cannot: a question mark stands for it.
-        write_bytes(path, _page(inputs, now, bands).encode("utf-8", errors="replace"))
+        write_bytes(path, _page(inputs, now).encode("utf-8", errors="replace"))
     except OSError as error:
         problem = f"{path}: cannot be made ({error.strerror or error})"
         raise UserError(f"{problem}; make the workdir's files readable and the folder writable") from error
+    except (OverflowError, RecursionError) as error:
+        problem = f"{path}: cannot be made, a file there has a number too large or is nested too deep ({error})"
+        raise UserError(f"{problem}; correct or remove that file") from error
     return path
 
 
-def _page(inputs: Inputs, now: Status, bands: Sequence[health.Band]) -> str:
+def _page(inputs: Inputs, now: Status) -> str:
     made = [
         ("samples", "Side by side", pictures.comparison(inputs)),
         ("measured", "Measured", measured.measured(inputs)),
         ("evaluated", "Evaluated", measured.evaluated(inputs)),
         ("alarms", "Alarms", alarms(inputs)),
-        ("curves", "Curves", curves.curves(inputs, bands)),
+        ("curves", "Curves", curves.curves(inputs)),
         ("time", "Samples over time", pictures.timelines(inputs)),
         ("walks", "Latent walks", inputs.galleries),
         ("beside", "Best and worst beside the teacher", pictures.beside(inputs)),
@@ -85,24 +82,6 @@ def _page(inputs: Inputs, now: Status, bands: Sequence[health.Band]) -> str:
         present=[section for section in made if section[2]],
         notes=_notes(inputs),
     )
-
-
-def _guessed(inputs: Inputs) -> Status:
-    """The state of a workdir without status.json, by its other files."""
-    runs, train = inputs.metrics.runs, (inputs.config or {}).get("train")
-    planned = train.get("images") if isinstance(train, dict) else None
-    planned = planned if isinstance(planned, int | float) and planned > 0 else math.inf
-    if inputs.result is not None:
-        return Status(FINISHED)
-    if not runs:  # a folder of evaluations alone was never a run
-        return Status(FINISHED if inputs.evaluations and inputs.config is None else RUNNING)
-    name, rows = list(runs.items())[-1]
-    if rows[-1].problem:
-        return Status(STOPPED, rows[-1].problem)
-    # Named runs are a job's several students: the last one present may be followed by another, only a result says.
-    over = list(runs) == [""] and rows[-1].images >= planned
-    total = int(planned) if math.isfinite(planned) else 0
-    return Status(FINISHED if over else RUNNING, name, int(rows[-1].images), total)
 
 
 def _notes(inputs: Inputs) -> list[str]:

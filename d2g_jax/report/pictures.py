@@ -6,11 +6,11 @@ import base64
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from d2g_jax.report.galleries import Gallery
-from d2g_jax.report.inputs import Comparison, Inputs
+from d2g_jax.report.inputs import Inputs
 from d2g_jax.runtime.errors import UserError
 
 _LARGEST_PLAIN = 96 * 1024  # bytes; a larger image is embedded as WebP, so that a page of SDXL grids stays sendable
@@ -18,10 +18,10 @@ _LONGEST_SIDE = 1024
 _MOST_STEPS = 40  # sample grids on one slider
 
 
-def comparison(inputs: Inputs) -> Comparison | None:
+def comparison(inputs: Inputs) -> dict[str, Any] | None:
     """One row per prompt, one column per system, the same noise along a row."""
     shown = inputs.comparison
-    return shown if shown and shown.prompts and shown.names else None
+    return shown if shown and shown["prompts"] and shown["columns"] else None
 
 
 def timelines(inputs: Inputs) -> dict[str, list[tuple[int, Path]]]:
@@ -35,15 +35,15 @@ def _spread(items: list, most: int) -> list:
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
-def beside(inputs: Inputs) -> tuple[str, Gallery] | None:
+def beside(inputs: Inputs) -> tuple[str, dict[str, Any]] | None:
     """Pictures of the student beside the teacher's for the same noise, of the last run that kept pairs apart."""
-    return next((one for one in reversed(inputs.galleries.items()) if one[1].teacher), None)
+    return next((one for one in reversed(inputs.galleries.items()) if one[1]["teacher"]), None)
 
 
-def neighbours(inputs: Inputs) -> tuple[str, Gallery] | None:
+def neighbours(inputs: Inputs) -> tuple[str, dict[str, Any]] | None:
     """Pictures of held-out noise beside the training pairs that they are nearest to, of the last run with a gallery."""
     last = list(inputs.galleries.items())[-1:]
-    return last[0] if last and last[0][1].queries else None
+    return last[0] if last and last[0][1]["nearest"]["rows"] else None
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from d2g_jax.report.charts import MISSING, format_number
 from d2g_jax.report.inputs import Inputs
 from d2g_jax.runtime.errors import UserError
+from d2g_jax.runtime.runs import flatten
 
 _TITLES = {
     "frechet_to_teacher": "Fréchet to teacher",
@@ -37,16 +38,6 @@ def scalar(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def flatten(data: Mapping[str, Any], leaves_only: bool = False, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested keys joined by dots; with `leaves_only` the last key alone."""
-    for key, value in data.items():
-        name = str(key) if leaves_only else f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            yield from flatten(value, leaves_only, f"{name}.")
-        else:
-            yield name, value
-
-
 def part(inputs: Inputs, key: str, kind: type) -> Any:
     """result[key], empty where it is absent; UserError where it is of another kind."""
     value = (inputs.result or {}).get(key)
@@ -57,9 +48,9 @@ def part(inputs: Inputs, key: str, kind: type) -> Any:
     return value
 
 
-def card(title: str, data: Mapping[str, Any], write: Callable[[Any], str] = scalar) -> dict[str, dict[str, str]]:
+def card(title: str, data: dict[str, Any], write: Callable[[Any], str] = scalar) -> dict[str, dict[str, str]]:
     """A title and what is listed under it, as text; an empty dict for no data."""
-    items = {key: write(value) for key, value in flatten(data)}
+    items = {key: write(value) for key, value in flatten(data).items()}
     return {title: items} if items else {}
 
 
@@ -71,7 +62,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

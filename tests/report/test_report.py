@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from d2g_jax.report import write_report
+from d2g_jax.report import page, write_report
 from d2g_jax.report.charts import LEFT, RIGHT, WIDTH, Axis, Series, format_number, line_chart
 from d2g_jax.report.curves import image_rates
 from d2g_jax.report.inputs import read_inputs, read_metrics
@@ -55,8 +55,8 @@ def write(path, data):
     path.write_text(json.dumps(data), "utf-8")
 
 
-def page_of(folder, **options):
-    path = write_report(folder, **options)
+def page_of(folder):
+    path = write_report(folder)
     assert path == folder / "report.html"
     return path.read_text("utf-8")
 
@@ -89,6 +89,14 @@ def test_the_page_shows_what_the_run_holds(workdir):
     assert len(outline.attributes("img")) == 3 + 3
     assert [path.name for path in workdir.glob("*report*")] == ["report.html"]
     assert list(workdir.glob(".report*")) == []
+
+
+def test_a_column_with_fewer_images_than_prompts_has_gaps(workdir):
+    file = workdir / "samples" / "comparison.json"
+    data = json.loads(file.read_text())
+    data["columns"][1]["images"] = []
+    write(file, data)
+    assert len(Outline(page_of(workdir)).attributes("img")) == 3 + 3 - 1
 
 
 def test_walks_and_nearest_pairs_say_how_they_were_made(gallery):
@@ -271,13 +279,15 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
 def test_a_plain_train_workdir_has_one_run_and_its_state(tmp_path):
     write(tmp_path / "config.json", {"train": {"images": 200}})
     (tmp_path / "metrics.jsonl").write_text('{"images": 50, "step": 1, "seconds": 1, "loss": 2}\n')
+    assert 'class="state running"' in page_of(tmp_path)  # of a job without status.json
+    write(tmp_path / "status.json", STATUS | {"done": 50, "total": 200})
     text = page_of(tmp_path)
     assert "running, 25%" in text
     assert sections_of(text) == ["curves", "settings"]
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"images": 200, "step": 4, "seconds": 4, "loss": 1}\n')
+    write(tmp_path / "status.json", STATUS | {"state": "finished"})
     assert 'class="state finished"' in page_of(tmp_path)
-    assert 'class="state running"' in page_of(tmp_path, finished=False)
     assert sections_of(page_of(tmp_path)) == ["curves", "speed", "settings"]
 
 
@@ -312,7 +322,7 @@ def test_images_outside_of_the_workdir_are_not_shown(workdir):
     save_png(workdir.parent / "other.png", np.zeros((4, 4, 3), np.uint8))
     data = {"prompts": ["a"], "columns": [{"name": "x", "images": ["../other.png"]}]}
     write(workdir / "samples" / "comparison.json", data)
-    assert read_inputs(workdir).comparison.images == [[None]]
+    assert read_inputs(workdir).comparison["columns"] == [{"name": "x", "images": [None]}]
     for name in ("\0", "\ud800", "a" * 5000):  # no file can have these names
         data["columns"][0]["images"] = [name]
         write(workdir / "samples" / "comparison.json", data | {"prompts": [name]})
@@ -330,19 +340,27 @@ def test_large_images_are_made_smaller(workdir):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", "{", r"config\.json: not valid JSON"),
-        ("result.json", "[]", r"result\.json: holds a list"),
+        ("config.json", "{", r"config\.json cannot be read"),
+        ("result.json", "[]", r"result\.json: expected a JSON object, not a list"),
         ("result.json", '{"systems": []}', r"result\.json: key 'systems'"),
-        ("samples/comparison.json", '{"prompts": ["a"], "columns": [{"name": "x", "images": []}]}', "every entry"),
-        ("samples/comparison.json", '{"prompts": 1}', "must be lists"),
-        ("samples/gallery.json", '{"images": 1}', r"gallery\.json: not a gallery \(KeyError"),
+        (
+            "samples/comparison.json",
+            '{"prompts": ["a"], "columns": [{"name": "x"}]}',
+            r"comparison\.json: .*KeyError: 'images'",
+        ),
+        ("samples/comparison.json", '{"prompts": 1, "columns": []}', r"comparison\.json: .*a int in place of a list"),
+        ("samples/gallery.json", '{"images": 1}', r"gallery\.json: not of its form \(KeyError"),
         ("status.json", '{"state": "asleep"}', r"status\.json: not a status"),
         ("status.json", json.dumps(STATUS | {"stage": 3}), r"status\.json: not a status \(stage 3 is no text\)"),
         ("status.json", json.dumps(STATUS | {"unit": None}), r"status\.json: not a status \(unit None is no text\)"),
-        ("status.json", "[]", r"status\.json: holds a list"),
-        ("config.json", "[" * 100_000, r"config\.json: nested more than 100 deep"),
-        ("config.json", '{"a": ' + "[" * 200 + "]" * 200 + "}", r"config\.json: nested more than 100 deep"),
-        ("result.json", '{"checks": [{"value": ' + "9" * 400 + "}]}", r"result\.json: .*a number of 400 digits"),
+        ("status.json", "[]", r"status\.json: expected a JSON object, not a list"),
+        ("config.json", "[" * 100_000, r"config\.json cannot be read"),
+        ("result.json", '{"checks": [{"value": ' + "9" * 400 + "}]}", r"report\.html: .* a number too large"),
+        (
+            "metrics.jsonl",
+            '{"images": 8, "loss": 1e308}\n{"images": 16, "loss": -1e308}',
+            r"report\.html: .* too large",
+        ),
         ("samples/images_00000005.png", "no image", r"images_00000005\.png: not a readable image"),
     ],
 )
@@ -352,6 +370,15 @@ def test_a_broken_file_is_named_in_one_line(workdir, name, content, message):
         write_report(workdir)
     assert "\n" not in str(caught.value)
     assert not (workdir / "report.html").exists()
+
+
+def test_what_is_nested_too_deep_for_a_page_is_one_line(workdir, monkeypatch):
+    """So far the reader of JSON stops before."""
+    (workdir / "report.html").write_text("before")
+    monkeypatch.setattr(page.overview, "settings", lambda inputs: page.overview.settings(inputs))
+    with pytest.raises(UserError, match=r"report\.html: .* nested too deep"):
+        write_report(workdir)
+    assert (workdir / "report.html").read_text() == "before"
 
 
 def test_a_missing_or_empty_workdir_is_refused(tmp_path):
