@@ -7,11 +7,9 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from d2g_jax.commands import common
 from d2g_jax.evaluate.protocols import PROTOCOLS
-from d2g_jax.inputs.places import local_path
 from d2g_jax.results import metric_weights
 from d2g_jax.runtime.errors import UserError
 
@@ -57,7 +55,7 @@ def _evaluate(arguments: Sequence[str]) -> Callable[[], str]:
     parser.add_argument("--metrics", default="", help="names with commas; default is all that the given files allow")
     parser.add_argument("--samples", type=int, help="only the first N; the result then says that it is incomplete")
     parser.add_argument("--name", help="of the system, for tables")
-    parser.add_argument("--out", type=common.path, required=True, help="result file, JSON")
+    parser.add_argument("--out", type=common.path, help="result file, JSON")
     _add_images(parser)
     weights = parser.add_argument_group("weights of the metrics; nothing is ever downloaded")
     for name, where in metric_weights.WHERE.items():
@@ -69,8 +67,9 @@ def _evaluate(arguments: Sequence[str]) -> Callable[[], str]:
     model.add_argument("--draw-batch", type=int, default=64, help="images per call of the model, all devices together")
     model.add_argument("--tiled", action="store_true", help="decode large images in overlapping tiles")
     common.add_solution_flags(parser.add_argument_group("how a teacher is solved; a student has none of these"))
-    _take_config(parser, arguments)
-    own = parser.parse_args(arguments)
+    own = parser.parse_args(arguments, _of_config(parser, arguments))
+    if own.out is None:
+        raise UserError("--out is missing; give a result file such as a.json")
     if own.protocol is None:
         raise UserError(f"--protocol is missing; give one of {', '.join(PROTOCOLS)}")
     if (own.model is None) == (own.images is None):
@@ -78,48 +77,35 @@ def _evaluate(arguments: Sequence[str]) -> Callable[[], str]:
     return lambda: _run(own)
 
 
-def _take_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """The fields of --config, as defaults of the flags; None is a flag that is not given.
+def _of_config(parser: common.Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    """The fields of --config as if they were given as flags; None is a flag that is not given.
 
-    Raises `UserError` for a field that is no flag, or that the flag would not take.
+    Raises `UserError` for a field that is no flag, or whose value the flag would not take.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = common.Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=common.path)
     file = first.parse_known_args(arguments)[0].config
     if file is None:
-        return
+        return argparse.Namespace()
     from d2g_jax.config.configuration import load_config
 
-    flags = {action.dest: action for action in parser._actions if action.option_strings}
+    known = {action.dest: action for action in parser._actions if action.option_strings}
+    flags: list[str] = []
     for name, value in load_config(file).items():
-        if name not in flags or name in ("config", "help"):
+        if name not in known or name in ("config", "help"):
             raise UserError(f"--config={file}: {name} is no flag of `{parser.prog}`")
-        if value is None:
-            continue
-        if expected := _misfit(flags[name], value):
-            raise UserError(f"--config={file}: {name}={value!r}: expected {expected}")
-        read = local_path if flags[name].type is common.path else list if isinstance(value, tuple) else lambda x: x
-        parser.set_defaults(**{name: read(value)})
-        flags[name].required = False
-
-
-_TAKES = {
-    None: ((str,), "text"),
-    common.path: ((str, Path), "a path"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    bool: ((bool,), "True or False"),
-    list: ((list, tuple), "a list"),
-}
-"""The Python types of a field by the type of its flag, and the same in words."""
-
-
-def _misfit(flag: argparse.Action, value: object) -> str | None:
-    """What the flag takes, where the field's value is not that; None where it is."""
-    if flag.choices:
-        return None if value in flag.choices else f"one of {', '.join(flag.choices)}"
-    kinds, words = _TAKES[list if isinstance(flag.default, list) else bool if flag.nargs == 0 else flag.type]
-    return None if isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,)) else words
+        (flag,) = known[name].option_strings
+        several = isinstance(value, list | tuple)
+        if several and not isinstance(known[name].default, list):
+            raise UserError(f"--config={file}: {name}={value!r}: give one value, not several")
+        if known[name].nargs == 0 and isinstance(value, bool):
+            flags += [flag] if value else []
+        elif value is not None:
+            flags += [f"{flag}={one}" for one in (value if several else [value])]
+    try:
+        return parser.parse_args(flags)
+    except UserError as error:
+        raise UserError(f"--config={file}: {error}") from error
 
 
 def _run(own: argparse.Namespace) -> str:
