@@ -11,6 +11,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 from d2g_jax.runtime.errors import UserError
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -32,12 +34,16 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations)=(
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation: `whole_bytes` of the whole array over `group` devices, `times` in a call."""
+    """One collective operation: `whole_bytes` of the whole array over `group` devices, `times` in a call.
+
+    `apart`: the devices of a group are no neighbours in the mesh, as along `data` beside `fsdp`.
+    """
 
     kind: str
     whole_bytes: float
     group: int
     times: int = 1
+    apart: bool = False
 
     @property
     def received_bytes(self) -> float:
@@ -72,14 +78,14 @@ def parse_collectives(hlo: str, devices: int) -> list[Collective]:
             arrays = [_bytes(*array) for array in _ARRAY.findall(shapes)]
             if start and kind != "all-reduce":  # its result holds the operands beside the results
                 arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
-            group = _group_size(line, devices)
+            group, apart = _group(line, devices)
             whole = sum(arrays) * (group if kind == "reduce-scatter" else 1)
             if kind == "all-reduce" and current.startswith(_SCATTERED):
                 kind = "reduce-scatter"
             runs = times.get(current, 1)
             if runs is None:
                 raise UserError(f"the compiled program has a loop of unknown length around {kind}: not countable")
-            found.append(Collective(kind, whole, group, runs))
+            found.append(Collective(kind, whole, group, runs, apart))
     return found
 
 
@@ -131,14 +137,41 @@ def _bytes(dtype: str, dimensions: str) -> float:
     return bits / 8 * math.prod(int(side) for side in dimensions.split(",") if side)
 
 
-def _group_size(line: str, devices: int) -> int:
-    """From replica_groups={{0,1},{2,3}}, [2,4]<=[8] or mesh['a'=2,'b'=4] {'b'}; empty groups mean all devices."""
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-        return len(match[1].split(","))
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(match[1])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([\d,]*\))? \{([^}]*)\}", line):
-        sides = {name: int(side) for name, side in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
-        return math.prod(int(part) if part else sides[name] for name, part in axes)
-    return devices
+def _group(line: str, devices: int) -> tuple[int, bool]:
+    """Devices of a group, all where the text has none, and whether they lie apart."""
+    ids = _first_group(line)
+    if ids is None:
+        return devices, False
+    return len(ids), sorted(ids) != list(range(min(ids), min(ids) + len(ids)))
+
+
+def _first_group(line: str) -> list[int] | None:
+    """Of {{0,1},{2,3}}, [2,4]<=[8], [4,2]<=[2,4]T(1,0) or mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}."""
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return _numbers(match[1])
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\](?:<=(\[[\d,]+\](?:T\([\d,]+\))?))?", line):
+        return _listed(match[2] or f"[{match[1]}]").tolist()[: int(match[1])]
+    found = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", line)
+    if found is None:
+        return None
+    taken = {name: (before, part) for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[3])}
+    shape: list[int] = []
+    for name, side in re.findall(r"'(\w+)'=(\d+)", found[1]):
+        before, part = taken.get(name, (side, "1"))
+        before, part = int(before or 1), int(part or side)
+        shape += [before, part, int(side) // (before * part)]
+    ids = _listed(found[2] or f"[{math.prod(shape)}]").reshape(shape)
+    return ids[(0, slice(None), 0) * (len(shape) // 3)].ravel().tolist()
+
+
+def _listed(text: str) -> np.ndarray:
+    """The numbers that [2,4]T(1,0) or 0,1,2 stands for: int64 (N,)."""
+    if match := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        sides = _numbers(match[1])
+        order = _numbers(match[2]) if match[2] else range(len(sides))
+        return np.arange(math.prod(sides)).reshape(sides).transpose(order).ravel()
+    return np.array(_numbers(text))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]

@@ -160,7 +160,7 @@ def scaled(collectives: tuple[Collective, ...], data: int, fsdp: int, new_data: 
     found = []
     for c in collectives:
         over_all = c.kind == "all-reduce" and c.group == data * fsdp
-        if over_all or (c.group == data and data > 1 and c.group != fsdp):
+        if over_all or (c.group == data and data > 1 and (c.apart or c.group != fsdp)):
             found.append(dataclasses.replace(c, group=c.group // data * new_data))
             continue
         found.append(c)

@@ -12,13 +12,20 @@ from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.mesh import make_mesh
 
 GATHER = "  %all-gather.1 = f32[1024,8]{1,0:T(8,128)} all-gather(%p), channel_id=1, replica_groups=%s, dimensions={0}"
+APART = {
+    "{{0,4},{1,5},{2,6},{3,7}}": 2,
+    "[4,2]<=[2,4]T(1,0)": 2,
+    "mesh['a'=2,'b'=4] {'a'}": 2,
+    "mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}": 2,
+}
 GROUPS = {"{{0,1,2,3},{4,5,6,7}}": 4, "[2,4]<=[8]": 4, "mesh['a'=2,'b'=4] {'b'}": 4, "mesh['a'=8] {'a':(2)4}": 4}
+GROUPS |= {"mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}": 4, "mesh['a'=8], device_ids=(7,6,5,4,3,2,1,0) {'a'}": 8}
 
 
-@pytest.mark.parametrize(("written", "size"), [*GROUPS.items(), ("{}", 8)])
+@pytest.mark.parametrize(("written", "size"), [*GROUPS.items(), ("{}", 8), *APART.items()])
 def test_groups(written, size):
     text = "ENTRY %main (p: f32[256,8]) -> f32[1024,8] {\n" + GATHER.replace("%s", written) + "\n}\n"
-    assert parse_collectives(text, 8) == [Collective("all-gather", 4 * 1024 * 8, size)]
+    assert parse_collectives(text, 8) == [Collective("all-gather", 4 * 1024 * 8, size, apart=written in APART)]
 
 
 def test_tuples_starts_and_what_is_none():

@@ -224,6 +224,8 @@ def test_weak_scaling_keeps_fsdp_and_grows_data():
     assert scaled((gather, scatter), 1, 16, 4) == [gather, scatter, Collective("all-reduce", 100.0, 4)]
     assert scaled((Collective("all-reduce", 8.0, 16),), 1, 16, 4) == [Collective("all-reduce", 8.0, 64)]
     assert scaled((Collective("all-reduce", 8.0, 2), gather), 2, 8, 32)[0].group == 32
+    both = Collective("all-reduce", 8.0, 4, apart=True), Collective("all-reduce", 8.0, 4)  # over data and over fsdp
+    assert [c.group for c in scaled(both, 4, 4, 16)] == [16, 4]
 
 
 def test_the_compiler_s_refusal_is_read():
