@@ -141,7 +141,7 @@ def _sampling_rows(plan: SamplingPlan) -> list[tuple[str, ...]]:
 
 
 def _floor_cells(floor: Mapping[str, float] | None, batch: int) -> tuple[str, ...]:
-    if floor is None:
+    if floor is None or not floor["seconds"]:  # as of the classes that a teacher of images is told
         return ("-", "-", "-")
     seconds = floor["seconds"]
     return f"{1e3 * seconds:.2f}", f"{floor['products'] / seconds:.0%}", f"{batch / seconds:,.1f}"

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+import tiny_images
 
 from d2g_jax.digits.config import WEIGHTS, get_config
 from d2g_jax.losses.perceptual import LatentLPIPS
@@ -65,6 +66,12 @@ def test_the_metric_without_a_folder_is_the_full_size_one():
     metric = abstract_metric(loss, pipeline)
     assert count(metric.lpips.params) == 14_714_688  # VGG16's convolutions
     assert metric.decoder == pipeline.params["vae"]
+
+
+def test_a_folder_below_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny_images.make(tmp_path / "teacher", tiny_images.NOTHING)
+    assert abstract_pipeline("~/teacher").folder == tmp_path / "teacher"
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,13 @@ def test_micro_batches_larger_than_r1_s_share_are_counted_in_full():
     assert best.settings["train.micro_batch"] is None
 
 
+def test_the_flags_of_what_fits_are_those_that_change():
+    asked = plan_run(alone(**{"train.micro_batch": None}), parse_topology("gpu:2xH100"), "formula")
+    found = dataclasses.replace(asked, settings={**asked.settings, "mesh.fsdp": 2, "train.remat": "full"})
+    (line,) = [line for line in format_search(asked, found, []).splitlines() if "cheapest" in line]
+    assert line.endswith("that fits: --config.mesh.fsdp=2 --config.train.remat=full --config.mesh.data=-1")
+
+
 def test_a_plan_is_made_once(monkeypatch):
     target = parse_topology("gpu:2xH100")
     first = plan_run(alone(), target, "formula")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import tiny_images
 from test_plan_job import VAE
 
 from d2g_jax.__main__ import main
@@ -91,6 +92,12 @@ def test_the_command_prints_and_writes(capsys, tmp_path):
     assert [plan["fits"] for plan in json.loads(file.read_text())["sampling"]] == [True, True]
     assert main(["plan", "sample", *flags, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["topology"] == "gpu:1xL4"
+
+
+def test_a_teacher_of_images_has_no_towers_to_time(tmp_path, capsys):
+    folder = tiny_images.make(tmp_path / "teacher", tiny_images.NOTHING)
+    assert main(["plan", "sample", "--topology=gpu:1xL4", f"--model={folder}", "--batches=1"]) == 0
+    assert "| text x1 | 0.00 | 0.00 | 0.0 | 0.00 | - | - | - |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
