@@ -129,13 +129,15 @@ def mix_and_match(
     noise: jax.Array,
     text: Any,
     input_ids: jax.Array,
+    *,
+    z_conditioning: bool = True,
 ) -> tuple[jax.Array, jax.Array, Any, dict[str, jax.Array]]:
     """Turns a portion of the fake triples into real latents with the wrong condition; their label stays fake.
 
     Of the replaced samples one half gets a neighbour's real latent (keeping z and c), a quarter keeps its own real
     latent under a neighbour's text, a quarter under a neighbour's noise (paper.md section 8, row 12). Neighbours are
     taken inside a logical group. A sample whose neighbour has the same caption is left alone where the swap would not
-    make it wrong.
+    make it wrong. Nor does a foreign noise for a discriminator that sees none, or there a latent of the same caption.
 
     Args:
       key: a typed PRNG key.
@@ -144,6 +146,7 @@ def mix_and_match(
       generated, latents, noise: (B, h, w, C); generated is G(noise, text), latents the teacher's.
       text: a tree of arrays (B, ...): what the networks take from the caption.
       input_ids: (B, L), to tell equal captions.
+      z_conditioning: whether the discriminator sees the noise.
 
     Returns:
       (latents, noise, text) of the discriminator's fake half, and by name of what was swapped ("latents", "noise",
@@ -151,9 +154,9 @@ def mix_and_match(
     """
     draw = jax.random.uniform(key, (generated.shape[0],))
     same_caption = jnp.all(input_ids == roll_in_groups(input_ids, groups), axis=-1)
-    swap_latents = draw < 0.5 * portion
+    swap_latents = (draw < 0.5 * portion) & (z_conditioning | ~same_caption)
     swap_text = (draw >= 0.5 * portion) & (draw < 0.75 * portion) & ~same_caption
-    swap_noise = (draw >= 0.75 * portion) & (draw < portion)
+    swap_noise = (draw >= 0.75 * portion) & (draw < portion) & z_conditioning
     column = lambda mask, like: mask.reshape(-1, *[1] * (like.ndim - 1))  # noqa: E731
     mixed = jnp.where(column(swap_text | swap_noise, latents), latents, generated)
     mixed = jnp.where(column(swap_latents, latents), roll_in_groups(latents, groups), mixed)

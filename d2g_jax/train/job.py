@@ -25,7 +25,7 @@ from d2g_jax.train.checkpoint import Checkpoints
 from d2g_jax.train.gallery import is_drawn, make_gallery
 from d2g_jax.train.loop import loop
 from d2g_jax.train.painter import Painter
-from d2g_jax.train.setup import TOWERS, build, check_pairs, initial_state, open_pairs
+from d2g_jax.train.setup import TOWERS, build, check_mismatches, check_pairs, initial_state, open_pairs
 from d2g_jax.train.state import TrainState
 from d2g_jax.train.trackers import check_trackers
 
@@ -46,6 +46,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, pairs_folder: Path) 
     with leaving_at_once(), ExitStack() as opened:
         mesh, t = meshes.make_mesh(config.mesh.data, config.mesh.fsdp), config.train
         meshes.check_batch(mesh, t.batch_size, t.groups, t.micro_batch, t.r1_micro_batch)
+        check_mismatches(config)
         check_trackers(t)
         source = open_pairs(config, pairs_folder)
         first_decides(lambda: opened.enter_context(locked(workdir)))

@@ -43,6 +43,16 @@ TOWERS = ("text_encoder", "text_encoder_2")
 _NO_ADVERSARY = dict.fromkeys(("discriminator", "discriminator_r1", "discriminator_optimizer"))
 
 
+def check_mismatches(config: ml_collections.ConfigDict) -> None:
+    """Raises `UserError` where mix-and-match would find no neighbour, and call real triples fake."""
+    a, t = config.adversarial, config.train
+    if a.weight and a.mix_and_match and t.groups == t.batch_size:
+        raise UserError(
+            f"train.groups={t.groups} is train.batch_size, and adversarial.mix_and_match needs two samples in each; "
+            "lower train.groups or set adversarial.mix_and_match to 0"
+        )
+
+
 def open_pairs(config: ml_collections.ConfigDict, folder: Path) -> records.PairSource | records.SkippingSource:
     """What training reads of a record; a corrupt one stops it, or is skipped if `train.skip_corrupt` says so."""
     manifest = records.Manifest.read(folder)
@@ -91,8 +101,9 @@ def build(
     if metric is None:
         metric = load_metric(config.loss, pipeline)
     timestep = manifest.first_timestep if config.generator.timestep is None else config.generator.timestep
-    if not 0 <= timestep < schedule.num_train_timesteps:
-        raise UserError(f"generator.timestep={timestep}; the schedule has 0 to {schedule.num_train_timesteps - 1}")
+    for name, t in (("generator", timestep), ("discriminator", config.discriminator.timestep)):
+        if not 0 <= t < schedule.num_train_timesteps:
+            raise UserError(f"{name}.timestep={t}; the schedule has 0 to {schedule.num_train_timesteps - 1}")
     d = Distillation(
         unet=denoisers.build(unet_config, dtype, remat=config.train.remat),
         encode_text=functools.partial(encode_text, pipeline),

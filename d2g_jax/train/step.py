@@ -296,8 +296,9 @@ def d_step(
     """
     c = condition(d, frozen, batch)
     fake, fake_noise, fake_text, swapped = adversarial.mix_and_match(
-        d.key("mix and match", state.step), d.mix_and_match, d.groups, generated, c.target, c.noise, c.text, c.input_ids
-    )
+        d.key("mix and match", state.step), d.mix_and_match, d.groups, generated, c.target, c.noise, c.text,
+        c.input_ids, z_conditioning=d.discriminator.config.z_conditioning,
+    )  # fmt: skip
 
     level = draw_level(d, "discriminator's level", state.step, c.target)
     rows = [(c.target, (c.noise, c.text, level)), (fake, (fake_noise, fake_text, level))]

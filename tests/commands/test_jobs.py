@@ -482,6 +482,7 @@ def test_pairs_that_do_not_fit_the_teacher_are_refused(made, tmp_path):
         ("loss.preset", "xyz", "xyz"),
         ("mesh.fsdp", 3, "mesh.fsdp"),
         ("generator.timestep", 1000, "generator.timestep"),
+        ("discriminator.timestep", 5000, "discriminator.timestep=5000; the schedule has 0 to 999"),
     ],
 )
 def test_bad_training_settings(made, tmp_path, key, value, message):

@@ -115,12 +115,12 @@ def test_groups():
     assert adversarial.roll_in_groups(x, 2)[:, 0].tolist() == [4, 0, 2, 10, 6, 8]
 
 
-def _mixed(portion, captions=None, batch=4096, groups=8):
+def _mixed(portion, captions=None, batch=4096, groups=8, **settings):
     """Latents, noise and texts whose value says where they came from; checks the masks of what was swapped."""
     index = jnp.arange(batch, dtype=jnp.float32).reshape(batch, 1, 1, 1)
     ids = jnp.arange(batch)[:, None] if captions is None else captions
     *out, swapped = adversarial.mix_and_match(
-        jax.random.key(0), portion, groups, -1 - index, index, index, index[..., 0], ids
+        jax.random.key(0), portion, groups, -1 - index, index, index, index[..., 0], ids, **settings
     )
     latents, noise, text = (np.asarray(x).reshape(batch) for x in out)
     own = np.arange(batch)
@@ -150,6 +150,17 @@ def test_equal_captions_are_never_called_mismatched():
     latents, _, text = _mixed(1.0, captions=jnp.zeros((4096, 3), jnp.int32))
     np.testing.assert_array_equal(text, np.arange(4096))
     assert np.mean(latents < 0) == pytest.approx(0.25, abs=0.03)  # the share that would have swapped texts
+
+
+def test_a_discriminator_that_sees_no_noise_is_told_of_no_wrong_noise():
+    """There a real latent under a foreign noise, or a neighbour's under the same caption, is a real triple."""
+    pairs = jnp.arange(4096)[:, None] // 2  # of two with the same caption the second has the first as its neighbour
+    latents, noise, text = _mixed(1.0, captions=pairs, z_conditioning=False)
+    own = np.arange(4096)
+    np.testing.assert_array_equal(noise, own)
+    real = latents >= 0
+    assert not np.any(real & (latents // 2 == text // 2))
+    assert np.mean(real) == pytest.approx(0.375, abs=0.03)
 
 
 def test_portion_zero_changes_nothing():

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from d2g_jax.diffusion import noise
+from d2g_jax.digits.config import get_config
 from d2g_jax.pipeline.hub import folder_hash
 from d2g_jax.runtime.errors import UserError
-from d2g_jax.train.setup import check_pairs
+from d2g_jax.train.setup import check_mismatches, check_pairs
 
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
 
@@ -53,3 +54,13 @@ def test_a_latent_consistency_model_is_no_teacher(teacher, manifest, tmp_path):
     teacher.unet.config.time_cond_proj_dim = 256
     with pytest.raises(UserError, match="latent consistency"):
         check_pairs(tmp_path, manifest, teacher)
+
+
+def test_groups_of_one_sample_have_no_neighbour_to_swap_with():
+    config = get_config()
+    check_mismatches(config)
+    config.train.groups = config.train.batch_size
+    with pytest.raises(UserError, match=r"^train.groups=64 is train.batch_size, and adversarial.mix_and_match needs"):
+        check_mismatches(config)
+    config.adversarial.mix_and_match = 0.0
+    check_mismatches(config)
