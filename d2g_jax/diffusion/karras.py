@@ -29,6 +29,8 @@ TIME_SCALES = {
 """diffusers' schedulers of these levels, and what networks of each expect log(sigma) / 4 to be multiplied by."""
 
 _SIGMA = Range(1e-6, 1e6)
+_RHO = Range(0.2, 100)
+"""Roots that float32 holds of each of these levels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Karras:
                 raise UserError(f"{source}: {key}={config[key]!r} is not implemented; only {value!r} is")
         given = {name: config.get(name, getattr(cls, name)) for name in ("sigma_min", "sigma_max", "rho")}
         for name, value in given.items():
-            _SIGMA.check(f"{source}: {name}", value)
+            (_RHO if name == "rho" else _SIGMA).check(f"{source}: {name}", value)
         if given["sigma_min"] >= given["sigma_max"]:
             raise UserError(f"{source}: sigma_min={given['sigma_min']} is not below sigma_max={given['sigma_max']}")
         return cls(**given, time_scale=TIME_SCALES[config["_class_name"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ def read_array(file: str | Path, form: str) -> np.ndarray:
     try:
         with open(file, "rb") as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, tokenize.TokenError) as error:  # numpy tokenizes a damaged header
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise UserError(f"{file}: cannot be read as .npy ({reason}); give {form}") from error
 

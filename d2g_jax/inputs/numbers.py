@@ -20,7 +20,7 @@ class Range:
 
     def __contains__(self, value: object) -> bool:
         kind = Integral if self.whole else Real
-        if not isinstance(value, kind) or isinstance(value, bool) or (not self.whole and not math.isfinite(value)):
+        if not isinstance(value, kind) or isinstance(value, bool) or (not self.whole and not _is_finite(value)):
             return False
         return self.least <= value <= self.most and not (self.above and value == self.least)
 
@@ -35,6 +35,13 @@ class Range:
         if value not in self:
             shown = value if isinstance(value, Real) else repr(value)
             raise UserError(f"{name}={shown}; give {self}")
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that is larger than all floats
+        return False
 
 
 def _text(bound: float) -> str:

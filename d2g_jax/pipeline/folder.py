@@ -172,6 +172,9 @@ class Pipeline:
                 raise UserError(f"{configs['unet']}: its network is none of a {index['_class_name']}")
             if not of_images:
                 _check_widths(configs["unet"], networks)
+            seen, made = networks["unet"].config.in_channels, networks["unet"].config.out_channels
+            if seen != made:
+                raise UserError(f"{configs['unet']}: out_channels {made} is not in_channels {seen}; no teacher is so")
             tokenizers = {
                 name: load_tokenizer(
                     Path(tokenizer or settings / name), networks[name.replace("tokenizer", "text_encoder")].config

@@ -61,7 +61,7 @@ def class_ids(classes: int, prompts: Sequence[str], source: object) -> np.ndarra
         name = prompt.strip()
         if not classes and name:
             raise UserError(f"prompt {prompt!r}: {source} is told nothing; give empty prompts")
-        if classes and not (name.isascii() and name.isdigit() and int(name) < classes):
+        if classes and not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < classes):
             raise UserError(f"prompt {prompt!r}: {source} is told a class, a number from 0 to {classes - 1}, no text")
         ids.append(int(name) if classes else NO_CLASS)
     return np.asarray(ids, np.int32).reshape(-1, 1)

@@ -111,6 +111,7 @@ def test_openai_conversions_are_told_a_thousand_times_more():
         ({"sigma_schedule": "exponential"}, "sigma_schedule='exponential' is not implemented"),
         ({"prediction_type": "v_prediction"}, "prediction_type='v_prediction' is not implemented"),
         ({"sigma_max": "80"}, "sigma_max='80'"),
+        ({"rho": 0.001}, "rho=0.001; give a number from 0.2 to 100"),
         ({"sigma_min": 90.0}, "sigma_min=90.0 is not below sigma_max=80.0"),
     ],
 )

@@ -16,7 +16,14 @@ def _npz():
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("content", [b"", b"0.1 0.2", _npz(), b"\x93NUMPY\x01\x00", None])
+def _damaged():
+    """Whose header lacks its closing brace."""
+    stream = io.BytesIO()
+    np.save(stream, np.zeros(3))
+    return stream.getvalue().replace(b"}", b" ")
+
+
+@pytest.mark.parametrize("content", [b"", b"0.1 0.2", _npz(), b"\x93NUMPY\x01\x00", _damaged(), None])
 def test_what_is_no_npy(content, tmp_path):
     if content is not None:
         (tmp_path / "a.npy").write_bytes(content)

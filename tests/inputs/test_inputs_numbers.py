@@ -17,7 +17,7 @@ from d2g_jax.runtime.errors import UserError
         (RATE, [1e-9, 3], [0, -1, math.nan, math.inf]),
         (WEIGHT, [0, 0.5], [-0.1, math.nan, math.inf]),
         (SHARE, [0, 1, 0.5], [1.1, -0.1, math.nan]),
-        (Range(), [-1, 0.5], [math.nan, math.inf, -math.inf, "a"]),
+        (Range(), [-1, 0.5], [math.nan, math.inf, -math.inf, "a", 10**400]),
     ],
 )
 def test_ranges(allowed, good, bad):

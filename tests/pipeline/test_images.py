@@ -61,7 +61,7 @@ def test_classes_and_no_classes_are_told_as_they_are(teacher, tmp_path):
     pipeline = Pipeline.load(teacher)
     ids = tokenize_prompts(pipeline, ["2", " 0 "])
     np.testing.assert_array_equal(encode_text(pipeline, {}, jnp.asarray(ids))[0], [[0, 0, 1], [1, 0, 0]])
-    for wrong in ("3", "-1", "a cat", "", "1.0"):
+    for wrong in ("3", "-1", "a cat", "", "1.0", "1" * 5000):
         with pytest.raises(UserError, match="is told a class, a number from 0 to 2, no text"):
             tokenize_prompts(pipeline, [wrong])
     nothing = Pipeline.load(tiny_images.make(tmp_path / "nothing", tiny_images.NOTHING))

@@ -227,6 +227,7 @@ BAD = {
     "no merges file": (bare_vocabulary, "merges.txt is missing"),
     "text width": (lambda f: edit(f / "unet" / "config.json", cross_attention_dim=24), "cross_attention_dim 24"),
     "latent channels": (lambda f: edit(f / "vae" / "config.json", latent_channels=8), "latent_channels 8"),
+    "channels": (lambda f: edit(f / "unet" / "config.json", out_channels=8), "out_channels 8 is not in_channels 4"),
     "tokens": (lambda f: edit(f / "text_encoder" / "config.json", vocab_size=50), "vocab_size is 50"),
     "length": (
         lambda f: edit(f / "tokenizer" / "tokenizer_config.json", model_max_length=77),
