@@ -1,12 +1,51 @@
-"""JSON of other people as dataclasses: whether each value is of its field's kind."""
+"""JSON of other people as dataclasses: which keys are its fields, and whether each value is of its field's kind."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
 from d2g_jax.inputs.numbers import COUNT, LAYERS, Range
 from d2g_jax.runtime.errors import UserError
+
+
+def read_fields(
+    cls: type,
+    values: Mapping[str, Any],
+    source: object,
+    neutral: Mapping[str, tuple[Any, ...]] | None = None,
+    ignored: Collection[str] = (),
+) -> dict[str, Any]:
+    """What a JSON object says of the fields of the dataclass `cls`, by name, with tuples for lists.
+
+    Keys that begin with an underscore and those of `ignored` say nothing; those of `neutral` neither, as long as they
+    (of a list each entry) have one of the values there. Raises `UserError` that names `source` and the key for any
+    other key, and as `check_kinds` does.
+    """
+    names, neutral = [field.name for field in dataclasses.fields(cls)], neutral or {}
+    known = {}
+    for key, value in values.items():
+        if key in names:
+            known[key] = _as_tuples(value)
+        elif key in neutral:
+            if not all(one in neutral[key] for one in (value if isinstance(value, list) else [value])):
+                raise UserError(f"{source}: {key} = {value!r} is not implemented; only {neutral[key][0]!r} is")
+        elif not key.startswith("_") and key not in ignored:
+            raise UserError(f"{source}: unknown key {key!r}; a {cls.__name__} has no such setting")
+    check_kinds(cls, known, source)
+    return known
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists of a JSON file as tuples, which can be hashed."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A dataclass's fields as a JSON file has them."""
+    fields = dataclasses.asdict(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 
 
 def check_kinds(cls: type, values: Mapping[str, Any], source: object) -> None:

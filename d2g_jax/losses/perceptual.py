@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d2g_jax.inputs.fields import read_fields
+from d2g_jax.inputs.numbers import RATE
 from d2g_jax.inputs.text import read_json
 from d2g_jax.losses import augment
 from d2g_jax.models import vgg
@@ -365,9 +367,10 @@ def read_metric_config(file: Path) -> tuple[vgg.VGGConfig, LatentSpace]:
     """The trunk and the space of a metric folder's `config.json`; raises `UserError` when it holds something else."""
     config = read_json(file, "a metric folder holds one")
     try:
-        space = LatentSpace(**config.pop("latent_space"))
+        space = LatentSpace(**read_fields(LatentSpace, config.pop("latent_space"), f"{file}: latent_space"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a metric's config with a latent_space ({error}); write it again") from error
+    RATE.check(f"{file}: latent_space: scale", space.scale)
     return vgg.VGGConfig.from_json(config, source=str(file)), space
 
 

@@ -161,7 +161,7 @@ class Discriminator(nnx.Module):
 def build(
     config: DiscriminatorConfig, dtype: Any = jnp.float32, attention: str = "auto", remat: str = "none"
 ) -> Network:
-    """The discriminator as a `Network`. Build a second one with `attention="plain"` for R1's second derivatives."""
+    """The discriminator as a `Network`. Build a second one with `attention="twice"` for R1's second derivatives."""
     kw = {"dtype": dtype, "attention": attention, "remat": remat}
     return Network.build(config, lambda rngs: Discriminator(config, **kw, rngs=rngs))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from d2g_jax.inputs.fields import check_kinds
+from d2g_jax.inputs.fields import as_json, read_fields
 from d2g_jax.inputs.numbers import LAYERS
-from d2g_jax.models.unet_config import as_json, as_tuples, counts
+from d2g_jax.models.unet_config import counts
 from d2g_jax.runtime.errors import UserError
 
 UNET2D, SONG = "UNet2DModel", "SongUNet"
@@ -129,19 +129,8 @@ class ImageUNetConfig:
 
         Raises `UserError` for a key that is unknown, or not implemented and not neutral, or whose value is malformed.
         """
-        names = {field.name for field in dataclasses.fields(cls)} - {"song"}
-        chosen: dict[str, Any] = {"song": values.get("_class_name") == SONG}
-        for key, value in values.items():
-            if key.startswith("_") or key in _IGNORED:
-                continue
-            if key in names:
-                chosen[key] = as_tuples(value)
-            elif key not in _NEUTRAL:
-                raise UserError(f"{source}: unknown key {key!r}; {UNET2D} has no such setting")
-            elif value not in _NEUTRAL[key]:
-                raise UserError(f"{source}: {key} = {value!r} is not implemented; only {_NEUTRAL[key][0]!r} is")
-        check_kinds(cls, chosen, source)
-        config = cls(**chosen)
+        values = {**values, "song": values.get("_class_name") == SONG}
+        config = cls(**read_fields(cls, values, source, _NEUTRAL, _IGNORED))
         config._check(source)
         return config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from d2g_jax.inputs.fields import check_kinds
+from d2g_jax.inputs.fields import as_json, read_fields
 from d2g_jax.inputs.numbers import COUNT, LAYERS, Range
 from d2g_jax.runtime.errors import UserError
 
@@ -137,21 +137,9 @@ class UNetConfig:
 
         Raises `UserError` for a key that is unknown, or not implemented and not neutral, or whose value is malformed.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        chosen = {}
-        for key, value in values.items():
-            if key.startswith("_") or key in _IGNORED:
-                continue
-            if key in names:
-                chosen[key] = as_tuples(value)
-            elif key not in _NEUTRAL:
-                raise UserError(f"{source}: unknown key {key!r}; this UNet cannot be one of SD 1.x, 2.x or XL")
-            elif not _is_neutral(value, _NEUTRAL[key]):
-                raise UserError(f"{source}: {key} = {value!r} is not implemented; only {_NEUTRAL[key][0]!r} is")
-        chosen["upcast_attention"] = bool(chosen.get("upcast_attention"))  # older files say null
-        config = cls(**chosen)
+        values = {**values, "upcast_attention": bool(values.get("upcast_attention"))}  # older files say null
+        config = cls(**read_fields(cls, values, source, _NEUTRAL, _IGNORED))
         config._check(source)
-        check_kinds(cls, chosen, source)
         return config
 
     def to_json(self) -> dict[str, Any]:
@@ -166,9 +154,12 @@ class UNetConfig:
                 raise UserError(f"{source}: {key} = {getattr(self, key)!r}; {remedy}")
 
         widths = self.block_out_channels
-        need(isinstance(widths, tuple) and widths and counts(*widths), "block_out_channels", "give positive integers")
+        need(bool(widths) and counts(*widths), "block_out_channels", "give positive integers")
         for key in ("in_channels", "out_channels", "norm_num_groups", "cross_attention_dim"):
             need(counts(getattr(self, key)), key, "give one positive integer")
+        size = self.sample_size
+        sides = size if isinstance(size, tuple) else (size,)
+        need(size is None or counts(*sides), "sample_size", "give a positive integer, or two")
         need(all(width % self.norm_num_groups == 0 for width in widths), "norm_num_groups", f"must divide {widths}")
         for key, among in (("layers_per_block", LAYERS), ("attention_head_dim", COUNT)):
             value = getattr(self, key)
@@ -183,7 +174,7 @@ class UNetConfig:
         need(up is not None or not nested, "reverse_transformer_layers_per_block", "lists of lists need the decoder's")
         for key, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
             kinds = getattr(self, key)
-            good = isinstance(kinds, tuple) and len(kinds) == len(widths) and set(kinds) <= set(known)
+            good = len(kinds) == len(widths) and set(kinds) <= set(known)
             need(good, key, f"give {len(widths)} of {', '.join(known)}")
         attends = [
             _DOWN[0] in pair or _UP[0] in pair
@@ -212,22 +203,6 @@ def _are_depths(value: Any, layers: tuple[int, ...]) -> bool:
     return good and len(levels) == len(layers) and [len(level) for level in several] == list(layers)
 
 
-def as_json(config: Any) -> dict[str, Any]:
-    """A config's fields as a JSON file has them."""
-    fields = dataclasses.asdict(config)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-
-
-def as_tuples(value: Any) -> Any:
-    """Lists of a JSON file as tuples, which can be hashed."""
-    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
-
-
 def counts(*values: Any, among: Range = COUNT) -> bool:
     """Whether all are positive integers, up to the most that there may be."""
     return all(value in among for value in values)
-
-
-def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """Whether `value`, or every entry of a per-level list, is one of the neutral values."""
-    return all(v in neutral for v in value) if isinstance(value, list) else value in neutral

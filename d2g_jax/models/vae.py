@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from d2g_jax.inputs.fields import check_kinds, check_sizes
+from d2g_jax.inputs.fields import as_json, check_sizes, read_fields
 from d2g_jax.models.attention import dot_product_attention
 from d2g_jax.models.layers import (
     Conv,
@@ -32,7 +32,7 @@ from d2g_jax.runtime.errors import UserError
 _EPS = 1e-6
 _BELOW_RIGHT = ((0, 1), (0, 1))
 _LOGVAR_RANGE = (-30.0, 20.0)
-_NEUTRAL = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+_NEUTRAL = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +63,16 @@ class VaeConfig:
         """Image pixels per latent pixel along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def native_side(self) -> int:
+        """Image pixels along the side that it was trained at; of two different ones the height."""
+        return self.sample_size if isinstance(self.sample_size, int) else self.sample_size[0]
+
     @classmethod
     def from_json(cls, config: Mapping[str, Any], *, source: str) -> VaeConfig:
         """From a `config.json`; raises `UserError` that names `source` and the key for what is not implemented."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        known = {}
-        for key, value in config.items():
-            if key in names:
-                known[key] = tuple(value) if isinstance(value, list) else value
-            elif not key.startswith("_") and value != _NEUTRAL.get(key):
-                raise UserError(f"{source}: {key} = {value!r} is not implemented for AutoencoderKL")
-        check_kinds(cls, known, source)
+        unset = [key for key, value in config.items() if value is None]  # of newer versions of diffusers
+        known = read_fields(cls, config, source, _NEUTRAL, ignored=unset)
         check_sizes({name: value for name, value in known.items() if not name.endswith("_factor")}, source)
         result = cls(**known)
         levels = len(result.block_out_channels)
@@ -87,10 +86,7 @@ class VaeConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The `config.json` that diffusers loads."""
-        fields = {
-            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
-        }
-        return {"_class_name": "AutoencoderKL", "act_fn": "silu", **fields}
+        return {"_class_name": "AutoencoderKL", "act_fn": "silu", **as_json(self)}
 
 
 def scale_latents(config: VaeConfig, latents: jax.Array) -> jax.Array:
@@ -273,8 +269,7 @@ def decode_tiled(
     Raises:
       UserError: for a tile or an overlap that leaves no step from one tile to the next.
     """
-    native = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
-    tile = native // config.downscale if tile is None else tile
+    tile = config.native_side // config.downscale if tile is None else tile
     step = int(tile * (1 - overlap))
     if overlap < 0 or step < 1:
         raise UserError(f"tile={tile} with overlap={overlap} leaves no step; give tile >= 2 and 0 <= overlap < 1")

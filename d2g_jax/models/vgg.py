@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from d2g_jax.inputs.fields import as_json, check_sizes, read_fields
 from d2g_jax.models.layers import Conv
 from d2g_jax.models.network import Network, Params
 from d2g_jax.runtime.errors import UserError
@@ -45,23 +46,17 @@ class VGGConfig:
     @classmethod
     def from_json(cls, config: Mapping[str, Any], *, source: str) -> VGGConfig:
         """From a `config.json`; raises `UserError` that names `source` and the key."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        for key in config:
-            if key not in names and not key.startswith("_"):
-                raise UserError(f"{source}: unknown key {key}; the trunk has {', '.join(sorted(names))}")
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
+        known = read_fields(cls, config, source)
+        check_sizes(known, source)
         result = cls(**known)
         if result.tap not in TAPS:
             raise UserError(f"{source}: tap is {result.tap!r}; choose one of {', '.join(TAPS)}")
-        lists = (result.widths, result.convs, result.pools)
-        if not all(isinstance(one, tuple) for one in lists) or not len(lists[0]) == len(lists[1]) == len(lists[2]) > 0:
+        if not len(result.widths) == len(result.convs) == len(result.pools):
             raise UserError(f"{source}: widths, convs and pools must be lists of one length, one entry for each slice")
-        if not all(isinstance(n, int) and n > 0 for n in (result.in_channels, *result.widths, *result.convs)):
-            raise UserError(f"{source}: in_channels, widths and convs must be whole numbers from 1")
         return result
 
     def to_json(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return as_json(self)
 
 
 PIXELS = VGGConfig(3, pools=(True, True, True, True, False), batch_norm=False, tap="pre_pool")

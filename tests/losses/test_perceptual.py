@@ -385,10 +385,15 @@ def test_broken_weights(folder, change, words):
 
 def test_broken_folders(folder, trunk, tmp_path):
     config = json.loads((folder / "config.json").read_text())
+    space = config["latent_space"]
     for text, words in (
         ("{", "cannot be read"),
         (json.dumps({k: v for k, v in config.items() if k != "latent_space"}), "not a metric's config"),
         (json.dumps({**config, "in_channels": 16}), "slice1.0.weight has shape"),
+        (json.dumps({**config, "latent_space": {**space, "scale": 0}}), "latent_space: scale=0; give a number above 0"),
+        (json.dumps({**config, "latent_space": {**space, "scale": -1.0}}), "latent_space: scale=-1.0; give a number"),
+        (json.dumps({**config, "latent_space": {**space, "scale": "0.18"}}), "latent_space: scale = '0.18'; give fl"),
+        (json.dumps({**config, "latent_space": {**space, "sigma": 1}}), "latent_space: unknown key 'sigma'"),
     ):
         (folder / "config.json").write_text(text)
         with pytest.raises(UserError, match=words):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -179,6 +181,15 @@ def test_users_images_are_cropped_to_the_model_s_size(tmp_path):
     names, images = job.read_targets(config(images=str(tmp_path / "b.png")).overfit, 16)
     assert names == ["b.png"]
     assert images.shape == (1, 16, 16, 3)
+
+
+def test_a_vae_may_give_height_and_width(tmp_path):
+    settings = config(digits_config, targets=1)
+    shutil.copytree(Path(settings.pipeline) / "vae", tmp_path / "vae")
+    file = tmp_path / "vae" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sample_size": [scenes.SIZE, scenes.SIZE]}))
+    settings.pipeline = str(tmp_path)
+    assert job.set_up(settings)[2].shape == (1, scenes.SIZE, scenes.SIZE, 3)
 
 
 def test_targets_are_the_first_of_the_test_set():

@@ -261,6 +261,8 @@ def test_the_moving_average_of_diffusers_trainers_is_the_same_network(ema):
         {"norm_num_groups": 7},
         {"addition_embed_type": "text_time"},
         {"cross_attention_dim": [12, 12]},
+        {"sample_size": 0},
+        {"sample_size": [8, -64]},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )

@@ -113,7 +113,10 @@ def test_config_round_trip_and_errors():
     for config in (NARROW, vgg.PIXELS):
         assert vgg.VGGConfig.from_json(config.to_json(), source="c.json") == config
     for change, words in (
-        ({"width": 3}, "unknown key width"),
+        ({"width": 3}, "unknown key 'width'"),
+        ({"pools": 3}, "pools = 3; give tuple"),
+        ({"pools": [1, 0, 0, 1, 1]}, "pools = .*; give tuple"),
+        ({"widths": [4, 6, 6, 8, 0]}, "widths=0; give a whole number from 1"),
         ({"tap": "middle"}, "tap is 'middle'"),
         ({"convs": [2, 2]}, "one length"),
     ):
