@@ -122,32 +122,6 @@ class Schedule:
         """What the network is told of timestep `t`."""
         return t if self.karras is None else self.karras.told(t)
 
-    def check_steps(self, num_steps: int) -> None:
-        """Raises `UserError` when num_steps is not in 1..T."""
-        if not 1 <= num_steps <= self.num_train_timesteps:
-            raise UserError(
-                f"steps={num_steps} is out of range: the schedule has 1 to {self.num_train_timesteps} steps"
-            )
-
-    def timesteps(self, num_steps: int) -> np.ndarray:
-        """int32 (num_steps,), falling; equal to diffusers' `DDIMScheduler.set_timesteps`.
-
-        `solvers.timesteps` has those of the other solvers. Raises `UserError` when num_steps is not in 1..T.
-        """
-        self.check_steps(num_steps)
-        total = self.num_train_timesteps
-        if self.timestep_spacing == "leading":
-            steps = (np.arange(num_steps) * (total // num_steps))[::-1] + self.steps_offset
-        elif self.timestep_spacing == "trailing":
-            steps = np.round(np.arange(total, 0, -total / num_steps))[:num_steps] - 1
-        else:
-            steps = np.round(np.linspace(0, total - 1, num_steps))[::-1]
-        return np.minimum(steps, total - 1).astype(np.int32)
-
-    def first_timestep(self, num_steps: int) -> int:
-        """The timestep at which a `num_steps` DDIM solution sees pure noise: the generator's timestep."""
-        return int(self.timesteps(num_steps)[0])
-
 
 def read_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What is read of a `scheduler_config.json`, with what it leaves out: equal for files of one schedule."""

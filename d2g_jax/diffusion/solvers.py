@@ -136,56 +136,37 @@ def timesteps(name: str, schedule: Schedule, num_steps: int) -> np.ndarray:
     Raises `UserError` for an unknown name, and for a schedule or a number of steps that the solver cannot take.
     """
     _check_name(name)
-    schedule.check_steps(num_steps)
-    if name == "ddim":
-        return schedule.timesteps(num_steps)
-    if name == "dpmpp_2m":
-        return _multistep_timesteps(schedule, num_steps)
+    total, spacing = schedule.num_train_timesteps, schedule.timestep_spacing
+    if not 1 <= num_steps <= total:
+        raise UserError(f"steps={num_steps} is out of range: the schedule has 1 to {total} steps")
     if name == "heun" and schedule.zero_terminal_snr:
         raise UserError(
             "solver=heun does not work with rescale_betas_zero_snr=true: diffusers' HeunDiscreteScheduler has no such "
             "setting; take ddim, euler or dpmpp_2m"
         )
-    total = schedule.num_train_timesteps
-    if schedule.timestep_spacing == "leading":
-        steps = _leading(num_steps, total // num_steps) + schedule.steps_offset
-    elif schedule.timestep_spacing == "trailing":
-        steps = _trailing(total, num_steps)
+    count = num_steps + (name == "dpmpp_2m")  # diffusers thins out to one more there, and drops the last
+    if spacing == "leading":
+        steps = (np.arange(count) * (total // count))[::-1] + schedule.steps_offset
+    elif spacing == "trailing":  # for some num_steps rounding makes arange one longer
+        steps = np.round(np.arange(total, 0, -total / num_steps)) - 1
     else:
-        steps = np.linspace(0, total - 1, num_steps)[::-1]
-    return steps.astype(np.float32)
+        steps = np.linspace(0, total - 1, count)[::-1]
+    steps = steps[:num_steps]
+    if name in ("euler", "heun"):
+        return steps.astype(np.float32)
+    steps = np.round(steps)
+    visited = np.minimum(steps, total - 1)
+    if name == "dpmpp_2m" and len(np.unique(visited)) < num_steps:
+        raise UserError(
+            f"steps={num_steps} is out of range: with solver=dpmpp_2m and timestep_spacing={spacing} "
+            f"two of them would share a noise level; take fewer"
+        )
+    return (visited if name == "ddim" else steps).astype(np.int32)
 
 
 def _check_name(name: str) -> None:
     if name not in SOLVERS:
         raise UserError(f"solver={name!r}; known are {', '.join(SOLVERS)}")
-
-
-def _multistep_timesteps(schedule: Schedule, num_steps: int) -> np.ndarray:
-    """int32 (num_steps,), falling: diffusers thins T timesteps to num_steps + 1 here, and drops the last."""
-    total = schedule.num_train_timesteps
-    if schedule.timestep_spacing == "leading":
-        stride = total // (num_steps + 1)
-        steps = _leading(num_steps + 1, stride)[:-1] + schedule.steps_offset
-    elif schedule.timestep_spacing == "trailing":
-        steps = _trailing(total, num_steps)
-    else:
-        steps = np.round(np.linspace(0, total - 1, num_steps + 1))[::-1][:-1]
-    if len(np.unique(np.minimum(steps, total - 1))) < num_steps:
-        raise UserError(
-            f"steps={num_steps} is out of range: with solver=dpmpp_2m and timestep_spacing={schedule.timestep_spacing} "
-            f"two of them would share a noise level; take fewer"
-        )
-    return steps.astype(np.int32)
-
-
-def _leading(num_steps: int, stride: int) -> np.ndarray:
-    return (np.arange(num_steps) * stride)[::-1]
-
-
-def _trailing(total: int, num_steps: int) -> np.ndarray:
-    # The slice: for some num_steps rounding makes arange one longer.
-    return np.round(np.arange(total, 0, -total / num_steps))[:num_steps] - 1
 
 
 def _sigmas(schedule: Schedule, steps: np.ndarray) -> np.ndarray:

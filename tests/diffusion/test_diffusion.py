@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from d2g_jax.diffusion import schedule as diffusion
+from d2g_jax.diffusion import solvers
 from d2g_jax.runtime.errors import UserError
 
 SD15 = {
@@ -23,7 +24,7 @@ def test_sd15_alphas_are_the_published_ones():
     assert schedule.alphas_cumprod[999] == pytest.approx(0.00466, abs=5e-6)
     assert schedule.alphas_cumprod[981] == pytest.approx(0.00578, abs=5e-6)
     assert schedule.alphas_cumprod[399] == pytest.approx(0.426, abs=5e-4)
-    assert schedule.first_timestep(50) == 981
+    assert solvers.first_timestep("ddim", schedule, 50) == 981
 
 
 @pytest.mark.parametrize("spacing", diffusion.SPACINGS)
@@ -38,9 +39,8 @@ def test_timesteps_equal_diffusers(spacing, steps):
     except ValueError:
         pytest.skip("diffusers has no such schedule")
     expected = np.minimum(oracle.timesteps.numpy(), 999)
-    np.testing.assert_array_equal(
-        diffusion.Schedule.from_config(SD15 | {"timestep_spacing": spacing}).timesteps(steps), expected
-    )
+    schedule = diffusion.Schedule.from_config(SD15 | {"timestep_spacing": spacing})
+    np.testing.assert_array_equal(solvers.timesteps("ddim", schedule, steps), expected)
 
 
 @pytest.mark.parametrize("prediction_type", diffusion.PREDICTION_TYPES)
@@ -132,7 +132,7 @@ def test_what_is_not_implemented_is_refused_by_name(change, message):
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_steps_out_of_range(steps):
     with pytest.raises(UserError, match="out of range"):
-        diffusion.Schedule.from_config(SD15).timesteps(steps)
+        solvers.timesteps("ddim", diffusion.Schedule.from_config(SD15), steps)
 
 
 def test_epsilon_at_zero_terminal_snr_is_refused():

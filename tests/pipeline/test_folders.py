@@ -96,7 +96,7 @@ def test_pndm_scheduler_gives_its_schedule_only(sd: Path):
     schedule = Schedule.from_config(Pipeline.load(sd).scheduler)
     assert (schedule.set_alpha_to_one, schedule.steps_offset) == (False, 1)
     np.testing.assert_allclose(schedule.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5)
-    np.testing.assert_array_equal(schedule.timesteps(20), ddim.timesteps)
+    np.testing.assert_array_equal(solvers.timesteps("ddim", schedule, 20), ddim.timesteps)
     noise = np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
     ours = solvers.ddim(lambda x, t: 0.1 * x, schedule, 20, jnp.asarray(noise))
     latents = torch.tensor(noise)
