@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import functools
+import json
 import os
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def make(root: Path) -> Path:
 
 def _make(root: Path) -> None:
     text = dataclasses.replace(
-        teacher.text_config(tokenizer.vocab_size()),
+        teacher.text_config(len(json.loads(tokenizer.tokenizer_files()["vocab.json"]))),
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=16,
     )  # fmt: skip
     networks = {"text_encoder": clip.build(text), "unet": unet.build(UNET), "vae": vae.build(VAE)}

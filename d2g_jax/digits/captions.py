@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from d2g_jax.digits import data
-from d2g_jax.digits.scenes import DARKS, INKS, LIGHTS, UNCLEAR, Scene, glyphs
+from d2g_jax.digits.data import UNCLEAR
+from d2g_jax.digits.scenes import DARKS, INKS, LIGHTS, PARTS, Scene, glyphs
 from d2g_jax.digits.textures import KINDS
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -92,14 +93,11 @@ def evaluation_prompts(count: int, seed: int, grounds: Sequence[str] = KINDS) ->
 
 def words() -> list[str]:
     """Every word of letters that a caption can hold, sorted."""
-    sides = [range(10), (UNCLEAR, 0, 1, 2), (UNCLEAR, 0, 1, 2), range(len(INKS)), range(len(KINDS))]
-    sides += [range(len(DARKS)), range(len(LIGHTS))]
     found: set[str] = {PLAIN}
-    for place, side in enumerate(sides):  # every label in every phrasing, the others at their first
-        for label, phrasing in itertools.product(side, range(PHRASINGS)):
-            scene = [0] * len(sides)
-            scene[place] = label
-            found |= set(re.findall("[a-z]+", caption(Scene(*scene), phrasing)))
+    for i, phrasing in itertools.product(range(max(PARTS.values())), range(PHRASINGS)):
+        scene = Scene(*(i % count for count in PARTS.values()))
+        for shown in (scene, scene._replace(weight=UNCLEAR)):
+            found |= set(re.findall("[a-z]+", caption(shown, phrasing)))
     return sorted(found)
 
 

@@ -78,69 +78,33 @@ def optimizer() -> ConfigDict:
 
 def teacher() -> ConfigDict:
     """Hours of two CPU cores, most of them the denoiser's."""
+    metric_heads = {"steps": 1000, "batch_size": 50, "learning_rate": 1e-3, "triplets": 4000, "seed": 0}
     return ConfigDict(
         {
             "scenes": {"count": 30_000, "plain": 15_000, "seed": 1},
             "prompts": {"count": 4096, "seed": 2},
-            "autoencoder": {
-                "steps": 2000,
-                "batch_size": 16,
-                "learning_rate": 2e-3,
-                "b2": 0.999,
-                "weight_decay": 0.0,
-                "l1_weight": 0.05,
-                "kl_weight": 1e-3,
-                "seed": 0,
-            },
-            "judge": {
-                "steps": 2500,
-                "batch_size": 128,
-                "learning_rate": 2e-3,
-                "b2": 0.999,
-                "weight_decay": 0.01,
-                "seed": 0,
-            },
-            "metric": {
-                "trunk": {
-                    "steps": 1200,
-                    "batch_size": 128,
-                    "learning_rate": 2e-3,
-                    "b2": 0.999,
-                    "weight_decay": 0.01,
-                    "seed": 0,
-                },
-                "heads": {"steps": 1000, "batch_size": 50, "learning_rate": 1e-3, "triplets": 4000, "seed": 0},
-            },
-            "pixel_metric": {
-                "trunk": {
-                    "steps": 1000,
-                    "batch_size": 64,
-                    "learning_rate": 2e-3,
-                    "b2": 0.999,
-                    "weight_decay": 0.01,
-                    "seed": 0,
-                },
-                "heads": {"steps": 1000, "batch_size": 50, "learning_rate": 1e-3, "triplets": 4000, "seed": 0},
-            },
-            "text_tower": {
-                "steps": 1500,
-                "batch_size": 128,
-                "learning_rate": 1e-3,
-                "b2": 0.99,
-                "weight_decay": 0.01,
-                "seed": 0,
-            },
-            "denoiser": {
-                "steps": 16_000,
-                "batch_size": 64,
-                "learning_rate": 1.5e-3,
-                "b2": 0.99,
-                "weight_decay": 0.01,
-                "time_power": 0.6,
-                "caption_dropout": 0.1,
-                "caption_variants": 8,
-                "ema": 0.999,
-                "seed": 0,
-            },
+            "autoencoder": _recipe(2000, 16, 2e-3, weight_decay=0.0, l1_weight=0.05, kl_weight=1e-3),
+            "judge": _recipe(2500, 128, 2e-3),
+            "metric": {"trunk": _recipe(1200, 128, 2e-3), "heads": dict(metric_heads)},
+            "pixel_metric": {"trunk": _recipe(1000, 64, 2e-3), "heads": dict(metric_heads)},
+            "text_tower": _recipe(1500, 128, 1e-3, b2=0.99),
+            "denoiser": _recipe(
+                16_000,
+                64,
+                1.5e-3,
+                b2=0.99,
+                time_power=0.6,
+                caption_dropout=0.1,
+                caption_variants=8,
+                ema=0.999,
+            ),
         }
     )
+
+
+def _recipe(
+    steps: int, batch_size: int, learning_rate: float, *, b2: float = 0.999, weight_decay: float = 0.01, **others: float
+) -> dict[str, float]:
+    """Of a network that Adam trains."""
+    adam = {"learning_rate": learning_rate, "b2": b2, "weight_decay": weight_decay}
+    return {"steps": steps, "batch_size": batch_size, **adam, **others, "seed": 0}

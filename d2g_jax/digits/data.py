@@ -16,13 +16,16 @@ TRAIN_IMAGES = 1437  # of 1,797; the other 360 are the test set
 WEIGHTS = ("thin", "regular", "bold")
 SLANTS = ("left", "upright", "right")
 
+UNCLEAR = -1
+"""The label of what a caption cannot name: a weight or slant between two names, what a plain ground does not have."""
+
 INK_FLOOR = 0.1
 """Ink below this is paper: a haze of 0.02 over a whole image would else weigh as much as a stroke."""
 
 CLEAR_MARGIN = 0.2
 """Half-width of the dead band around a threshold, in units of the digit's interquartile range (about 0.27 sigma)."""
 
-# Lower and upper quartile per digit, written by `find_thresholds(training set)`; a test finds them again.
+# Lower and upper quartile per digit of the training set; a test finds them again.
 WEIGHT_THRESHOLDS = np.array([
     [2.4191, 3.1728], [3.8493, 5.0068], [3.0791, 3.5571], [2.6292, 3.3718], [3.1473, 3.6785], [2.7340, 3.4509],
     [2.7853, 3.8388], [3.1425, 3.6479], [2.8674, 3.8455], [2.6489, 3.3721],
@@ -39,27 +42,6 @@ class Digits:
 
     ink: np.ndarray
     labels: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Attributes:
-    """What `attributes` measured; every field is (N,).
-
-    Attributes:
-      weight_value: float64, ink per length of stroke in pixels.
-      slant_value: float64, horizontal shear: pixels to the right per pixel upwards.
-      weight: int64 index into `WEIGHTS`, by the plain thresholds.
-      slant: int64 index into `SLANTS`, by the plain thresholds.
-      weight_clear: bool, the value lies outside the dead bands, so that a caption may name it.
-      slant_clear: bool, likewise.
-    """
-
-    weight_value: np.ndarray
-    slant_value: np.ndarray
-    weight: np.ndarray
-    slant: np.ndarray
-    weight_clear: np.ndarray
-    slant_clear: np.ndarray
 
 
 def cubic_matrix(inputs: int, outputs: int) -> np.ndarray:
@@ -127,21 +109,13 @@ def slant_values(ink: np.ndarray) -> np.ndarray:
     return -mu11 / np.maximum(mu02, 1e-12)
 
 
-def attributes(digits: Digits) -> Attributes:
-    """Measured on the digits at 32x32, by the thresholds of each."""
+def attributes(digits: Digits) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and slant, int64 (N,), measured at 32x32 by the thresholds of each digit; `UNCLEAR` near one of these."""
     ink = _measured_ink(digits)
-    weight_value, slant_value = weight_values(ink), slant_values(ink)
-    weight, weight_clear = _classify(weight_value, WEIGHT_THRESHOLDS[digits.labels])
-    slant, slant_clear = _classify(slant_value, SLANT_THRESHOLDS[digits.labels])
-    return Attributes(weight_value, slant_value, weight, slant, weight_clear, slant_clear)
-
-
-def find_thresholds(digits: Digits) -> tuple[np.ndarray, np.ndarray]:
-    """The quartiles (10, 2) of weight and of slant per digit, rounded to 4 places: what the constants above hold."""
-    ink = _measured_ink(digits)
-    values = weight_values(ink), slant_values(ink)
-    tables = [[np.quantile(value[digits.labels == digit], [0.25, 0.75]) for digit in range(10)] for value in values]
-    return np.round(tables[0], 4), np.round(tables[1], 4)
+    measured = (weight_values(ink), WEIGHT_THRESHOLDS), (slant_values(ink), SLANT_THRESHOLDS)
+    classes = (_classify(values, thresholds[digits.labels]) for values, thresholds in measured)
+    weight, slant = (np.where(clear, index, UNCLEAR) for index, clear in classes)
+    return weight, slant
 
 
 def _measured_ink(digits: Digits) -> np.ndarray:

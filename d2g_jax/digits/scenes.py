@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from d2g_jax.digits import data
+from d2g_jax.digits.data import UNCLEAR
 from d2g_jax.digits.textures import KINDS, texture
 
 REAL = 2000
@@ -31,10 +32,6 @@ PARTS = {
     "light": len(LIGHTS),
 }
 """What a caption names, with how many there are of each; the order of `Scenes.labels`."""
-
-UNCLEAR = -1
-"""The label of what a caption cannot name: a weight or slant between two names, what a plain ground does not have."""
-
 
 TEXTURE = list(PARTS).index("texture")
 """Followed by dark and light."""
@@ -73,12 +70,9 @@ def glyphs(test: bool = False) -> Glyphs:
     """The 1,437 digits that scenes for training show, or the 360 others."""
     train, held_out = data.load()
     digits = held_out if test else train
-    measured = data.attributes(digits)
-    weight = np.where(measured.weight_clear, measured.weight, UNCLEAR)
-    slant = np.where(measured.slant_clear, measured.slant, UNCLEAR)
     # A stroke with edges, as the textures have.
     ink = np.clip(2.2 * data.enlarge(digits.ink, GLYPH) - 0.5, 0, 1).astype(np.float32)
-    return Glyphs(ink, np.stack([digits.labels, weight, slant], axis=1).astype(np.int64))
+    return Glyphs(ink, np.stack([digits.labels, *data.attributes(digits)], axis=1).astype(np.int64))
 
 
 def render(count: int, seed: int, *, test: bool = False, plain: bool = False) -> Scenes:

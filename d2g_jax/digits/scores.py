@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import fft
 
-from d2g_jax.digits.scenes import PARTS, UNCLEAR
+from d2g_jax.digits.data import UNCLEAR
+from d2g_jax.digits.scenes import PARTS
 
 
 def prompt_accuracy(found: np.ndarray, asked: np.ndarray) -> dict[str, float]:

@@ -7,7 +7,6 @@ letter runs and single numerals, and each word's last symbol carries `</w>`.
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 
 from d2g_jax.digits import captions
@@ -17,7 +16,6 @@ from d2g_jax.runtime import atomic
 MODEL_MAX_LENGTH = 20
 """Tokens of a caption, its two ends included."""
 
-START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 
 
@@ -56,11 +54,6 @@ def tokenizer_files() -> dict[str, bytes]:
     """
     merges = [" ".join(pair) for pair in merges_for(captions.words())]
     return tokenizers.tokenizer_files(merges=merges, model_max_length=MODEL_MAX_LENGTH)
-
-
-def vocab_size() -> int:
-    """Rows of the text tower's embedding."""
-    return len(json.loads(tokenizer_files()["vocab.json"]))
 
 
 def write_tokenizer(folder: str | Path) -> None:

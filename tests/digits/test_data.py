@@ -72,15 +72,22 @@ def test_blank_images_measure_zero():
     assert data.slant_values(blank).tolist() == [0, 0]
 
 
+def measured(digits):
+    """Of weight and of slant the values (N,) and the classes by the plain thresholds."""
+    ink = data._measured_ink(digits)
+    both = (data.weight_values(ink), data.WEIGHT_THRESHOLDS), (data.slant_values(ink), data.SLANT_THRESHOLDS)
+    return [(values, data._classify(values, thresholds[digits.labels])[0]) for values, thresholds in both]
+
+
 def test_thresholds_are_those_of_the_training_set(digits):
-    weight, slant = data.find_thresholds(digits[0])
-    np.testing.assert_allclose(data.WEIGHT_THRESHOLDS, weight, atol=1.5e-4)
-    np.testing.assert_allclose(data.SLANT_THRESHOLDS, slant, atol=1.5e-4)
+    tables = data.WEIGHT_THRESHOLDS, data.SLANT_THRESHOLDS
+    for (values, _), thresholds in zip(measured(digits[0]), tables, strict=True):
+        quartiles = [np.quantile(values[digits[0].labels == digit], [0.25, 0.75]) for digit in range(10)]
+        np.testing.assert_allclose(thresholds, quartiles, atol=1.5e-4)
 
 
 def test_classes_are_balanced_within_each_digit_of_the_training_set(digits):
-    measured = data.attributes(digits[0])
-    for index in (measured.weight, measured.slant):
+    for _, index in measured(digits[0]):
         for digit in range(10):
             share = np.bincount(index[digits[0].labels == digit], minlength=3) / (digits[0].labels == digit).sum()
             np.testing.assert_allclose(share, [0.25, 0.5, 0.25], atol=0.02)
@@ -91,9 +98,9 @@ def test_thicker_and_more_slanted_digits_change_class(digits):
 
     ink, labels = digits[0].ink[:200], digits[0].labels[:200]
     thicker = ndimage.grey_dilation(ink, size=(1, 2, 2))
-    assert (data.attributes(data.Digits(thicker, labels)).weight == 2).mean() > 0.95
+    assert (measured(data.Digits(thicker, labels))[0][1] == 2).mean() > 0.95
     sheared = np.stack([ndimage.affine_transform(one, [[1, 0], [0.5, 1]], [0, -1.75], order=1) for one in ink])
-    assert (data.attributes(data.Digits(sheared, labels)).slant == 2).mean() > 0.95
+    assert (measured(data.Digits(sheared, labels))[1][1] == 2).mean() > 0.95
 
 
 def test_clear_means_outside_the_dead_bands():
