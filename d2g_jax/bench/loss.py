@@ -219,21 +219,12 @@ def _decoded(request: Request, networks: Networks) -> Iterator[Program]:
     heads = _random_heads(networks.pixels, request.seed)
     for dtype in request.dtypes:
         metric = lpips.LPIPS.from_params(trunk, heads, networks.pixels, jnp.dtype(dtype))
-        yield "decode + lpips", dtype, _decoded_lpips(networks.autoencoder, dtype), (metric, autoencoder)
+        network = vae.build(networks.autoencoder, jnp.dtype(dtype))
+        yield "decode + lpips", dtype, _lpips, lpips.DecodedLPIPS(metric, autoencoder, network)
 
 
-def _decoded_lpips(config: vae.VaeConfig, dtype: str) -> Loss:
-    network = vae.build(config, jnp.dtype(dtype))
-
-    def loss(generated: jax.Array, target: jax.Array, key: jax.Array, frozen: Any) -> jax.Array:
-        metric, params = frozen
-
-        def decode(latents: jax.Array) -> jax.Array:
-            return network.apply(params, vae.unscale_latents(config, latents), method="decode")
-
-        return lpips.decoded_lpips(metric, decode, generated, target).mean()
-
-    return loss
+def _lpips(generated: jax.Array, target: jax.Array, key: jax.Array, metric: lpips.DecodedLPIPS) -> jax.Array:
+    return metric.distance(generated, target).mean()
 
 
 def _bars(rows: list[dict[str, Any]], dtypes: tuple[str, ...], backward: float) -> list[Bar]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from d2g_jax.inputs.text import read_json
 from d2g_jax.losses import augment, perceptual
 from d2g_jax.models import vae, vgg
 from d2g_jax.models.network import Network, Params
-from d2g_jax.pipeline.weights import load_state_dict, to_params
+from d2g_jax.pipeline.weights import load_params
 from d2g_jax.runtime.errors import UserError
 
 SHIFT = (-0.030, -0.088, -0.188)
@@ -32,9 +32,6 @@ UNIT_EPS = 1e-10  # outside the root
 
 KIND = "lpips"
 """What `metric` says in the config.json of a folder of this metric."""
-
-Decode = Callable[[jax.Array], jax.Array]
-"""Scaled latents (B, h, w, C) -> images (B, H, W, 3), about [-1, 1]: a VAE's decoder behind `vae.unscale_latents`."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "heads"], meta_fields=["network"])
@@ -73,19 +70,16 @@ class LPIPS:
         return cls(vgg.build(config, dtype), jax.tree.map(jnp.asarray, params), heads)
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: Any = jnp.float32) -> LPIPS:
-        """From a folder of `save_lpips`, or a safetensors file with its tensor names and the full-size topology.
+    def load(cls, folder: str | Path, *, dtype: Any = jnp.float32) -> LPIPS:
+        """From a folder of `save_lpips`.
 
         Raises `UserError` for a missing or damaged file, a latent metric's folder, and for tensors that are missing,
         extra, wrongly shaped, NaN, or negative where they are heads.
         """
-        path = Path(path)
-        if path.is_dir():
-            config, file = _read_config(path / "config.json"), path / "metric.safetensors"
-            _check_config(config, str(path / "config.json"))
-        else:
-            config, file = vgg.PIXELS, path
-        tree = to_params(load_state_dict(file), perceptual.metric_tree(config), source=str(file))
+        source, file = Path(folder, "config.json"), Path(folder, "metric.safetensors")
+        config = _read_config(source)
+        _check_config(config, str(source))
+        tree = load_params(file, perceptual.metric_tree(config))
         return cls.from_params(tree["net"], perceptual.heads_of(tree), config, dtype, source=str(file))
 
     def channel_differences(self, a: jax.Array, b: jax.Array) -> list[jax.Array]:
@@ -94,17 +88,13 @@ class LPIPS:
         both = (_scaling_layer(x) for x in (a, b))
         return perceptual.squared_differences(self.network, self.params, *both, _inverse_length)
 
-    def layer_distances(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """The terms of `distance` by tap: (B, K)."""
-        return perceptual.weighted(self.channel_differences(a, b), self.heads)
-
     def distance(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """LPIPS between images (B, H, W, 3) in [-1, 1]: (B,), float32 (float64 for float64), zero for equal inputs.
 
         Gradients flow to `a` alone. Raises `UserError` for unlike shapes, other than three channels, integers, and
         images too small for the trunk's four pools.
         """
-        return self.layer_distances(a, b).sum(-1)
+        return perceptual.weighted(self.channel_differences(a, b), self.heads).sum(-1)
 
     def _check(self, a: jax.Array, b: jax.Array) -> None:
         if a.shape != b.shape:
@@ -123,20 +113,10 @@ class LPIPS:
         return 2 ** sum(self.network.config.pools)
 
 
-def decoded_lpips(lpips: LPIPS, decode: Decode, a: jax.Array, b: jax.Array) -> jax.Array:
-    """LPIPS of what two scaled latents (B, h, w, C) look like: (B,); the baseline that the paper trains against.
-
-    Gradients flow to `a` alone, through the decoder; the target is decoded and seen without a backward pass. Images are
-    not clipped to [-1, 1]: beyond it a clipped one would have no gradient.
-    """
-    target = jax.lax.stop_gradient(decode(jax.lax.stop_gradient(b)))
-    return lpips.distance(decode(a), target)
-
-
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["lpips", "decoder"], meta_fields=["network", "size"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecodedLPIPS:
-    """Pixel LPIPS as a metric of latents, in one frozen pytree; what a student trains with.
+    """Pixel LPIPS as a metric of latents, in one frozen pytree: the baseline that the paper trains against.
 
     Attributes:
       lpips: the metric of images.
@@ -156,7 +136,10 @@ class DecodedLPIPS:
         return self.network.apply(decoder, vae.unscale_latents(self.network.config, latents), method="decode")
 
     def distance(self, a: jax.Array, b: jax.Array, transform: augment.Transform | None = None) -> jax.Array:
-        """`decoded_lpips` of scaled latents (B, h, w, C): (B,); gradients flow to `a` alone.
+        """LPIPS of what two scaled latents (B, h, w, C) look like: (B,).
+
+        Gradients flow to `a` alone, through the decoder; the target is decoded and seen without a backward pass. Images
+        are not clipped to [-1, 1]: beyond it a clipped one would have no gradient.
 
         With a `transform` both images go through it first, before they are enlarged: E-LPIPS (Kettunen et al., 2019)
         with one draw a step, by the transforms of E-LatentLPIPS.

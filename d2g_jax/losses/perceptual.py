@@ -25,7 +25,7 @@ from d2g_jax.inputs.text import read_json
 from d2g_jax.losses import augment
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Network, Params
-from d2g_jax.pipeline.weights import load_state_dict, save_state_dict, to_params, to_state_dict
+from d2g_jax.pipeline.weights import load_params, save_state_dict, to_state_dict
 from d2g_jax.runtime.atomic import write_json
 from d2g_jax.runtime.errors import UserError
 
@@ -106,20 +106,15 @@ class LatentLPIPS:
         return cls(space, vgg.build(config, dtype), folded, checked_heads(heads, config, source))
 
     @classmethod
-    def load(cls, path: str | Path, *, space: LatentSpace | None = None, dtype: Any = jnp.float32) -> LatentLPIPS:
-        """From a metric folder (`config.json`, `metric.safetensors`), or a safetensors file with the published names.
+    def load(cls, folder: str | Path, *, dtype: Any = jnp.float32) -> LatentLPIPS:
+        """From a metric folder (`config.json`, `metric.safetensors`).
 
-        A lone file has the full-size topology and needs `space`. Raises `UserError` for a missing or damaged file, and
-        for tensors that are missing, extra, wrongly shaped, NaN, or negative where they are heads.
+        Raises `UserError` for a missing or damaged file, and for tensors that are missing, extra, wrongly shaped, NaN,
+        or negative where they are heads.
         """
-        path = Path(path)
-        if path.is_dir():
-            config, space, file = *read_metric_config(path / "config.json"), path / "metric.safetensors"
-        elif space is None:
-            raise UserError(f"{path}: not a metric folder; give one with config.json, or a file and its latent space")
-        else:
-            config, file = vgg.VGGConfig(in_channels=space.channels), path
-        tree = to_params(without_duplicates(load_state_dict(file)), metric_tree(config), source=str(file))
+        config, space = read_metric_config(Path(folder, "config.json"))
+        file = Path(folder, "metric.safetensors")
+        tree = load_params(file, metric_tree(config))
         return cls.from_params(config, tree["net"], heads_of(tree), space, dtype, source=str(file))
 
     @classmethod
@@ -138,17 +133,13 @@ class LatentLPIPS:
         a, b = (x if scaled else (x - self.space.shift) * self.space.scale for x in (a, b))
         return squared_differences(self.network, self.params, a, b, _inverse_length)
 
-    def layer_distances(self, a: jax.Array, b: jax.Array, *, scaled: bool) -> jax.Array:
-        """The terms of `distance` by tap: (B, K)."""
-        return weighted(self.channel_differences(a, b, scaled=scaled), self.heads)
-
     def distance(self, a: jax.Array, b: jax.Array, *, scaled: bool) -> jax.Array:
         """LatentLPIPS between latents (B, h, w, C): (B,), float32 (float64 for float64), zero for equal inputs.
 
         Gradients flow to `a` alone. `scaled` says whether the latents have been through the VAE's scaling, as all
         latents in this project's files have. Raises `UserError` for unlike shapes or another channel count.
         """
-        return self.layer_distances(a, b, scaled=scaled).sum(-1)
+        return weighted(self.channel_differences(a, b, scaled=scaled), self.heads).sum(-1)
 
     def _check(self, a: jax.Array, b: jax.Array) -> None:
         if a.shape != b.shape:

@@ -198,7 +198,7 @@ def read_targets(settings: ml_collections.ConfigDict, size: int) -> tuple[list[s
 
 def loss_of(name: str, preset: str) -> Loss:
     """The loss called `name`, one of `TITLES`; gradients flow to the latents alone."""
-    if name == "lpips":  # that of `lpips.decoded_lpips`, with the target decoded once
+    if name == "lpips":  # that of `DecodedLPIPS`, with the target decoded once
         return lambda scene, key, latents: scene.lpips.distance(scene.decode(latents), scene.images)
 
     def of_latents(scene: Scene, key: jax.Array, latents: jax.Array) -> jax.Array:

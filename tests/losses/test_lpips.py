@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from d2g_jax.digits.config import get_config
 from d2g_jax.losses import augment, perceptual
-from d2g_jax.losses.lpips import LPIPS, DecodedLPIPS, decoded_lpips, save_lpips
+from d2g_jax.losses.lpips import KIND, LPIPS, DecodedLPIPS, save_lpips
 from d2g_jax.losses.perceptual import regression_loss
 from d2g_jax.models import pixels, vae, vgg
 from d2g_jax.pipeline.folder import Pipeline
@@ -97,13 +97,14 @@ def test_equals_the_lpips_package(tmp_path):
     slices = {i: s for s, indices in enumerate(vgg.conv_indices(vgg.PIXELS), 1) for i in indices}
     state = {f"net.slice{slices[int(k.split('.')[0])]}.{k}": v.numpy() for k, v in features.state_dict().items()}
     state |= {f"lin{i}.model.1.weight": head.weight.detach().numpy() for i, head in enumerate(heads)}
-    save_file(state, tmp_path / "lpips.safetensors")
+    save_file(state, tmp_path / "metric.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"metric": KIND, **vgg.PIXELS.to_json()}))
 
     a, b = np.random.default_rng(2).uniform(-1, 1, (2, 2, 3, 32, 48)).astype(np.float32)
     first = torch.tensor(a, requires_grad=True)
     expected = torch_lpips(torch, features, heads)(first, torch.tensor(b))
     expected.sum().backward()
-    metric = LPIPS.load(tmp_path / "lpips.safetensors")
+    metric = LPIPS.load(tmp_path)
     values, gradient = value_and_grad(metric, *(jnp.asarray(x.transpose(0, 2, 3, 1)) for x in (a, b)))
     np.testing.assert_allclose(values, expected.detach(), rtol=1e-5)
     expected_gradient = first.grad.numpy().transpose(0, 2, 3, 1)
@@ -127,7 +128,7 @@ def test_a_sample_does_not_depend_on_its_batch(metric, images):
 
 
 def test_layers_add_up(metric, images):
-    layers = jax.jit(metric.layer_distances)(*images)
+    layers = jax.jit(lambda a, b: perceptual.weighted(metric.channel_differences(a, b), metric.heads))(*images)
     assert layers.shape == (3, 5)
     np.testing.assert_allclose(layers.sum(-1), value_and_grad(metric, *images)[0], rtol=1e-6)
 
@@ -180,7 +181,7 @@ def test_no_gradient_reaches_the_metric_or_the_target(metric, images):
     assert (by_target == 0).all()
 
 
-def test_decoded_lpips(metric):
+def test_lpips_of_latents(metric):
     """The distance of the decoded images, with a gradient through the decoder to the first latents alone."""
     config = vae.VaeConfig(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -188,13 +189,14 @@ def test_decoded_lpips(metric):
     )  # fmt: skip
     network = vae.build(config)
     params = network.init(jax.random.key(0))
+    frozen = DecodedLPIPS(metric, params, network)
     decode = lambda z: network.apply(params, vae.unscale_latents(config, z), method="decode")  # noqa: E731
     rng = np.random.default_rng(4)
     a, b = (jnp.asarray(rng.normal(size=(2, 8, 8, 4)), jnp.float32) for _ in range(2))
 
     @jax.jit
     def run(a, b):
-        values, pull = jax.vjp(lambda a, b: decoded_lpips(metric, decode, a, b), a, b)
+        values, pull = jax.vjp(frozen.distance, a, b)
         images = decode(a), decode(b)
         _, chain = jax.vjp(decode, a)
         by_image = jax.grad(lambda x: metric.distance(x, images[1]).sum())(images[0])
@@ -210,7 +212,6 @@ def test_decoded_lpips(metric):
     def loss(frozen, a, b):
         return regression_loss("lpips", frozen, l1_weight=2.0)(jax.random.key(0), a, b).sum()
 
-    frozen = DecodedLPIPS(metric, params, network)
     total, (for_frozen, for_a, for_b) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(frozen, a, b)
     absolute = np.abs(np.asarray(a - b)).mean((1, 2, 3))
     np.testing.assert_allclose(total, np.sum(values + 2 * absolute), rtol=1e-5)
@@ -328,8 +329,10 @@ def test_broken_folders(folder, trunk, tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json is missing"):
         LPIPS.load(folder)
-    with pytest.raises(UserError, match="no such model file or folder"):
+    with pytest.raises(UserError, match=r"config\.json is missing; a metric folder holds one"):
         LPIPS.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"config\.json cannot be read .*; a metric folder holds one"):
+        LPIPS.load(folder / "metric.safetensors")
     params, heads = trunk
     with pytest.raises(UserError, match="has 3 weights"):
         save_lpips(tmp_path / "other", params, [heads[0][:3], *heads[1:]], NARROW)

@@ -15,7 +15,6 @@ from d2g_jax.digits.config import get_config
 from d2g_jax.losses import perceptual
 from d2g_jax.losses.perceptual import LatentLPIPS
 from d2g_jax.models import vgg
-from d2g_jax.pipeline.weights import to_state_dict
 from d2g_jax.runtime.errors import UserError
 
 NARROW = vgg.VGGConfig(widths=(8, 8, 16, 16, 16), convs=(1, 1, 1, 1, 1))
@@ -62,7 +61,7 @@ def test_closed_form_fixture():
         a, b = (jnp.asarray(x.reshape(1, 4, 32, 32).transpose(0, 2, 3, 1)) for x in (a, b))
 
         def total(b, metric):
-            layers = metric.layer_distances(b, a, scaled=True)
+            layers = perceptual.weighted(metric.channel_differences(b, a, scaled=True), metric.heads)
             l1 = perceptual.mean_absolute(b, a)
             return (layers.sum(-1) + l1)[0], (layers[0], l1[0])
 
@@ -337,25 +336,6 @@ def test_folder_round_trip(folder, metric):
     keys = set(load_file(folder / "metric.safetensors"))
     assert {"net.slice1.0.weight", "net.slice4.13.running_var", "lin4.model.1.weight"} <= keys
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metric.safetensors"]
-
-
-def test_published_file_layout(tmp_path):
-    """101 entries, heads twice, batch counters; the full-size topology without a config."""
-    rng = np.random.default_rng(4)
-    tree = perceptual.metric_tree(vgg.VGGConfig(in_channels=16))
-    state = to_state_dict(jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), tree))
-    state |= {f"lins.{k[3:]}": v for k, v in state.items() if k.startswith("lin")}
-    norms = [k for k in state if k.endswith("running_mean")]
-    state |= {k.replace("running_mean", "num_batches_tracked"): np.array(7) for k in norms}
-    assert len(state) == 101
-    save_file(state, tmp_path / "sd3.safetensors")
-    metric = LatentLPIPS.load(tmp_path / "sd3.safetensors", space=perceptual.latent_space("sd3"))
-    assert metric.space.channels == 16
-    np.testing.assert_array_equal(metric.heads[2], state["lin2.model.1.weight"].reshape(-1))
-    with pytest.raises(UserError, match="its latent space"):
-        LatentLPIPS.load(tmp_path / "sd3.safetensors")
-    with pytest.raises(UserError, match=r"net\.slice1\.0\.weight has shape"):
-        LatentLPIPS.load(tmp_path / "sd3.safetensors", space=perceptual.latent_space("sd15"))
 
 
 def edit(folder, change):
