@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from d2g_jax.models import initializers
-from d2g_jax.models.denoisers import UNetLike, backbone, read_unet_config
+from d2g_jax.models.denoisers import UNetLike, backbone
 from d2g_jax.models.layers import Conv, GroupNorm, remat_call
 from d2g_jax.models.network import Keys, Network, Params
 from d2g_jax.runtime.errors import UserError
@@ -44,21 +44,6 @@ class DiscriminatorConfig:
     z_conditioning: bool = True
     multiscale_inputs: bool = True
     multiscale_heads: bool = True
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, with the UNet's config inside."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**fields, "unet": self.unet.to_json()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any], *, source: str) -> DiscriminatorConfig:
-        """The inverse of `to_json`; raises `UserError` that names `source` and an unknown or missing key."""
-        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
-        if unknown or "unet" not in values:
-            raise UserError(
-                f"{source}: a discriminator has no key {min(unknown)!r}" if unknown else f"{source}: no unet"
-            )
-        return cls(**{**values, "unet": read_unet_config(values["unet"], source=source)})
 
 
 class Head(nnx.Module):

@@ -20,7 +20,6 @@ from d2g_jax.models.initializers import normal
 from d2g_jax.models.layers import (
     Conv,
     Downsample2D,
-    GroupNorm,
     Linear,
     ResnetBlock2D,
     TimestepEmbedding,
@@ -28,7 +27,7 @@ from d2g_jax.models.layers import (
     sinusoidal_embedding,
 )
 from d2g_jax.models.network import Keys, Network
-from d2g_jax.models.transformer import Attention
+from d2g_jax.models.transformer import ImageAttention
 from d2g_jax.models.unet import Factory, UNet2DConditionModel, UNetBackbone
 
 _BELOW_RIGHT = ((0, 1), (0, 1))
@@ -61,38 +60,15 @@ def resample(x: jax.Array, taps: tuple[int, ...], *, up: bool, padding: int | No
     return jnp.einsum("yi,xj,bijc->byxc", rows, columns, x, precision="highest")
 
 
-class ImageAttention(Attention):
-    """Attention of an image's places to each other with a GroupNorm before and a residual: (B, H, W, C) -> same."""
-
-    def __init__(self, channels: int, *, groups: int, eps: float, head_dim: int, scale: float, **kw: Any):
-        super().__init__(channels, heads=channels // head_dim, head_dim=head_dim, use_bias=True, **kw)
-        self.group_norm = GroupNorm(groups, channels, eps, dtype=kw["dtype"])
-        self.output_scale_factor = scale
-
-    def __call__(self, x: jax.Array, context: Any = None) -> jax.Array:
-        tokens = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        return (x + super().__call__(tokens).reshape(x.shape)) / self.output_scale_factor
-
-
-class Resampler(ResnetBlock2D):
-    """A resnet that changes the size."""
-
-    def __call__(self, x: jax.Array, temb: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-        return super().__call__(x, temb)
-
-
 class ImageFactory(Factory):
     """Makes the layers of a UNet of images."""
 
-    def resnet(self, in_channels: int, out_channels: int, scale: float = 1.0) -> ResnetBlock2D:
-        return self._resnet(ResnetBlock2D, in_channels, out_channels, scale)
-
-    def _resnet(self, kind: type[ResnetBlock2D], before: int, after: int, scale: float, **more: Any) -> ResnetBlock2D:
+    def resnet(self, in_channels: int, out_channels: int, scale: float = 1.0, **more: Any) -> ResnetBlock2D:
         config = self.config
-        norm = {"groups": config.norm_num_groups, "eps": config.norm_eps}
-        more |= {"scale_shift": config.resnet_time_scale_shift == "scale_shift", **norm}
-        factor = scale * config.skip_scale
-        return kind(before, after, config.time_embed_dim, output_scale_factor=factor, **more, **self.kw)
+        shape = (in_channels, out_channels, config.time_embed_dim)
+        more |= {"groups": config.norm_num_groups, "eps": config.norm_eps, **self.kw}
+        more |= {"scale_shift": config.resnet_time_scale_shift == "scale_shift"}
+        return ResnetBlock2D(*shape, output_scale_factor=scale * config.skip_scale, **more)
 
     def attention_of(self, level: int, depth: int) -> ImageAttention:
         config = self.config
@@ -118,7 +94,7 @@ class ImageFactory(Factory):
 
     def _resampler(self, channels: int, *, up: bool) -> ResnetBlock2D:
         change = functools.partial(resample, taps=self.config.resample_filter, up=up)
-        return self._resnet(Resampler, channels, channels, 1.0, resample=change, project=self.config.song)
+        return self.resnet(channels, channels, resample=change, project=self.config.song)
 
 
 class ImageBackbone(UNetBackbone):

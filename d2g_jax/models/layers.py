@@ -252,7 +252,8 @@ class ResnetBlock2D(nnx.Module):
         self.conv_shortcut = None if same else Conv(in_channels, out_channels, 1, padding=0, **kw)
         self.output_scale_factor, self.scale_shift, self.resample = output_scale_factor, scale_shift, resample
 
-    def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None, size: tuple[int, int] | None = None) -> jax.Array:
+        """`size` is for upsamplers that are no resnets."""
         hidden = self.conv1(self.resample(jax.nn.silu(self.norm1(x))))
         if self.time_emb_proj is None:
             hidden = self.norm2(hidden)

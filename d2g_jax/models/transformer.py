@@ -58,6 +58,19 @@ class Attention(nnx.Module):
         return self.to_out[0](out.reshape(*query.shape[:2], -1))
 
 
+class ImageAttention(Attention):
+    """Attention of an image's places to each other with a GroupNorm before and a residual: (B, H, W, C) -> same."""
+
+    def __init__(self, channels: int, *, groups: int, eps: float, head_dim: int, scale: float = 1.0, **kw: Any):
+        super().__init__(channels, heads=channels // head_dim, head_dim=head_dim, use_bias=True, **kw)
+        self.group_norm = GroupNorm(groups, channels, eps, dtype=kw["dtype"])
+        self.output_scale_factor = scale
+
+    def __call__(self, x: jax.Array, context: Any = None) -> jax.Array:
+        tokens = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        return (x + super().__call__(tokens).reshape(x.shape)) / self.output_scale_factor
+
+
 class GEGLU(nnx.Module):
     """value * GELU(gate), both projected from x; the GELU is the exact erf form (Shazeer 2020)."""
 

@@ -17,16 +17,15 @@ import numpy as np
 from flax import nnx
 
 from d2g_jax.inputs.fields import as_json, check_sizes, read_fields
-from d2g_jax.models.attention import dot_product_attention
 from d2g_jax.models.layers import (
     Conv,
     Downsample2D,
     GroupNorm,
-    Linear,
     ResnetBlock2D,
     Upsample2D,
 )
 from d2g_jax.models.network import Network
+from d2g_jax.models.transformer import ImageAttention
 from d2g_jax.runtime.errors import UserError
 
 _EPS = 1e-6
@@ -103,32 +102,16 @@ def _resnet(config: VaeConfig, inputs: int, outputs: int, dtype: jnp.dtype, rngs
     return ResnetBlock2D(inputs, outputs, groups=config.norm_num_groups, eps=_EPS, dtype=dtype, rngs=rngs)
 
 
-class VaeAttention(nnx.Module):
-    """Group norm and single-head self-attention over the pixels, with a residual; softmax in float32."""
-
-    def __init__(self, channels: int, groups: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        self.group_norm = GroupNorm(groups, channels, _EPS, dtype=dtype)
-        self.to_q = Linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.to_k = Linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.to_v = Linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.to_out = nnx.List([Linear(channels, channels, dtype=dtype, rngs=rngs)])
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        batch, height, width, channels = x.shape
-        tokens = self.group_norm(x).reshape(batch, height * width, 1, channels)
-        out = dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        return x + self.to_out[0](out).reshape(x.shape)
-
-
 class MidBlock(nnx.Module):
-    """resnet, attention, resnet at the lowest resolution."""
+    """resnet, attention with a single head, resnet at the lowest resolution."""
 
     def __init__(self, config: VaeConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         channels = config.block_out_channels[-1]
         resnet = lambda: _resnet(config, channels, channels, dtype, rngs)  # noqa: E731
         self.with_attention = config.mid_block_add_attention
         if self.with_attention:
-            self.attentions = nnx.List([VaeAttention(channels, config.norm_num_groups, dtype, rngs=rngs)])
+            norm = {"groups": config.norm_num_groups, "eps": _EPS}
+            self.attentions = nnx.List([ImageAttention(channels, **norm, head_dim=channels, dtype=dtype, rngs=rngs)])
         self.resnets = nnx.List([resnet(), resnet()])
 
     def __call__(self, x: jax.Array) -> jax.Array:

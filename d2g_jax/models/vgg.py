@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from d2g_jax.inputs.fields import as_json, check_sizes, read_fields
 from d2g_jax.models.layers import Conv
@@ -170,29 +171,14 @@ def build_training(config: VGGConfig, dtype: Any = jnp.float32) -> Network:
 
 def split_statistics(tree: Params) -> tuple[Params, Params]:
     """(trainable parameters, running statistics), two nested dicts."""
-    params: Params = {}
-    statistics: Params = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            params[key], inner = split_statistics(value)
-            if inner:
-                statistics[key] = inner
-        else:
-            (statistics if key in ("mean", "var") else params)[key] = value
-    return params, statistics
+    leaves = flatten_dict(tree)
+    running = {path: leaves.pop(path) for path in list(leaves) if path[-1] in ("mean", "var")}
+    return unflatten_dict(leaves), unflatten_dict(running)
 
 
 def merge_statistics(params: Params, statistics: Params) -> Params:
     """The inverse of `split_statistics`."""
-    merged = dict(params)
-    for key, value in statistics.items():
-        merged[key] = merge_statistics(merged.get(key, {}), value) if isinstance(value, Mapping) else value
-    return merged
-
-
-def update_statistics(statistics: Params, batch: Params, momentum: float = 0.1) -> Params:
-    """Running statistics after one more batch, PyTorch's convention: (1 - momentum) old + momentum new."""
-    return jax.tree.map(lambda old, new: old + momentum * (new - old), statistics, batch)
+    return unflatten_dict(flatten_dict(params) | flatten_dict(statistics))
 
 
 def fold_batch_norm(params: Params, statistics: Params) -> Params:

@@ -199,13 +199,6 @@ def test_sd15_has_twelve_heads_and_sdxl_nine():
     assert widths == [1280, 2560, 1280, 640, 1920, 1280, 320, 960, 640, 320, 640, 320]
 
 
-def test_config_survives_json():
-    assert DiscriminatorConfig.from_json(CONFIG.to_json(), source="d.json") == CONFIG
-    with pytest.raises(UserError, match=r"d\.json.*'heads'"):
-        DiscriminatorConfig.from_json({**CONFIG.to_json(), "heads": 3}, source="d.json")
-    assert dataclasses.replace(CONFIG, timestep=7).to_json()["timestep"] == 7
-
-
 def test_resize_is_the_mean_of_smooth_images():
     x = jnp.ones((1, 8, 6, 2)) * jnp.array([2.0, -1.0])
     np.testing.assert_allclose(

@@ -83,8 +83,6 @@ def test_the_discriminator_starts_from_any_teacher(tmp_path, kind):
     scheduler = tiny_images.EDM if kind == "SONG" else tiny_images.DDIM
     pipeline = Pipeline.load(tiny_images.make(tmp_path / "teacher", getattr(tiny_images, kind), scheduler))
     config = discriminator.DiscriminatorConfig(pipeline.unet.config, head_channels=4)
-    again = discriminator.DiscriminatorConfig.from_json(json.loads(json.dumps(config.to_json())), source="d.json")
-    assert again == config
     network = discriminator.build(config)
     params = discriminator.init_from_teacher(network, jax.random.key(0), pipeline.params["unet"])
     x = np.ones((2, 8, 8, 3), np.float32)
