@@ -133,23 +133,9 @@ def read_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def student_timestep(config: Mapping[str, Any]) -> int | None:
     """The timestep of the one-step student whose export wrote this `scheduler_config.json`; None for any other.
 
-    diffusers keeps the mark `STUDENT` when it saves the folder again. An export without it cut the betas off there.
+    diffusers keeps the mark `STUDENT` when it saves the folder again.
     """
-    if isinstance(config.get(STUDENT), int):
-        return config[STUDENT]
-    betas = config.get("trained_betas")
-    return len(betas) - 1 if isinstance(betas, list) and betas and _is_one_step(config) else None
-
-
-def may_be_student(config: Mapping[str, Any]) -> bool:
-    """Whether diffusers saved it, of a teacher or of such an export at the last timestep: nothing tells which."""
-    return student_timestep(config) is None and "_diffusers_version" in config and _is_one_step(config)
-
-
-def _is_one_step(config: Mapping[str, Any]) -> bool:
-    """Whether its one DDIM step goes from the last timestep to x_0, as of all exports."""
-    wanted = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "steps_offset": 1}
-    return all(config.get(key) == value for key, value in {**wanted, "set_alpha_to_one": True}.items())
+    return config[STUDENT] if isinstance(config.get(STUDENT), int) else None
 
 
 def _number(config: Mapping[str, Any], source: str, key: str, allowed: Range) -> Any:

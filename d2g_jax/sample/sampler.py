@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 import zipfile
 from collections.abc import Sequence
 from numbers import Integral
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2g_jax.diffusion import noise
-from d2g_jax.diffusion.schedule import Schedule, may_be_student, student_timestep
+from d2g_jax.diffusion.schedule import Schedule, student_timestep
 from d2g_jax.diffusion.systems import OneStep, find_system
 from d2g_jax.inputs import numbers, places
 from d2g_jax.inputs.arrays import check_floats, read_array
@@ -139,9 +138,6 @@ class Sampler:
             _check_own(model, system=parts.system, unet=parts.unet)
         elif parts.unet is not None and (timestep := _described_timestep(Path(parts.unet), pipeline)) is not None:
             _check_own(parts.unet, system=parts.system)
-        elif foreign is None and not described and may_be_student(pipeline.scheduler):
-            student = "a one-step student that an earlier d2g_jax exported and diffusers saved again"
-            warnings.warn(f"{model}: taken for a teacher; if it is {student}, give system=dmd", stacklevel=2)
         return cls(pipeline, timestep, foreign)._wearing(worn)
 
     @classmethod

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.diffusion.schedule import STUDENT, Schedule, may_be_student, one_step, student_timestep
+from d2g_jax.diffusion.schedule import Schedule, one_step, student_timestep
 from d2g_jax.diffusion.systems import OneStep
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.export import export_student, folders, to_diffusers, to_single
@@ -33,7 +33,7 @@ from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.sample import exported
-from d2g_jax.sample.sampler import Parts, Sampler, draw_noise
+from d2g_jax.sample.sampler import Sampler, draw_noise
 
 PROMPTS = ["the cat", "the dog the cat"]
 SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -489,22 +489,4 @@ def test_a_student_that_diffusers_saved_again_is_still_one(tiny_sd: Path, tmp_pa
         diffusers.DDIMScheduler.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
         again = json.loads((tmp_path / "again" / "scheduler_config.json").read_text())
         assert student_timestep(again) == timestep
-        older = {key: value for key, value in again.items() if not key.startswith("_d2g")}
-        assert student_timestep(older) == (timestep if timestep < 999 else None)  # such exports bore no mark
-        assert may_be_student(older) == (timestep == 999)
     assert student_timestep(teacher) is None
-    assert not may_be_student(teacher)
-    assert not may_be_student(again)
-    assert not may_be_student(json.loads((WEIGHTS / "pipeline" / "scheduler" / "scheduler_config.json").read_text()))
-
-
-def test_a_student_without_a_mark_is_asked_about(tiny_sd: Path, tmp_path: Path):
-    """Of its own betas and at the last timestep, as an earlier d2g_jax wrote it: `system` draws what it drew."""
-    folder = shutil.copytree(tiny_sd, tmp_path / "student")
-    file = folder / "scheduler" / "scheduler_config.json"
-    marked = one_step_scheduler(json.loads(file.read_text()), 999)
-    file.write_text(json.dumps({**{key: marked[key] for key in marked if key != STUDENT}, "_diffusers_version": "0"}))
-    mesh = meshes.make_mesh()
-    with pytest.warns(UserWarning, match="taken for a teacher; if it is a one-step student .*give system=dmd"):
-        assert Sampler.load(folder, mesh).one_step is None
-    assert Sampler.load(folder, mesh, parts=Parts(system="dmd")).one_step == OneStep(marked[STUDENT])
