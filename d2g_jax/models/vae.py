@@ -31,6 +31,8 @@ from d2g_jax.runtime.errors import UserError
 _EPS = 1e-6
 _BELOW_RIGHT = ((0, 1), (0, 1))
 _LOGVAR_RANGE = (-30.0, 20.0)
+_OVERLAP = 0.25
+"""The part of a tile's side that lies on its neighbour."""
 _NEUTRAL = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}
 
 
@@ -227,35 +229,28 @@ def build(config: VaeConfig, dtype: jnp.dtype = jnp.float32) -> Network:
     return Network.build(config, lambda rngs: AutoencoderKL(config, dtype, rngs=rngs))
 
 
-def decode_tiled(
-    config: VaeConfig,
-    decode: Callable[[np.ndarray], jax.Array],
-    latents: jax.Array,
-    tile: int | None = None,
-    overlap: float = 0.25,
-) -> np.ndarray:
+def decode_tiled(config: VaeConfig, decode: Callable[[np.ndarray], jax.Array], latents: jax.Array) -> np.ndarray:
     """Decodes large images in overlapping tiles, so that the device holds the activations of one tile only.
 
-    Tiles, overlap and blending are those of diffusers' `AutoencoderKL.enable_tiling()`: each tile is decoded by itself
-    and faded in over what the tiles above and to the left of it show. Latents that fit into one tile are decoded whole.
+    Tiles, overlap and blending are those of diffusers' `AutoencoderKL.enable_tiling()`: each tile, of the VAE's native
+    size, is decoded by itself and faded in over what the tiles above and to the left of it show. Latents that fit into
+    one tile are decoded whole.
 
     Args:
       config: of the VAE that `decode` runs.
       decode: unscaled latents (B, h, w, C) -> images (B, H, W, 3), jitted; compiled for up to four shapes of tiles.
       latents: unscaled, (B, h, w, C).
-      tile: height and width of a tile in latent pixels; None is the VAE's native size.
-      overlap: the part of a tile's side that lies on its neighbour, in [0, 1).
 
     Returns:
       float32 (B, H, W, 3) on the host, about [-1, 1] and not clipped.
 
     Raises:
-      UserError: for a tile or an overlap that leaves no step from one tile to the next.
+      UserError: for a native size that leaves no step from one tile to the next.
     """
-    tile = config.native_side // config.downscale if tile is None else tile
-    step = int(tile * (1 - overlap))
-    if overlap < 0 or step < 1:
-        raise UserError(f"tile={tile} with overlap={overlap} leaves no step; give tile >= 2 and 0 <= overlap < 1")
+    tile = config.native_side // config.downscale
+    step = int(tile * (1 - _OVERLAP))
+    if step < 1:
+        raise UserError(f"sample_size={config.sample_size} of the VAE: its tiles are too small; draw without tiles")
     latents = np.asarray(latents)
     height, width = latents.shape[1:3]
     if height <= tile and width <= tile:
