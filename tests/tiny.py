@@ -21,7 +21,7 @@ from d2g_jax.digits import tokenizer
 from d2g_jax.digits.config import get_config as digits_config
 from d2g_jax.losses.lpips import save_lpips
 from d2g_jax.losses.perceptual import LatentSpace, save_metric
-from d2g_jax.models import clip, unet, vae, vgg
+from d2g_jax.models import clip, denoisers, vae, vgg
 from d2g_jax.pipeline import folder as pipelines
 from d2g_jax.teacher import teacher
 
@@ -36,7 +36,7 @@ UNET = dataclasses.replace(
     cross_attention_dim=16,
     norm_num_groups=4,
 )
-LEAST_UNET = unet.UNetConfig(
+LEAST_UNET = denoisers.UNetConfig(
     sample_size=4,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -79,7 +79,7 @@ def _make(root: Path) -> None:
         teacher.text_config(len(json.loads(tokenizer.tokenizer_files()["vocab.json"]))),
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=16,
     )  # fmt: skip
-    networks = {"text_encoder": clip.build(text), "unet": unet.build(UNET), "vae": vae.build(VAE)}
+    networks = {"text_encoder": clip.build(text), "unet": denoisers.build(UNET), "vae": vae.build(VAE)}
     pipelines.save_pipeline(
         root / "pipeline",
         {"text_encoder": text, "unet": UNET, "vae": VAE, "scheduler": teacher.SCHEDULER},

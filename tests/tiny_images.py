@@ -10,9 +10,9 @@ import numpy as np
 import tiny
 from ml_collections import ConfigDict
 
-from d2g_jax.models import image_unet
+from d2g_jax.models import denoisers
 from d2g_jax.models.image_unet_config import ImageUNetConfig
-from d2g_jax.pipeline.images import save_images_pipeline
+from d2g_jax.pipeline.folder import save_pipeline
 from d2g_jax.teacher.convert import SCHEDULER
 
 CONFIG = f"--config={__file__}"
@@ -38,7 +38,8 @@ SONG = ImageUNetConfig(
 
 def make(folder: Path, config: ImageUNetConfig = CLASSES, scheduler: dict = DDIM) -> Path:
     """A pipeline folder."""
-    save_images_pipeline(folder, config, image_unet.build(config).init(jax.random.key(0)), scheduler)
+    params = {"unet": denoisers.build(config).init(jax.random.key(0))}
+    save_pipeline(folder, {"unet": config, "scheduler": scheduler}, params, {}, np.float32)
     return folder
 
 

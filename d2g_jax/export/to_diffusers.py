@@ -13,9 +13,8 @@ from d2g_jax.diffusion.schedule import STUDENT, Schedule
 from d2g_jax.export import folders
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import weights
-from d2g_jax.pipeline.folder import Pipeline
+from d2g_jax.pipeline.folder import Pipeline, save_pipeline
 from d2g_jax.pipeline.hub import EXTRAS, NETWORKS
-from d2g_jax.pipeline.images import save_images_pipeline
 from d2g_jax.runtime.atomic import write_json, write_text
 from d2g_jax.sample import exported
 
@@ -33,9 +32,8 @@ def write(pipeline: Pipeline, timestep: int | None, out: Path, dtype: str, anew:
             description = exported.describe(pipeline, timestep, "diffusers", dtype)
             write_json(folder / exported.DESCRIPTION, description, ensure_ascii=False)
         if pipeline.classes is not None:  # a teacher of images: its UNet and its scheduler are all there is
-            return save_images_pipeline(
-                folder, pipeline.unet.config, pipeline.params["unet"], scheduler, np.dtype(dtype)
-            )
+            configs = {"unet": pipeline.unet.config, "scheduler": scheduler}
+            return save_pipeline(folder, configs, pipeline.params, {}, np.dtype(dtype))
         index, left_out = _index(pipeline.index, names)
         for component in [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]:
             if component in NETWORKS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,5 +27,12 @@ def backbone(config: UNetLike) -> type[unet.UNetBackbone]:
 
 
 def build(config: UNetLike, dtype: Any = jnp.float32, attention: str = "auto", remat: str = "none") -> Network:
-    """The whole network: see `unet.build`."""
-    return (image_unet if isinstance(config, ImageUNetConfig) else unet).build(config, dtype, attention, remat)
+    """The UNet as a `Network`; `remat`, one of `layers.REMATS`, is for its resnets and transformers."""
+    return _build(config, dtype, attention, remat)  # the cache would tell a default from the same value given
+
+
+@functools.cache
+def _build(config: UNetLike, dtype: Any, attention: str, remat: str) -> Network:
+    kind = image_unet.ImageUNet if isinstance(config, ImageUNetConfig) else unet.UNet2DConditionModel
+    kw = {"dtype": dtype, "attention": attention, "remat": remat}
+    return Network.build(config, lambda rngs: kind(config, **kw, rngs=rngs))

@@ -26,7 +26,7 @@ from d2g_jax.models.layers import (
     Upsample2D,
     sinusoidal_embedding,
 )
-from d2g_jax.models.network import Keys, Network
+from d2g_jax.models.network import Keys
 from d2g_jax.models.transformer import ImageAttention
 from d2g_jax.models.unet import Factory, UNet2DConditionModel, UNetBackbone
 
@@ -161,10 +161,3 @@ class Table(nnx.Module):
 
 class ImageUNet(ImageBackbone, UNet2DConditionModel):
     """Images (B, H, W, C), noise levels (B,) and classes (B, K) or None -> (B, H, W, C_out) in the compute dtype."""
-
-
-@functools.cache
-def build(config: ImageUNetConfig, dtype: Any = jnp.float32, attention: str = "auto", remat: str = "none") -> Network:
-    """The UNet as a `Network`; `remat`, one of `layers.REMATS`, is for its resnets."""
-    kw = {"dtype": dtype, "attention": attention, "remat": remat}
-    return Network.build(config, lambda rngs: ImageUNet(config, **kw, rngs=rngs))

@@ -5,7 +5,6 @@ Every block is written once; the discriminator builds on `UNetBackbone`, which i
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -22,12 +21,9 @@ from d2g_jax.models.layers import (
     remat_call,
     sinusoidal_embedding,
 )
-from d2g_jax.models.network import Keys, Network
+from d2g_jax.models.network import Keys
 from d2g_jax.models.transformer import Transformer2DModel
-from d2g_jax.models.unet_config import UNetConfig
 from d2g_jax.runtime.errors import UserError
-
-__all__ = ["UNet2DConditionModel", "UNetBackbone", "UNetConfig", "build"]
 
 
 class Factory:
@@ -273,10 +269,3 @@ class UNet2DConditionModel(UNetBackbone):
         hidden = self.middle(hidden, temb, encoder_hidden_states)
         hidden, _ = self.decode(hidden, skips, temb, encoder_hidden_states)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(hidden)))
-
-
-@functools.cache
-def build(config: UNetConfig, dtype: Any = jnp.float32, attention: str = "auto", remat: str = "none") -> Network:
-    """The UNet as a `Network`; `remat`, one of `layers.REMATS`, is for its resnets and transformers."""
-    kw = {"dtype": dtype, "attention": attention, "remat": remat}
-    return Network.build(config, lambda rngs: UNet2DConditionModel(config, **kw, rngs=rngs))

@@ -20,10 +20,10 @@ from jax.sharding import NamedSharding
 from d2g_jax.diffusion.karras import TIME_SCALES
 from d2g_jax.inputs import text
 from d2g_jax.models import clip, denoisers, vae
-from d2g_jax.models.image_unet_config import CLASSES, ImageUNetConfig
+from d2g_jax.models.image_unet_config import CLASSES, SONG, ImageUNetConfig
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import images, single_file, weights
-from d2g_jax.pipeline.hub import NETWORKS, resolve
+from d2g_jax.pipeline.hub import EXTRAS, NETWORKS, resolve
 from d2g_jax.pipeline.tokenizers import json_bytes, load_tokenizer, read_component
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.atomic import write_bytes
@@ -32,8 +32,6 @@ from d2g_jax.runtime.errors import UserError
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 RECTIFIED_FLOW = "RectifiedFlowPipeline"
 """InstaFlow's own class."""
-SKIPPED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Components that drawing does not need; never loaded."""
 
 _CLASSES = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
@@ -51,7 +49,6 @@ _COMPONENTS = {
     SDXL: ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae", "scheduler"),
     **dict.fromkeys(images.PIPELINES, images.COMPONENTS),
 }
-_WEIGHTS_STEM = {"text_encoder": "model", "text_encoder_2": "model"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +143,7 @@ class Pipeline:
           without: networks whose weights are not read, because others take their place.
           unet: a safetensors file in either layout, or a folder with one, whose weights take the place of the model's
             own UNet; with a config.json beside them that config too.
-          prediction: of a single file that does not say it, of `single_file.PREDICTIONS`.
+          prediction: of a single file that does not say it, of `schedule.PREDICTION_TYPES`.
           tokenizer: a tokenizer folder in place of CLIP's own, of a single file.
 
         Raises:
@@ -251,19 +248,22 @@ def save_pipeline(
     tokenizers: Mapping[str, Mapping[str, bytes]],
     dtype: Any = np.float16,
 ) -> None:
-    """Writes a folder that diffusers' `StableDiffusionPipeline` / `StableDiffusionXLPipeline.from_pretrained` loads.
+    """Writes a folder that `Pipeline.load` reads, and diffusers' `from_pretrained` unless its UNet is EDM's SongUNet.
 
     `configs` holds the config objects `text_encoder` (`text_encoder_2`), `unet`, `vae` and the dict `scheduler`;
     `params` the trees of the same names; `tokenizers` file contents under `tokenizer` (`tokenizer_2`). With
-    `text_encoder_2` it is an SDXL folder. `model_index.json` comes last: a folder without it was not finished.
+    `text_encoder_2` it is an SDXL folder, with `unet` and `scheduler` alone that of a teacher of images.
+    `model_index.json` comes last: a folder without it was not finished. Raises `UserError` as `save_state_dict` does.
     """
-    folder = Path(folder)
-    class_name = SDXL if "text_encoder_2" in configs else SD
-    index: dict[str, Any] = {"_class_name": class_name, **{name: [None, None] for name in SKIPPED}}
-    index |= {"force_zeros_for_empty_prompt": True} if class_name == SDXL else {"requires_safety_checker": False}
+    folder, of_images, sdxl = Path(folder), "vae" not in configs, "text_encoder_2" in configs
+    if of_images:
+        index: dict[str, Any] = {"_class_name": images.pipeline_of(configs["scheduler"])}
+    else:
+        index = {"_class_name": SDXL if sdxl else SD, **{name: [None, None] for name in EXTRAS}}
+        index |= {"force_zeros_for_empty_prompt": True} if sdxl else {"requires_safety_checker": False}
     try:
         (folder / "model_index.json").unlink(missing_ok=True)
-        for name in _COMPONENTS[class_name]:
+        for name in _components(index):
             if name == "scheduler":
                 index[name] = ["diffusers", configs[name]["_class_name"]]
                 write_bytes(folder / name / "scheduler_config.json", json_bytes(configs[name]))
@@ -273,19 +273,19 @@ def save_pipeline(
                     write_bytes(folder / name / file, content)
             else:
                 index[name] = _save_network(folder / name, name, configs[name], params[name], dtype)
-        write_bytes(folder / "model_index.json", json_bytes(dict(sorted(index.items()))))
+        write_bytes(folder / "model_index.json", json_bytes(index if of_images else dict(sorted(index.items()))))
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; give a writable place") from error
 
 
 def _save_network(folder: Path, name: str, config: Any, params: Params, dtype: Any) -> list[str]:
-    library = "transformers" if name.startswith("text_encoder") else "diffusers"
-    class_name = config.architecture if library == "transformers" else _CLASSES[name][0]
-    fields = config.to_json()
-    if library == "diffusers":
-        fields = {"_class_name": class_name, **fields}
+    fields, stem = config.to_json(), "diffusion_pytorch_model"
+    if name.startswith("text_encoder"):
+        library, class_name, stem = "transformers", config.architecture, "model"
+    else:
+        class_name = fields["_class_name"]
+        library = "d2g_jax" if class_name == SONG else "diffusers"
     write_bytes(folder / "config.json", json_bytes(fields))
-    stem = _WEIGHTS_STEM.get(name, "diffusion_pytorch_model")
     weights.save_state_dict(weights.to_state_dict(params), folder / f"{stem}.safetensors", dtype)
     return [library, class_name]
 
@@ -301,7 +301,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file}: _class_name {index.get('_class_name')!r} is unknown; expected one of {known}")
     known = _components(index)
     for name, value in index.items():
-        if not isinstance(value, list) or name in SKIPPED or value == [None, None]:
+        if not isinstance(value, list) or name in EXTRAS or value == [None, None]:
             continue
         if len(value) != 2:
             raise UserError(f"{file}: {name} must be [library, class], not {value!r}")

@@ -21,21 +21,20 @@ SETTINGS = ("tokenizer", "tokenizer_2", "scheduler")
 """Folders with small text files only."""
 
 EXTRAS = ("safety_checker", "feature_extractor", "image_encoder")
-"""Folders that drawing does not need; fetched only when asked for."""
+"""Folders that drawing does not need; neither fetched nor loaded."""
 
 _INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _REMEDY = "pass a local folder in diffusers' layout, a .safetensors file or a hub id 'owner/name'"
 
 
-def resolve(model: str | Path, revision: str | None = None, with_extras: bool = False) -> Path:
+def resolve(model: str | Path, revision: str | None = None) -> Path:
     """The local folder, or single file, of a model.
 
     Args:
       model: an existing path, returned as it is, or a hub id "owner/name", fetched into the hub's cache (where that
         is: see huggingface_hub's HF_HOME). Without a network, and for a repository that refuses us, what is cached.
       revision: branch, tag or commit of a hub id; None is the main branch.
-      with_extras: also the weights and settings of `EXTRAS`.
 
     Raises:
       UserError: one line that says what to fetch and where to put it, for no network with nothing in the cache, an
@@ -50,7 +49,7 @@ def resolve(model: str | Path, revision: str | None = None, with_extras: bool = 
         return local
     if not _HUB_ID.fullmatch(name):
         raise UserError(f"{places.shown(name)}: no such folder or file; {_REMEDY}")
-    return _fetch(name, revision, with_extras)
+    return _fetch(name, revision)
 
 
 def needed_files(names: Sequence[str], with_extras: bool = False) -> list[str]:
@@ -111,7 +110,7 @@ def _weight_files(inside: Sequence[str]) -> list[str]:
     return []
 
 
-def _fetch(repo: str, revision: str | None, with_extras: bool) -> Path:
+def _fetch(repo: str, revision: str | None) -> Path:
     import huggingface_hub  # only here: half a second that local folders need not pay
     from huggingface_hub.errors import HFValidationError, HTTPError, RevisionNotFoundError  # HTTPError: its library's
 
@@ -120,7 +119,7 @@ def _fetch(repo: str, revision: str | None, with_extras: bool) -> Path:
         files = huggingface_hub.HfApi().model_info(repo, revision=revision).siblings or ()
         names = [file.rfilename for file in files]
         _check(repo, names)
-        wanted = [glob.escape(name) for name in needed_files(names, with_extras)]
+        wanted = [glob.escape(name) for name in needed_files(names)]
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except RevisionNotFoundError as error:
         raise UserError(

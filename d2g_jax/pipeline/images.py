@@ -11,10 +11,8 @@ import numpy as np
 from d2g_jax.diffusion.karras import TIME_SCALES
 from d2g_jax.models import pixels
 from d2g_jax.models.image_unet_config import ImageUNetConfig
-from d2g_jax.models.network import Network, Params
-from d2g_jax.pipeline.tokenizers import json_bytes, read_component
-from d2g_jax.pipeline.weights import save_state_dict, to_state_dict
-from d2g_jax.runtime.atomic import write_bytes
+from d2g_jax.models.network import Network
+from d2g_jax.pipeline.tokenizers import read_component
 from d2g_jax.runtime.errors import UserError
 
 DDPM, DDIM, EDM = "DDPMPipeline", "DDIMPipeline", "EDMPipeline"
@@ -51,6 +49,11 @@ def scheduler_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, **({"clip_sample": False} if values.get("clip_sample") else {})}
 
 
+def pipeline_of(scheduler: Mapping[str, Any]) -> str:
+    """Of `PIPELINES` the class of a teacher with this scheduler."""
+    return EDM if scheduler["_class_name"] in TIME_SCALES else DDIM
+
+
 def class_ids(classes: int, prompts: Sequence[str], source: object) -> np.ndarray:
     """Prompts as int32 (N, 1): the class that each names, `NO_CLASS` throughout for a teacher of no classes.
 
@@ -65,23 +68,3 @@ def class_ids(classes: int, prompts: Sequence[str], source: object) -> np.ndarra
             raise UserError(f"prompt {prompt!r}: {source} is told a class, a number from 0 to {classes - 1}, no text")
         ids.append(int(name) if classes else NO_CLASS)
     return np.asarray(ids, np.int32).reshape(-1, 1)
-
-
-def save_images_pipeline(
-    folder: Path, config: ImageUNetConfig, params: Params, scheduler: Mapping[str, Any], dtype: Any = np.float32
-) -> None:
-    """Writes a folder that `Pipeline.load` reads, and that diffusers does unless its UNet is EDM's SongUNet.
-
-    `model_index.json` comes last: a folder without it was not finished. Raises `UserError` as `save_state_dict` does.
-    """
-    fields, kind = config.to_json(), scheduler["_class_name"]
-    library = "d2g_jax" if config.song else "diffusers"
-    name = EDM if kind in TIME_SCALES else DDIM
-    index = {"_class_name": name, "unet": [library, fields["_class_name"]], "scheduler": ["diffusers", kind]}
-    try:
-        write_bytes(folder / "unet" / "config.json", json_bytes(fields))
-        write_bytes(folder / "scheduler" / "scheduler_config.json", json_bytes(dict(scheduler)))
-        save_state_dict(to_state_dict(params), folder / "unet" / "diffusion_pytorch_model.safetensors", dtype)
-        write_bytes(folder / "model_index.json", json_bytes(index))
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; give a writable place") from error

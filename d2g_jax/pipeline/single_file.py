@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from d2g_jax.diffusion.schedule import PREDICTION_TYPES
 from d2g_jax.inputs import text
 from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline import original_keys, weights
@@ -27,9 +28,6 @@ from d2g_jax.runtime.errors import UserError
 
 HEADER = "d2g_jax"
 """Of the header's texts the one that holds what `d2g export` says of a file, as JSON."""
-
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-"""What a user may say of a file: it is believed before the .yaml, and that before the keys."""
 
 _SETTINGS = ("model_index", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 """What `kinds/` and our own headers hold of every pipeline."""
@@ -65,7 +63,7 @@ Read = Callable[[weights.Place | None], Params]
 def settings_folder(model: Path, prediction: str | None) -> Iterator[Path]:
     """The folder with a model's configs and tokenizers: of a folder itself, of a single file one for a while.
 
-    `prediction`: of `PREDICTIONS`; None is what the file, the .yaml beside it or its kind says.
+    `prediction`: of `PREDICTION_TYPES`; None is what the .yaml beside the file says, or the file, or its kind.
     Raises `UserError` for a file that is none of the four kinds, and says what it is.
     """
     if model.is_dir():
@@ -178,8 +176,8 @@ def _kind(file: Path, shapes: Mapping[str, tuple[int, ...]], asked: str | None) 
 
 def _prediction(file: Path, width: int, shapes: Mapping[str, tuple[int, ...]], asked: str | None) -> str:
     """What the UNet predicts: shapes do not tell."""
-    if asked is not None and asked not in PREDICTIONS:
-        raise UserError(f"prediction={asked!r}; choose one of {', '.join(PREDICTIONS)}")
+    if asked is not None and asked not in PREDICTION_TYPES:
+        raise UserError(f"prediction={asked!r}; choose one of {', '.join(PREDICTION_TYPES)}")
     marked = "v_prediction" if "v_pred" in shapes else None
     found = asked or _yaml_prediction(file.with_suffix(".yaml"), width) or marked
     if found is None and _KINDS[width] == "sd2":

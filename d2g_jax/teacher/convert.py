@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from d2g_jax.inputs.places import check_new_folder
 from d2g_jax.inputs.torch_files import read_torch
-from d2g_jax.models import image_unet
-from d2g_jax.pipeline.images import save_images_pipeline
+from d2g_jax.models import denoisers
+from d2g_jax.pipeline.folder import save_pipeline
 from d2g_jax.pipeline.weights import to_params
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.teacher import edm
@@ -46,8 +48,8 @@ def convert(source: Path, out: Path) -> Path:
         raise UserError(
             f"{source}: {error} is missing, which tells how large the network is; fetch it again"
         ) from error
-    params = to_params(state, image_unet.build(config).abstract(), source=source)
-    save_images_pipeline(out, config, params, SCHEDULER)
+    params = to_params(state, denoisers.build(config).abstract(), source=source)
+    save_pipeline(out, {"unet": config, "scheduler": SCHEDULER}, {"unet": params}, {}, np.float32)
     return out
 
 

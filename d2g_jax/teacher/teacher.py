@@ -26,7 +26,7 @@ from d2g_jax.inputs.images import to_floats
 from d2g_jax.lpips_training import fit as training
 from d2g_jax.lpips_training.classify import cross_entropy
 from d2g_jax.lpips_training.fit import Batch, Loss, sampled_rows
-from d2g_jax.models import clip, unet, vae
+from d2g_jax.models import clip, denoisers, vae
 from d2g_jax.models.network import Params
 from d2g_jax.pipeline import folder as pipelines
 from d2g_jax.pipeline import tokenizers, weights
@@ -64,7 +64,7 @@ VAE = vae.VaeConfig(
     scaling_factor=1.0,  # measured after training
 )
 
-UNET = unet.UNetConfig(
+UNET = denoisers.UNetConfig(
     sample_size=scenes.SIZE // VAE.downscale,
     down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
@@ -185,7 +185,7 @@ def denoising(
       ids: (N, variants, L) captions; empty: (L,) the empty caption.
       text_params: of the text tower to begin with.
     """
-    tower, network = clip.build(text), unet.build(UNET)
+    tower, network = clip.build(text), denoisers.build(UNET)
     schedule = Schedule.from_config(SCHEDULER)
 
     def loss(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from d2g_jax.losses import adversarial
-from d2g_jax.models import attention, discriminator, unet
+from d2g_jax.models import attention, denoisers, discriminator
 from d2g_jax.models.discriminator import DiscriminatorConfig
 from d2g_jax.models.unet_config import UNetConfig
 from d2g_jax.plan.architectures import MODELS, abstract_pipeline
@@ -37,7 +37,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def teacher():
-    return unet.build(UNET).init(jax.random.key(0))
+    return denoisers.build(UNET).init(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from tiny import LEAST_UNET as UNET
 
-from d2g_jax.models import lora, unet
+from d2g_jax.models import denoisers, lora
 from d2g_jax.runtime.errors import UserError
 
 
 def base(dtype=np.float32):
     """Random numbers in the shapes of a UNet."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(dtype), unet.build(UNET).abstract())
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(dtype), denoisers.build(UNET).abstract())
 
 
 @pytest.mark.parametrize("targets", [("attention",), ("attention", "feed_forward", "convolutions"), ("all",)])

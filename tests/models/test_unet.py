@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.models import unet
+from d2g_jax.models import denoisers
 from d2g_jax.models.unet_config import UNetConfig
 from d2g_jax.pipeline import weights
 from d2g_jax.runtime.errors import UserError
@@ -70,7 +70,7 @@ def oracle(fields):
 
     torch.manual_seed(0)
     model = randomised(diffusers.UNet2DConditionModel(**fields))
-    network = unet.build(UNetConfig.from_json(dict(model.config), source=SOURCE))
+    network = denoisers.build(UNetConfig.from_json(dict(model.config), source=SOURCE))
     return model, network, params_of(model, network)
 
 
@@ -166,7 +166,7 @@ def test_bfloat16_is_as_near_to_float32_as_pytorchs(fields):
 
     model, network, params = oracle(fields)
     latents, timesteps, text, added = batch(network.config, 6, 4)
-    half = unet.build(network.config, dtype=jnp.bfloat16)
+    half = denoisers.build(network.config, dtype=jnp.bfloat16)
     ours = quick_jit(half.apply)(params, latents, timesteps, text, added)
     assert ours.dtype == jnp.bfloat16
 
@@ -188,7 +188,7 @@ def test_full_size_sd15_forward_equals_pytorch():
 
     torch.manual_seed(0)
     model = diffusers.UNet2DConditionModel(**FULL_SD15, sample_size=64).eval()
-    network = unet.build(UNetConfig.from_json(dict(model.config), source=SOURCE))
+    network = denoisers.build(UNetConfig.from_json(dict(model.config), source=SOURCE))
     assert sum(leaf.size for leaf in jax.tree.leaves(network.abstract())) == 859_520_964
     rng = np.random.default_rng(1)
     latents = rng.normal(size=(2, 64, 64, 4)).astype(np.float32)
@@ -212,7 +212,7 @@ def test_full_size_names_and_shapes_equal_diffusers(fields, count):
 
     with torch.device("meta"):
         model = diffusers.UNet2DConditionModel(**fields)
-    network = unet.build(UNetConfig.from_json(dict(model.config), source=SOURCE))
+    network = denoisers.build(UNetConfig.from_json(dict(model.config), source=SOURCE))
     theirs = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     assert weights.torch_shapes(network.abstract()) == theirs
     assert sum(leaf.size for leaf in jax.tree.leaves(network.abstract())) == count
@@ -302,21 +302,21 @@ def test_guidance_embedding_of_a_latent_consistency_model_equals_diffusers():
 
 
 def test_a_guidance_embedding_without_its_projection_is_refused():
-    network = unet.build(UNetConfig(**SD1))
+    network = denoisers.build(UNetConfig(**SD1))
     latents, timesteps, text, _ = batch(network.config, 4, 4)
     with pytest.raises(UserError, match="time_cond_proj_dim"):
         jax.eval_shape(network.apply, network.abstract(), latents, timesteps, text, None, np.zeros((2, 6)))
 
 
 def test_sdxl_without_its_conditions_is_refused():
-    network = unet.build(UNetConfig(**SDXL))
+    network = denoisers.build(UNetConfig(**SDXL))
     latents, timesteps, text, _ = batch(network.config, 4, 4)
     with pytest.raises(UserError, match="time_ids"):
         jax.eval_shape(network.apply, network.abstract(), latents, timesteps, text)
 
 
 def test_bfloat16_remat_and_int_timesteps_keep_the_interface():
-    network = unet.build(UNetConfig(**SD1), dtype=jnp.bfloat16, remat="full")
+    network = denoisers.build(UNetConfig(**SD1), dtype=jnp.bfloat16, remat="full")
     latents, timesteps, text, _ = batch(network.config, 8, 8)
     assert {leaf.dtype for leaf in jax.tree.leaves(network.abstract())} == {jnp.dtype(jnp.float32)}
     jaxpr = jax.make_jaxpr(network.apply)(network.abstract(), latents, timesteps, text)

@@ -157,8 +157,6 @@ def test_exactly_the_needed_files_are_fetched(monkeypatch: pytest.MonkeyPatch):
     false_hub = FalseHub(monkeypatch, SD)
     assert hub.resolve(REPO, "fp16") == Path("/cache/snapshot")
     assert false_hub.calls == [("list", "fp16"), ("download", REPO, "fp16", SD_NEEDED)]
-    hub.resolve(REPO, with_extras=True)
-    assert false_hub.calls[-1] == ("download", REPO, None, hub.needed_files(SD, with_extras=True))
 
 
 def test_local_paths_are_returned_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

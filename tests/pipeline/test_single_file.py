@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2g_jax.diffusion.schedule import Schedule, one_step
+from d2g_jax.diffusion.schedule import PREDICTION_TYPES, Schedule, one_step
 from d2g_jax.export import comfyui, export_student, folders
 from d2g_jax.pipeline import single_file, weights
 from d2g_jax.pipeline.folder import Pipeline, load_vae
@@ -242,7 +242,7 @@ SCALING = (
 def test_what_an_original_config_says(params, found, tmp_path):
     file = write(tmp_path / "theirs.safetensors", {**UNET, list(UNET)[1]: (320, 1024)})
     file.with_suffix(".yaml").write_text(f"model:\n  params:\n{params}")
-    if found in single_file.PREDICTIONS:
+    if found in PREDICTION_TYPES:
         with single_file.settings_folder(file, None) as folder:
             scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
             unet = json.loads((folder / "unet" / "config.json").read_text())

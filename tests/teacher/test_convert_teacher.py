@@ -14,7 +14,7 @@ from closed_form import image, tensor
 
 from d2g_jax import __main__ as cli
 from d2g_jax.diffusion.schedule import Schedule, one_step
-from d2g_jax.models import image_unet
+from d2g_jax.models import denoisers
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.pipeline.weights import to_params, to_state_dict
 from d2g_jax.runtime.errors import UserError
@@ -46,7 +46,7 @@ def picked(y):
 @pytest.fixture(scope="module", params=["ddpmpp", "ncsnpp", "adm"])
 def converted(request):
     config, state = edm.from_nvidia(nvidia_state(request.param), "teacher.pt")
-    network = image_unet.build(config)
+    network = denoisers.build(config)
     return request.param, network, to_params(state, network.abstract(), source="teacher.pt")
 
 
@@ -125,7 +125,7 @@ def test_flax_parameters_come_back_as_they_were(tmp_path):
     config, state = edm.from_nvidia(
         {k: v for k, v in nvidia_state("ncsnpp").items() if "map_augment" not in k}, "teacher.pt"
     )
-    network = image_unet.build(config)
+    network = denoisers.build(config)
     params = to_params(state, network.abstract(), source="teacher.pt")
     average = {"params": flax_tree(network, params)}
     other = jax.tree.map(np.zeros_like, average)

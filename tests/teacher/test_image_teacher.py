@@ -22,9 +22,9 @@ from d2g_jax.digits import judge, scenes
 from d2g_jax.digits.config import JUDGE, WEIGHTS
 from d2g_jax.inputs.images import to_floats
 from d2g_jax.lpips_training.fit import Recipe, fit
-from d2g_jax.models import image_unet
+from d2g_jax.models import denoisers
 from d2g_jax.models.image_unet_config import ImageUNetConfig
-from d2g_jax.pipeline.images import save_images_pipeline
+from d2g_jax.pipeline.folder import save_pipeline
 from d2g_jax.results import frechet
 
 SIDE, STEPS, BATCH = 16, 5000, 32
@@ -55,7 +55,7 @@ def seen(images):
 def train_teacher(folder):
     shown = scenes.render(3000, 0, plain=True)
     images, digits = to_floats(small(shown.images)), shown.labels[:, 0]
-    network, schedule = image_unet.build(CONFIG), Schedule.from_config(SCHEDULER)
+    network, schedule = denoisers.build(CONFIG), Schedule.from_config(SCHEDULER)
 
     def loss(params, batch, key):
         noise_key, time_key = jax.random.split(key)
@@ -75,7 +75,7 @@ def train_teacher(folder):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
     recipe = Recipe(optimizer, STEPS, BATCH, 0)
     params = fit(loss, network.init(jax.random.key(0)), batch_at, recipe, label="teacher", ema=0.998)
-    save_images_pipeline(folder, CONFIG, params, SCHEDULER)
+    save_pipeline(folder, {"unet": CONFIG, "scheduler": SCHEDULER}, {"unet": params}, {}, np.float32)
 
 
 def figures(images, prompts, reference):

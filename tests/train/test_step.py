@@ -15,7 +15,7 @@ from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.digits.config import optimizer
 from d2g_jax.losses import adversarial
 from d2g_jax.losses.perceptual import mse
-from d2g_jax.models import clip, discriminator, unet
+from d2g_jax.models import clip, denoisers, discriminator
 from d2g_jax.pipeline.conditioning import Conditioning
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime import sharding
@@ -46,7 +46,7 @@ def problem(size=BATCH, groups=GROUPS, packed=True):
     rates.generator.warmup_images = rates.discriminator.warmup_images = 0
     tower = clip.build(TEXT)
     d = Distillation(
-        unet=unet.build(UNET),
+        unet=denoisers.build(UNET),
         encode_text=lambda towers, ids: Conditioning(tower.apply(towers["text_encoder"], ids).last_hidden_state, None),
         discriminator=discriminator.build(d_config),
         discriminator_r1=discriminator.build(d_config, attention="twice"),
