@@ -18,7 +18,7 @@ import ml_collections
 from d2g_jax import pairs, records
 from d2g_jax.ablate.judge import StudentJudge, check_images
 from d2g_jax.ablate.rows import Ablation, Row
-from d2g_jax.ablate.students import check_config, check_losses, images_per_second, last_phase, student_config
+from d2g_jax.ablate.students import check_config, check_rows, images_per_second, last_phase, student_config
 from d2g_jax.ablate.table import progress_line, summarize, table
 from d2g_jax.demo.judge import check_evaluation
 from d2g_jax.report.status import read_status
@@ -80,7 +80,7 @@ def ablate(
     if judged:
         check_evaluation(config)
         check_images(config)
-    check_losses(config, ablation)
+    check_rows(config, ablation)
     with locked(workdir), terminating():
         given = None if pairs_folder is None else _check_pairs(config, pairs_folder)
         runs.claim(workdir, _identity(config, ablation, given))

@@ -14,7 +14,7 @@ from d2g_jax.config.configuration import with_settings
 from d2g_jax.pipeline.folder import Pipeline
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.runs import flatten
-from d2g_jax.train.setup import load_metric, make_regression
+from d2g_jax.train.setup import check_mismatches, load_metric, make_regression
 
 
 def student_config(config: ml_collections.ConfigDict, row: Row, seed: int) -> ml_collections.ConfigDict:
@@ -53,11 +53,16 @@ def check_config(config: ml_collections.ConfigDict, ablation: Ablation) -> None:
             )
 
 
-def check_losses(config: ml_collections.ConfigDict, ablation: Ablation) -> None:
-    """Raises `UserError`, before the first is trained, for a row's loss that is none or whose metric cannot be read."""
+def check_rows(config: ml_collections.ConfigDict, ablation: Ablation) -> None:
+    """Raises `UserError`, before the first is trained, for what a row's training would refuse.
+
+    That is a loss that is none, a metric that cannot be read, and mix-and-match that finds no neighbours.
+    """
     pipeline = Pipeline.load(config.pipeline, without=("text_encoder", "text_encoder_2", "unet"))
-    losses = (student_config(config, row, 0).loss for row in ablation.rows)
-    for loss in {loss.to_json(): loss for loss in losses}.values():
+    students = [student_config(config, row, 0) for row in ablation.rows]
+    for student in students:
+        check_mismatches(student)
+    for loss in {student.loss.to_json(): student.loss for student in students}.values():
         make_regression(loss, load_metric(loss, pipeline))
 
 

@@ -30,7 +30,7 @@ from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.diffusion import noise
 from d2g_jax.digits.config import WEIGHTS
 from d2g_jax.inputs.numbers import SEED
-from d2g_jax.inputs.places import expanded
+from d2g_jax.inputs.places import expanded, is_there
 from d2g_jax.pipeline.conditioning import tokenize_prompts
 from d2g_jax.pipeline.draw import Solution, draw, teacher_programs
 from d2g_jax.pipeline.folder import Pipeline
@@ -114,7 +114,7 @@ def load(request: Request, mesh: jax.sharding.Mesh) -> Pipeline:
     """
     if known(request.model):
         return random_pipeline(request.model, request.dtype, "float32", request.seed, mesh)
-    if "/" not in request.model and not expanded(request.model).exists():
+    if "/" not in request.model and not is_there(expanded(request.model)):
         raise UserError(f"--model={request.model}: no such folder, and no name; give a folder or {', '.join(MODELS)}")
     return Pipeline.load(request.model, jnp.dtype(request.dtype), mesh)
 

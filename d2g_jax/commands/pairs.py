@@ -30,7 +30,9 @@ def run(arguments: list[str]) -> int:
 def _verify(arguments: list[str]) -> int:
     parser = common.parser("pairs verify", "re-read every record: checksums, ids, shapes, finite values, noise redrawn")
     parser.add_argument("folder", type=common.place)
-    parser.add_argument("--repair", action="store_true", help="remove the bad shards, so that `d2g pairs` remakes them")
+    parser.add_argument(
+        "--repair", action="store_true", help="remove bad shards, which `d2g pairs` remakes, and bad indexes"
+    )
     parser.add_argument(
         "--resolve", type=int, metavar="K", help="also solve K random records again with the --config that made them"
     )
@@ -54,7 +56,7 @@ def _verify(arguments: list[str]) -> int:
         return 0
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{own.folder}: {count}; --repair removes the bad shards")
+        raise UserError(f"{own.folder}: {count}; --repair removes what is bad")
     total = len(records.PairSource(own.folder))
     again = "" if own.resolve is None else f", {min(own.resolve, total)} solved again"
     print(f"{own.folder}: {total} records, all good{again}")

@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
     listed = own.prompts and read_prompts(own.prompts, column=column, asked="--prompts-column").lines
     metadata = tuple(lines(read_text(own.prompts, "give GenEval's file"))) if as_tree else ()  # each has a prompt
     prompts = (*(as_prompt(prompt, "--prompt") for prompt in own.prompt), *(listed or ()))
-    request = Request(common.asked(own, own.batch), prompts, own.images, own.latents, own.batch, metadata)
+    request = Request(common.asked(own, own.batch), prompts, own.images, own.latents, metadata)
     seconds = sample(request, own.out)
     print(json.dumps({"out": str(own.out), "seconds": {name: round(value, 3) for name, value in seconds.items()}}))
     return 0

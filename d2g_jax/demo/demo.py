@@ -29,6 +29,7 @@ from d2g_jax.runtime.grid import grid, save_png
 from d2g_jax.runtime.lock import locked
 from d2g_jax.sample import sampler as sample
 from d2g_jax.train import train
+from d2g_jax.train.setup import check_mismatches
 
 ONE_STEP = "teacher, 1 step"
 STUDENTS = {
@@ -69,12 +70,15 @@ def demo(config: ml_collections.ConfigDict, workdir: Path, *, full: bool = False
 
     Writes pairs/, students/NAME/, evaluation/, samples/, metrics.jsonl, result.json, report.html.
 
-    Raises `UserError` before any work for samples that could not be judged as the section `evaluation` says.
+    Raises `UserError` before any work for samples that could not be judged as the section `evaluation` says, and for
+    what the last student's training would refuse.
     """
     check_evaluation(config)
+    students = student_configs(config, full=full)
+    for student in students.values():
+        check_mismatches(student)
     with locked(workdir):
         runs.claim(workdir, config)
-        students = student_configs(config, full=full)
         stages = 3 + len(students)  # pairs, students, teacher samples, evaluate
         with LivePage(workdir, stages, "stages") as page:
             clock = Clock(workdir, page)

@@ -21,7 +21,7 @@ INCEPTION_FILE = "inception-2015-12-05.pt"
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
+class FrozenNetwork:
     """A frozen network.
 
     Attributes:
@@ -40,7 +40,7 @@ class Network:
         return {"name": self.name, "sha256": self.sha256}
 
 
-def make_extractor(protocol: Protocol, inception: Path | None) -> Network:
+def make_extractor(protocol: Protocol, inception: Path | None) -> FrozenNetwork:
     """The protocol's. Raises `UserError` for missing weights, and without the libraries of the extra `eval`."""
     if protocol.features == DIGITS:
         return _digits()
@@ -49,19 +49,19 @@ def make_extractor(protocol: Protocol, inception: Path | None) -> Network:
     return _inception(inception, inside=protocol.features == INSIDE)
 
 
-def _digits() -> Network:
+def _digits() -> FrozenNetwork:
     from d2g_jax.digits import judge
     from d2g_jax.digits.config import JUDGE
 
     params = judge.load_judge(JUDGE)
-    return Network(
+    return FrozenNetwork(
         "d2g_jax judge of digits and textures, 64 features",
         metric_weights.sha256_of(JUDGE),
         lambda images: judge.judge(params, images)[0].astype(np.float32),
     )
 
 
-def _inception(file: Path, *, inside: bool) -> Network:
+def _inception(file: Path, *, inside: bool) -> FrozenNetwork:
     """clean-fid's mode "clean": channels to 299 pixels by PIL's bicubic in float, not rounded, then Inception-v3.
 
     `inside`: the images go in as they are, and the file's network enlarges them by itself.
@@ -92,7 +92,7 @@ def _inception(file: Path, *, inside: bool) -> Network:
             return network(torch.from_numpy(large).permute(0, 3, 1, 2).to(device)).cpu().numpy()
 
     name = f"clean-fid {importlib.metadata.version('clean-fid')}, Inception-v3{', resized inside' if inside else ''}"
-    return Network(name, metric_weights.sha256_of(file), extract)
+    return FrozenNetwork(name, metric_weights.sha256_of(file), extract)
 
 
 def best_device(torch: Any) -> Any:

@@ -46,7 +46,7 @@ def evaluate(request: Request, out: Path) -> dict[str, Any]:
     opened = open_all(plan)
     painter = None if request.model is None else Painter(request.model)
     if painter is not None and plan.prompts is None:
-        plan = dataclasses.replace(plan, prompts=painter.classes(plan.samples))
+        plan = dataclasses.replace(plan, prompts=painter.classes(plan.protocol.samples))
     found, several, drawing = _images(plan, opened, painter)
     if opened.teacher is not None:
         opened = dataclasses.replace(opened, teacher=opened.teacher.only(set(found.indices)))

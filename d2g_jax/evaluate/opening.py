@@ -10,7 +10,7 @@ import numpy as np
 
 from d2g_jax.digits.scenes import REAL
 from d2g_jax.evaluate import distances, pairwise, reference, towers
-from d2g_jax.evaluate.features import Network, make_extractor
+from d2g_jax.evaluate.features import FrozenNetwork, make_extractor
 from d2g_jax.evaluate.images import Survey, survey
 from d2g_jax.evaluate.plan import Plan
 from d2g_jax.evaluate.protocols import Protocol
@@ -35,10 +35,10 @@ class Opened:
       teacher: images of `--teacher-images`, the first `samples`.
     """
 
-    extractors: dict[str, Network]
+    extractors: dict[str, FrozenNetwork]
     real: dict[str, Reference] | Survey | None
-    scores: dict[str, Network]
-    pairs: dict[str, Network]
+    scores: dict[str, FrozenNetwork]
+    pairs: dict[str, FrozenNetwork]
     several: Survey | None
     teacher: Survey | None
 
@@ -69,7 +69,7 @@ def open_all(plan: Plan) -> Opened:
     return Opened(extractors, real, scores, pairs, several, teacher)
 
 
-def extractor_of(space: str, protocol: Protocol, weights: Mapping[str, Path]) -> Network:
+def extractor_of(space: str, protocol: Protocol, weights: Mapping[str, Path]) -> FrozenNetwork:
     """Of the protocol's own space, or of one of `towers.SPACES`. Raises `UserError` as those that make them do."""
     if space == protocol.features:
         return make_extractor(protocol, weights.get("inception"))
@@ -96,7 +96,7 @@ def _survey_teacher(plan: Plan, folder: Path) -> Survey:
     return found
 
 
-def _open_reference(plan: Plan, extractors: dict[str, Network]) -> dict[str, Reference] | Survey | None:
+def _open_reference(plan: Plan, extractors: dict[str, FrozenNetwork]) -> dict[str, Reference] | Survey | None:
     request, protocol = plan.request, plan.protocol
     if request.reference is None or not extractors:
         return None

@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from d2g_jax.evaluate.features import Network, best_device
+from d2g_jax.evaluate.features import FrozenNetwork, best_device
 from d2g_jax.losses.lpips import LPIPS
 from d2g_jax.results import metric_weights
 from d2g_jax.runtime.errors import UserError
 
 
-def load(name: str, path: Path, side: int) -> Network:
+def load(name: str, path: Path, side: int) -> FrozenNetwork:
     """`lpips` (ours, from a metric folder) or `dreamsim` (its package), for images of `side` pixels.
 
     Raises `UserError` for unfit weights, and for images that are too small for them.
@@ -22,13 +22,13 @@ def load(name: str, path: Path, side: int) -> Network:
     return _lpips(path, side) if name == "lpips" else _dreamsim(path)
 
 
-def mean_pairwise(metric: Network, images: np.ndarray) -> float:
+def mean_pairwise(metric: FrozenNetwork, images: np.ndarray) -> float:
     """Mean distance of all pairs among K >= 2 images (K, S, S, 3) of one prompt."""
     first, second = (list(index) for index in zip(*itertools.combinations(range(len(images)), 2), strict=True))
     return float(metric.run(images[first], images[second]).mean())
 
 
-def _lpips(folder: Path, side: int) -> Network:
+def _lpips(folder: Path, side: int) -> FrozenNetwork:
     metric = LPIPS.load(folder)
     if side < metric.smallest_side:
         raise UserError(f"{folder}: images of {side} pixels; it needs at least {metric.smallest_side}")
@@ -40,7 +40,7 @@ def _lpips(folder: Path, side: int) -> Network:
     def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.asarray(measure(metric, unit(a)[:, None], unit(b)[:, None]), np.float64)
 
-    return Network("lpips", metric_weights.sha256_of(folder), distances)
+    return FrozenNetwork("lpips", metric_weights.sha256_of(folder), distances)
 
 
 _DREAMSIM_NEEDS = (
@@ -54,7 +54,7 @@ _DREAMSIM_NEEDS = (
 """What the package leaves in its cache_dir: with all of it neither it nor its torch.hub goes to the network."""
 
 
-def _dreamsim(folder: Path) -> Network:
+def _dreamsim(folder: Path) -> FrozenNetwork:
     """The "ensemble" of the dreamsim package (arXiv 2306.09344), offline."""
     for part in _DREAMSIM_NEEDS:
         if not (folder / part).exists():
@@ -74,4 +74,4 @@ def _dreamsim(folder: Path) -> Network:
         with torch.inference_mode():
             return model(*sides).double().cpu().numpy()
 
-    return Network("dreamsim", metric_weights.sha256_of(folder), distances)
+    return FrozenNetwork("dreamsim", metric_weights.sha256_of(folder), distances)

@@ -5,31 +5,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import struct
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from d2g_jax.evaluate.features import Network
+from d2g_jax.evaluate.features import FrozenNetwork
 from d2g_jax.evaluate.images import Survey, batches, prepare
 from d2g_jax.evaluate.protocols import Protocol
+from d2g_jax.inputs.arrays import DAMAGED
 from d2g_jax.lpips_training.tfds_images import open_tfds
 from d2g_jax.runtime import atomic
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.progress import Progress
 
 _FIELDS = ("protocol", "protocol_sha256", "extractor", "weights_sha256", "images_sha256", "formats")
-
-_DAMAGE = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, SyntaxError, zipfile.BadZipFile,
-    zlib.error, struct.error, MemoryError, OverflowError, tokenize.TokenError,
-)  # fmt: skip
-"""What zipfile, zlib and numpy raise where a byte is not as it was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +71,7 @@ def _keys(space: str, protocol: Protocol) -> tuple[str, str]:
     return f"{prefix}features", f"{prefix}described"
 
 
-def read_reference(path: Path, protocol: Protocol, extractor: Network, space: str) -> Reference:
+def read_reference(path: Path, protocol: Protocol, extractor: FrozenNetwork, space: str) -> Reference:
     """The features of a space from a file of `save`.
 
     Raises `UserError` for another protocol's statistics, for those of another network, and for a damaged file.
@@ -98,7 +89,7 @@ def read_reference(path: Path, protocol: Protocol, extractor: Network, space: st
     return reference
 
 
-def digits_reference(protocol: Protocol, extractors: Mapping[str, Network], batch: int) -> dict[str, Reference]:
+def digits_reference(protocol: Protocol, extractors: Mapping[str, FrozenNetwork], batch: int) -> dict[str, Reference]:
     """Of 2,000 real scenes, which the package draws, by space: as the demo's "to real"."""
     from d2g_jax.digits.scenes import real_scenes
 
@@ -111,7 +102,7 @@ def digits_reference(protocol: Protocol, extractors: Mapping[str, Network], batc
 
 
 def measure_reference(
-    found: Survey, protocol: Protocol, extractors: Mapping[str, Network], batch: int
+    found: Survey, protocol: Protocol, extractors: Mapping[str, FrozenNetwork], batch: int
 ) -> dict[str, Reference]:
     """By space, the features of a folder of real images, which are read once, `batch` at a time."""
     features = _features((images for _, images in batches(found, protocol, batch)), len(found), extractors)
@@ -119,7 +110,7 @@ def measure_reference(
 
 
 def measure_dataset(
-    folder: Path, protocol: Protocol, extractors: Mapping[str, Network], batch: int
+    folder: Path, protocol: Protocol, extractors: Mapping[str, FrozenNetwork], batch: int
 ) -> dict[str, Reference]:
     """The same of the split "train" of a folder that TFDS prepared; known by the hash of its pixels.
 
@@ -146,7 +137,7 @@ def measure_dataset(
 
 
 def _features(
-    parts: Iterable[np.ndarray], count: int, extractors: Mapping[str, Network]
+    parts: Iterable[np.ndarray], count: int, extractors: Mapping[str, FrozenNetwork]
 ) -> dict[str, list[np.ndarray]]:
     """By space, those of batches of `count` images in all."""
     features: dict[str, list[np.ndarray]] = {space: [] for space in extractors}
@@ -161,7 +152,7 @@ def _features(
 def _describe(
     features: Mapping[str, list[np.ndarray]],
     protocol: Protocol,
-    extractors: Mapping[str, Network],
+    extractors: Mapping[str, FrozenNetwork],
     *images: Any,
 ) -> dict[str, Reference]:
     names = protocol.name, protocol.sha256
@@ -182,7 +173,7 @@ def _from_file(file: Path, features_key: str, described_key: str) -> Reference:
             reference = Reference(features, *(described[name] for name in _FIELDS), str(file))
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file or folder; {wanted}") from error
-    except _DAMAGE as error:
+    except DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file}: cannot be read as reference statistics ({reason}); {wanted}") from error
     _check(reference, f"{file}: cannot be read as reference statistics", wanted)

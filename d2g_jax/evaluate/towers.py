@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from d2g_jax.evaluate.features import Network, best_device
+from d2g_jax.evaluate.features import FrozenNetwork, best_device
 from d2g_jax.inputs.torch_files import read_torch
 from d2g_jax.results import metric_weights
 from d2g_jax.runtime.errors import UserError
@@ -61,7 +61,7 @@ _IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
 _BLANK = np.zeros((1, 64, 64, 3), np.uint8)
 
 
-def load(name: str, folder: Path) -> Network:
+def load(name: str, folder: Path) -> FrozenNetwork:
     """One of `TOWERS` from a local folder in transformers' layout; a pytorch_model.bin is read as plain tensors.
 
     For a score the image is prepared as the folder's preprocessor_config.json says, and the text is cut off after the
@@ -80,7 +80,7 @@ def load(name: str, folder: Path) -> Network:
     return made
 
 
-def _similarity(name: str, folder: Path) -> Network:
+def _similarity(name: str, folder: Path) -> FrozenNetwork:
     model, processor, tokenizer = _opened(folder, "CLIPModel", "CLIPImageProcessorPil", "CLIPTokenizer")
     import torch
 
@@ -99,10 +99,10 @@ def _similarity(name: str, folder: Path) -> Network:
             image, text = output.image_embeds.double(), output.text_embeds.double()
             return factor * torch.nn.functional.cosine_similarity(image, text).cpu().numpy()
 
-    return Network(name, metric_weights.sha256_of(folder), values)
+    return FrozenNetwork(name, metric_weights.sha256_of(folder), values)
 
 
-def _space(name: str, folder: Path) -> Network:
+def _space(name: str, folder: Path) -> FrozenNetwork:
     """DINOv2's features are the last layer's class token behind its norm, CLIP's the projected image at unit length."""
     if name == "dinov2":
         (model,) = _opened(folder, "Dinov2Model")
@@ -135,7 +135,7 @@ def _extractor(
     side: int,
     scale: np.ndarray,
     features: Callable[[Any], Any],
-) -> Network:
+) -> FrozenNetwork:
     import torch
     import transformers
 
@@ -147,10 +147,10 @@ def _extractor(
         with torch.inference_mode():
             return features(model(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(model.device))).cpu().numpy()
 
-    return Network(f"transformers {transformers.__version__}, {name}", metric_weights.sha256_of(folder), extract)
+    return FrozenNetwork(f"transformers {transformers.__version__}, {name}", metric_weights.sha256_of(folder), extract)
 
 
-def _aesthetic(folder: Path) -> Network:
+def _aesthetic(folder: Path) -> FrozenNetwork:
     """A head `.pth` of linear layers `layers.N` without anything between them, beside CLIP's folder of ViT-L/14."""
     heads = sorted(folder.glob("*.pth"))
     if len(heads) != 1:
@@ -176,7 +176,7 @@ def _aesthetic(folder: Path) -> Network:
         with torch.inference_mode():
             return head(_unit(model(pixel_values=pixels).image_embeds).double().cpu().numpy())
 
-    return Network(AESTHETIC, metric_weights.sha256_of(folder), values)
+    return FrozenNetwork(AESTHETIC, metric_weights.sha256_of(folder), values)
 
 
 def _unit(x: Any) -> Any:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import struct
 import tokenize
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from d2g_jax.runtime.errors import UserError
+
+DAMAGED = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, SyntaxError, zipfile.BadZipFile,
+    zlib.error, struct.error, MemoryError, OverflowError, tokenize.TokenError,
+)  # fmt: skip
+"""What numpy raises for a .npy or .npz where a byte is not as it was written; it evaluates headers as Python."""
 
 
 def read_array(file: str | Path, form: str) -> np.ndarray:
@@ -18,7 +27,7 @@ def read_array(file: str | Path, form: str) -> np.ndarray:
     try:
         with open(file, "rb") as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
-    except (OSError, ValueError, EOFError, tokenize.TokenError) as error:  # numpy tokenizes a damaged header
+    except DAMAGED as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise UserError(f"{file}: cannot be read as .npy ({reason}); give {form}") from error
 

@@ -20,7 +20,7 @@ def dataset_info(folder: Path, remedy: str) -> Any:
         info = tfds.builder_from_directory(folder).info
         for split in info.splits.values():
             split.filepaths  # noqa: B018 (they are made of what the file says, which may be wrong)
-    except (OSError, ValueError, KeyError, ParseError, tfds.core.DatasetNotFoundError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ParseError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: not a folder that TFDS prepared ({reason}); {remedy}") from error
     return info

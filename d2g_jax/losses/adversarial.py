@@ -137,7 +137,7 @@ def mix_and_match(
     Of the replaced samples one half gets a neighbour's real latent (keeping z and c), a quarter keeps its own real
     latent under a neighbour's text, a quarter under a neighbour's noise (paper.md section 8, row 12). Neighbours are
     taken inside a logical group. A sample whose neighbour has the same caption is left alone where the swap would not
-    make it wrong. Nor does a foreign noise for a discriminator that sees none, or there a latent of the same caption.
+    make it wrong. A discriminator that sees no noise gets no foreign noise, and no latent of the same caption.
 
     Args:
       key: a typed PRNG key.

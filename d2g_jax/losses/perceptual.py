@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -370,14 +370,3 @@ def metric_tree(config: vgg.VGGConfig) -> Params:
     head = lambda width: {"model": {"1": {"kernel": jax.ShapeDtypeStruct((1, 1, width, 1), jnp.float32)}}}  # noqa: E731
     lins = {f"lin{i}": head(width) for i, width in enumerate(config.widths)}
     return {"net": vgg.build_training(config).abstract(), **lins}
-
-
-def without_duplicates(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Published files hold every head twice, as `lin0.` and as `lins.0.`; the copies go when they are copies."""
-    kept = {}
-    for key, value in state.items():
-        number, dot, rest = key.removeprefix("lins.").partition(".")
-        twin = f"lin{number}{dot}{rest}"
-        if not (key.startswith("lins.") and twin in state and np.array_equal(state[twin], value)):
-            kept[key] = value
-    return kept

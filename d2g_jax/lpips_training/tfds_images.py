@@ -60,11 +60,10 @@ def _classes(folder: Path, features: tfds.features.FeatureConnector) -> tuple[st
             f"{folder / 'features.json'}: needs the features image (Image) and label (ClassLabel), has "
             f"{', '.join(known) or 'none'}"
         )
-    if len(label.names) < 2:
-        raise UserError(
-            f"{folder / 'features.json'}: label has {len(label.names)} classes; a classifier needs two or more"
-        )
-    return tuple(label.names)
+    names = tuple(label.names) if label.num_classes else ()
+    if len(names) < 2:
+        raise UserError(f"{folder / 'features.json'}: label has {len(names)} classes; a classifier needs two or more")
+    return names
 
 
 def _array_record(paths: list[Path], counts: list[int]) -> Callable[[int], bytes]:

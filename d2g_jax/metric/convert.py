@@ -19,7 +19,6 @@ from d2g_jax.losses.perceptual import (
     latent_space,
     metric_tree,
     save_metric,
-    without_duplicates,
 )
 from d2g_jax.models import vgg
 from d2g_jax.models.network import Params
@@ -62,7 +61,13 @@ def convert(source: Path, out: Path, space: str | None = None, heads: Path | Non
 def _convert_latent(source: Path, out: Path, space: LatentSpace) -> None:
     config, state = vgg.VGGConfig(in_channels=space.channels), read_torch(source)
     _check_space(state, space, source)
-    tree = _fitted(without_duplicates(state), metric_tree(config), source, _RELEASE.format(space=space.name))
+    pairs = ((key, f"lin{key.removeprefix('lins.')}") for key in state if key.startswith("lins."))
+    copies = {key: first for key, first in pairs if first in state}  # the release holds every head twice
+    once = {key: value for key, value in state.items() if key not in copies}
+    tree = _fitted(once, metric_tree(config), source, _RELEASE.format(space=space.name))
+    for key, first in copies.items():
+        if not np.array_equal(state[key], state[first]):
+            raise UserError(f"{source}: tensors {key} and {first} should be copies and differ; fetch the file again")
     params, heads = tree["net"], heads_of(tree)
     LatentLPIPS.from_params(config, params, heads, space, source=str(source))  # refuses bad heads in the source's name
     save_metric(out, config, params, heads, space)

@@ -163,7 +163,7 @@ def set_up(config: ml_collections.ConfigDict) -> tuple[list[str], Scene, np.ndar
             f"overfit.metric={settings.metric}: for latents of {metric.space.channels} channels, and the VAE of "
             f"{config.pipeline} has {vae_config.latent_channels}; give the metric of its latent space"
         )
-    names, originals = read_targets(settings, vae_config.native_side)
+    names, originals = read_targets(settings, vae.native_side(vae_config))
     encode = jax.jit(lambda params, images: network.apply(params, images, method="encode")[0])
     target = vae.scale_latents(vae_config, encode(params, originals))
     scene = Scene(target, target, metric, lpips, params, network)

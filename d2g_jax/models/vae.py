@@ -25,6 +25,7 @@ from d2g_jax.models.layers import (
     Upsample2D,
 )
 from d2g_jax.models.network import Network
+from d2g_jax.models.pixels import PixelConfig
 from d2g_jax.models.transformer import ImageAttention
 from d2g_jax.runtime.errors import UserError
 
@@ -63,11 +64,6 @@ class VaeConfig:
     def downscale(self) -> int:
         """Image pixels per latent pixel along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
-
-    @property
-    def native_side(self) -> int:
-        """Image pixels along the side that it was trained at; of two different ones the height."""
-        return self.sample_size if isinstance(self.sample_size, int) else self.sample_size[0]
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], *, source: str) -> VaeConfig:
@@ -229,7 +225,14 @@ def build(config: VaeConfig, dtype: jnp.dtype = jnp.float32) -> Network:
     return Network.build(config, lambda rngs: AutoencoderKL(config, dtype, rngs=rngs))
 
 
-def decode_tiled(config: VaeConfig, decode: Callable[[np.ndarray], jax.Array], latents: jax.Array) -> np.ndarray:
+def native_side(config: VaeConfig | PixelConfig) -> int:
+    """Image pixels along the side that it was trained at; of two different ones the height."""
+    return config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+
+
+def decode_tiled(
+    config: VaeConfig | PixelConfig, decode: Callable[[np.ndarray], jax.Array], latents: jax.Array
+) -> np.ndarray:
     """Decodes large images in overlapping tiles, so that the device holds the activations of one tile only.
 
     Tiles, overlap and blending are those of diffusers' `AutoencoderKL.enable_tiling()`: each tile, of the VAE's native
@@ -247,7 +250,7 @@ def decode_tiled(config: VaeConfig, decode: Callable[[np.ndarray], jax.Array], l
     Raises:
       UserError: for a native size that leaves no step from one tile to the next.
     """
-    tile = config.native_side // config.downscale
+    tile = native_side(config) // config.downscale
     step = int(tile * (1 - _OVERLAP))
     if step < 1:
         raise UserError(f"sample_size={config.sample_size} of the VAE: its tiles are too small; draw without tiles")

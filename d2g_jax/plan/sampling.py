@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from d2g_jax.config.configuration import compute_dtype
 from d2g_jax.diffusion.schedule import Schedule
 from d2g_jax.diffusion.systems import OneStep
-from d2g_jax.inputs.places import expanded
+from d2g_jax.inputs.places import expanded, is_there
 from d2g_jax.models.platform import compiling_for
 from d2g_jax.pipeline.draw import one_step_programs
 from d2g_jax.pipeline.folder import Pipeline
@@ -94,7 +94,8 @@ def plan_sampling(model: str, target: Target, dtype: str, batch: int, method: st
       UserError: for an unknown model or dtype, and without libtpu.
     """
     compute = compute_dtype("--dtype", dtype)
-    if (folder := expanded(model)).is_dir() and not (folder / "model_index.json").is_file():
+    folder = expanded(model)
+    if is_there(folder) and folder.is_dir() and not (folder / "model_index.json").is_file():
         known = ", ".join(MODELS)
         raise UserError(f"--model={model}: no pipeline folder; give one, of a student its teacher's, or {known}")
     method = "formula" if target.chip.platform == "gpu" else method

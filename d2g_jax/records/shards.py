@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from d2g_jax.inputs.arrays import DAMAGED
 from d2g_jax.records.files import read_json, write_atomic, write_json
 from d2g_jax.records.framing import frame
 from d2g_jax.records.manifest import Manifest
@@ -106,10 +107,10 @@ def write_index(shard_path: Path, offsets: np.ndarray) -> None:
 
 
 def read_index(shard_path: Path) -> np.ndarray | None:
-    """What the index file of a shard holds; None where there is none, or half of one: the shard itself knows better."""
+    """What the index file of a shard holds; None where there is none, or no array: the shard itself knows better."""
     try:
         return np.load(io.BytesIO(index_path(shard_path).read_bytes()), allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except DAMAGED:
         return None
 
 

@@ -35,7 +35,6 @@ class Request:
 
     Attributes:
       prompts: one or more; images_per_prompt of each.
-      batch_size: images per call.
       latents: a .npy file in place of a seed's noise.
       metadata: of each prompt, a line of JSON: the images go to the tree that GenEval's own evaluator reads,
         00000/metadata.jsonl and 00000/samples/00000.png ..., a folder for each prompt. Empty for 00000.png ...
@@ -45,7 +44,6 @@ class Request:
     prompts: tuple[str, ...]
     images_per_prompt: int = 1
     latents: Path | None = None
-    batch_size: int = 64
     metadata: tuple[str, ...] = ()
 
     def image(self, out: Path, i: int) -> Path:
@@ -68,6 +66,7 @@ def sample(request: Request, out: Path) -> dict[str, float]:
     start = time.monotonic()
     given = None if request.latents is None else read_array(request.latents, "float32 noise (N, C, h, w)")
     loaded = request.asked.load()
+    batch_size = request.asked.options["batch"]
     options = {**request.asked.options, "latents": given, "images": request.images_per_prompt}
     one = loaded.prepare(request.prompts, range(1), **options)  # refuses what is wrong with the request
     count = len(request.prompts) * request.images_per_prompt
@@ -88,8 +87,8 @@ def sample(request: Request, out: Path) -> dict[str, float]:
     warn_of_prompts(loaded.sampler.pipeline, request.prompts)
     prepared, compiled, seconds = time.monotonic(), None, {}
     with Progress("draw", count, "image", beginning="compiling") as progress:
-        for first in range(0, count, request.batch_size):
-            part = range(first, min(first + request.batch_size, count))
+        for first in range(0, count, batch_size):
+            part = range(first, min(first + batch_size, count))
             files = [request.image(out, i) for i in part]
             missing = not (all(a.holds(part) for a in arrays.values()) and all(file.exists() for file in files))
             if missing:

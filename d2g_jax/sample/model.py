@@ -95,7 +95,7 @@ class Model:
     ) -> Drawing:
         """What a call will draw with which programs, or `part` of its images; nothing is compiled yet.
 
-        Image i has the noise of record `first_noise` + i. Raises as a call does.
+        Under a seed, image i has the noise of record `first_noise` + i. Raises as a call does.
         """
         if unknown := [name for name in solution if name not in _SOLUTION]:
             raise TypeError(f"no option {unknown[0]!r}; a teacher's are {', '.join(_SOLUTION)}")
@@ -111,8 +111,7 @@ class Model:
         part = range(total) if part is None else part
         prompts = [as_prompt(prompts[i // images], f"prompt {i // images + 1}") for i in part]
         pipeline = self.sampler.pipeline
-        records = range(first_noise + part.start, first_noise + part.stop)
-        noise = noise_of(pipeline, total, (height, width), seed, latents, records)
+        noise = noise_of(pipeline, total, (height, width), seed, latents, part, first_noise)
         factor = pipeline.vae.config.downscale
         key = (asked, noise.shape[2] * factor, noise.shape[3] * factor, tiled)
         if key not in self._programs:
@@ -208,13 +207,13 @@ class Asked:
     Attributes:
       model, dtype: as `load` takes them.
       parts: what is said of the model.
-      options: of a `Model`'s call.
+      options: of a `Model`'s call: "seed", "height", "width", "tiled", "batch", and what is given of a teacher's own.
     """
 
     model: str
-    parts: Parts = Parts()  # noqa: RUF009 (it is frozen)
-    dtype: str = "float32"
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    parts: Parts
+    dtype: str
+    options: Mapping[str, Any]
 
     def load(self) -> Model:
         """Raises as `load` does."""
@@ -235,7 +234,7 @@ class Asked:
             "system": self.parts.system,
             "solution": solution,
             "size": [pipeline.vae.config.downscale * side for side in noise.shape[-2:]],
-            "seed": self.options.get("seed", 0),
+            "seed": self.options["seed"],
             "dtype": self.dtype,
             **worn_by(pipeline, self.parts.lora),
         }

@@ -263,10 +263,11 @@ def noise_of(
     seed: int = 0,
     latents: np.ndarray | str | Path | None = None,
     part: range | None = None,
+    first_noise: int = 0,
 ) -> np.ndarray:
     """float32 noise (count, C, h, w): `draw_noise` of images of `size`, or `latents` where they are given.
 
-    `part`: of only these of the images.
+    `part`: of only these of the images. `first_noise`: the record whose noise image 0 has under `seed`.
 
     `latents` is an array or the path of a .npy file, as one would give diffusers in `latents=`; its shape says height
     and width where `size` does not. Raises `UserError` for a file that cannot be read, another shape and values that
@@ -275,7 +276,7 @@ def noise_of(
     part = range(count) if part is None else part
     channels, *sides = latent_shape(pipeline, size)
     if latents is None:
-        return draw_noise(seed, len(part), (channels, *sides), part.start)
+        return draw_noise(seed, len(part), (channels, *sides), first_noise + part.start)
     name, form = "latents", "standard normal noise as float32 (N, C, h, w)"
     if isinstance(latents, str | Path):
         name, latents = latents, read_array(places.expanded(latents), form)

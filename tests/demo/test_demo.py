@@ -124,6 +124,12 @@ def test_another_config_is_refused(finished, capsys):
     assert (finished / "result.json").read_bytes() == before
 
 
+def test_what_only_the_last_student_s_training_refuses_is_refused_first(tmp_path, capsys):
+    assert main(["demo", *SMALL, "--config.train.groups=8", f"--workdir={tmp_path / 'new'}"]) == 2
+    assert "train.groups=8 is train.batch_size" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_page_follows_the_stages(tmp_path, monkeypatch):
     """With stages that do nothing but look at the status."""
     seen = []

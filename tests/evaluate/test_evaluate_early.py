@@ -135,7 +135,7 @@ def test_the_digits_reference_is_measured_in_batches():
         sizes.append(len(images))
         return images.mean((1, 2), dtype=np.float32)
 
-    made = reference.digits_reference(PROTOCOLS["digits"], {"a": features.Network("a", "0", extract)}, 300)["a"]
+    made = reference.digits_reference(PROTOCOLS["digits"], {"a": features.FrozenNetwork("a", "0", extract)}, 300)["a"]
     assert sizes == [300] * 6 + [200]
     np.testing.assert_array_equal(made.features, extract(real_scenes().images))
 

@@ -16,14 +16,19 @@ def _npz():
     return stream.getvalue()
 
 
-def _damaged():
-    """Whose header lacks its closing brace."""
+def _damaged(place, byte):
+    """With another byte in its header."""
     stream = io.BytesIO()
     np.save(stream, np.zeros(3))
-    return stream.getvalue().replace(b"}", b" ")
+    content = bytearray(stream.getvalue())
+    content[place : place + 1] = byte
+    return bytes(content)
 
 
-@pytest.mark.parametrize("content", [b"", b"0.1 0.2", _npz(), b"\x93NUMPY\x01\x00", _damaged(), None])
+DAMAGED = [_damaged(_damaged(0, b"\x93").index(b"}"), b" "), _damaged(21, b","), _damaged(26, b"B")]
+
+
+@pytest.mark.parametrize("content", [b"", b"0.1 0.2", _npz(), b"\x93NUMPY\x01\x00", *DAMAGED, None])
 def test_what_is_no_npy(content, tmp_path):
     if content is not None:
         (tmp_path / "a.npy").write_bytes(content)

@@ -173,7 +173,7 @@ def test_files_that_are_no_state_dict(tmp_path):
         ),
         (
             lambda s: s.update({"lin2.model.1.weight": flat((1, 256, 1, 1), 0.7)}),
-            "unexpected tensor lins.2.model.1.weight",
+            "tensors lins.2.model.1.weight and lin2.model.1.weight should be copies and differ",
         ),
         (lambda s: s.update({"net.slice1.1.bias": flat((64,), torch.nan)}), "slice1.1.bias holds NaN"),
         (

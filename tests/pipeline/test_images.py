@@ -70,6 +70,9 @@ def test_classes_and_no_classes_are_told_as_they_are(teacher, tmp_path):
         tokenize_prompts(nothing, ["1"])
     with pytest.raises(UserError, match="has no empty prompt to be guided from; give 1"):
         load(teacher)(["1"], steps=2, guidance_scale=3.0)
+    call = {"seed": 1, "steps": 2, "guidance_scale": 1.0}
+    (whole,), (tiled,) = (load(teacher)(["1"], tiled=tiled, **call) for tiled in (False, True))
+    assert whole.tobytes() == tiled.tobytes()  # one tile: there is nothing to decode
     song = load(tiny_images.make(tmp_path / "song", tiny_images.SONG, tiny_images.EDM))
     assert Solution.default(song.sampler.pipeline).network_calls == 35
     with pytest.raises(UserError, match="has EDM's levels; take solver=heun, euler or dpmpp_2m"):

@@ -122,6 +122,12 @@ def test_an_index_that_is_wrong_in_its_middle_is_found_and_removed_alone(folder)
     assert records.PairSource(folder)[10]["id"] == 10
     assert path.read_bytes() == whole
     assert records.verify(folder) == []
+    path.write_bytes(whole.replace(b"}", b" "))  # no array at all: made anew by whoever reads
+    assert records.verify(folder) == []
+    assert records.PairSource(folder)[10]["id"] == 10
+    assert path.read_bytes() == whole
+    path.write_bytes(whole.replace(b"<i8", b"|V8"))
+    assert len(records.verify(folder)) == 1
 
 
 def test_verify_finds_what_checksums_cannot(tmp_path, pairs):
