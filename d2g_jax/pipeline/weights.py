@@ -262,7 +262,9 @@ def _matched(
         elif layer := _surplus_layer(name, expected):
             surplus.append(layer)
         elif key.rpartition(".")[2] not in _IGNORABLE:
-            raise UserError(f"{tensor.source}: unexpected tensor {key}; the network has no such parameter")
+            raise UserError(
+                f"{tensor.source}: unexpected tensor {key}; the network of its config.json has no such parameter"
+            )
     if surplus:
         layers = ", ".join(dict.fromkeys(surplus))
         warnings.warn(f"{source}: {layers} left unread: config.json has fewer num_hidden_layers", stacklevel=2)
