@@ -20,7 +20,6 @@ from typing import Any
 
 from d2g_jax.commands.common import JOBS, RESUMED
 from d2g_jax.inputs.text import check_whole
-from d2g_jax.runtime.allocator import begin_again
 from d2g_jax.runtime.errors import UserError, of_the_machine
 from d2g_jax.runtime.interrupt import Terminated, ended, interrupt_again, leave, starting
 from d2g_jax.runtime.version import __version__
@@ -32,8 +31,6 @@ _HERE = str(Path(__file__).parent)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one job and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if argv is None and arguments and arguments[0] in JOBS:
-        begin_again()
     warnings.formatwarning = _format_warning
     for library in ("absl", "asyncio"):  # through which Orbax speaks: what fails there is raised, and said once
         logging.getLogger(library).setLevel(logging.CRITICAL)
