@@ -24,6 +24,7 @@ from d2g_jax.models.network import Network, Params
 from d2g_jax.pipeline.conditioning import Conditioning, encode_negative, encode_text, size_ids
 from d2g_jax.pipeline.folder import RECTIFIED_FLOW, Decoded, Pipeline, decode, quantise
 from d2g_jax.runtime import mesh as meshes
+from d2g_jax.runtime.compilation import compilation
 from d2g_jax.runtime.errors import UserError
 
 _GUIDANCE = numbers.Range(-100, 100)
@@ -312,17 +313,21 @@ def draw(
       input_ids: int32 (N, T L).
       batch_size: a multiple of the mesh's devices.
       images: whether to decode.
-      seconds: if given, time is added to its "text", "unet" and "vae", each stage waited for.
+      seconds: if given, time is added to its "text", "unet" and "vae", each stage waited for, and what of them was
+        compilation to its "compile" instead.
       name, prompts: of the model, and N: for messages.
     """
 
-    def timed(name: str, start: float, value: jax.Array | Conditioning) -> float:
+    def timed(name: str, stage: Callable[..., Any], *arguments: Any) -> Any:
         if seconds is None:
-            return start
-        jax.block_until_ready(value)
-        now = time.monotonic()
-        seconds[name] = seconds.get(name, 0.0) + now - start
-        return now
+            return stage(*arguments)
+        start = time.monotonic()
+        with compilation() as compiling:
+            value = jax.block_until_ready(stage(*arguments))
+        own = time.monotonic() - start - compiling.seconds
+        for key, spent in ((name, own), ("compile", compiling.seconds)):
+            seconds[key] = seconds.get(key, 0.0) + spent
+        return value
 
     for first in range(0, len(drawn), batch_size):
         part = slice(first, first + batch_size)
@@ -330,14 +335,9 @@ def draw(
         batch = meshes.place_batch(
             {"noise": padded(drawn[part], batch_size), "ids": padded(input_ids[part], batch_size)}, mesh
         )
-        now = time.monotonic()
-        condition = programs.encode(batch["ids"])
-        now = timed("text", now, condition)
-        latents = programs.solve(batch["noise"], condition)
-        now = timed("unet", now, latents)
-        decoded = programs.decode(latents) if images else None
-        if images:
-            timed("vae", now, decoded)
+        condition = timed("text", programs.encode, batch["ids"])
+        latents = timed("unet", programs.solve, batch["noise"], condition)
+        decoded = timed("vae", programs.decode, latents) if images else None
         latents, decoded = _first(jax.device_get((latents, decoded)), count)
         check_finite(latents, decoded, name, prompts[part])
         yield Drawn(latents, decoded.images if images else None)

@@ -57,8 +57,8 @@ class Request:
 def sample(request: Request, out: Path) -> dict[str, float]:
     """Draws and writes 00000.png ..., grid.png, noise.npy, latents.npy, prompts.txt and drawing.json into `out`.
 
-    A drawing that was stopped goes on behind its last whole batch. Returns seconds: "load", "compile" (the first batch,
-    which is drawn again), and "text", "unet" and "vae" apart.
+    A drawing that was stopped goes on behind its last whole batch. Returns seconds: "load", "compile", and apart from
+    them "text", "unet" and "vae".
 
     Raises `UserError` for bad requests and an `out` that is neither empty nor this drawing's, before anything is drawn,
     and as `pipeline.draw.check_finite` does.
@@ -85,7 +85,7 @@ def sample(request: Request, out: Path) -> dict[str, float]:
     if not check(out, described):
         _write_prompts(out, request)  # what is said of them beside the prompt may have changed since
     warn_of_prompts(loaded.sampler.pipeline, request.prompts)
-    prepared, compiled, seconds = time.monotonic(), None, {}
+    seconds, claimed = {"load": time.monotonic() - start, "compile": 0.0}, False
     with Progress("draw", count, "image", beginning="compiling") as progress:
         for first in range(0, count, batch_size):
             part = range(first, min(first + batch_size, count))
@@ -93,12 +93,11 @@ def sample(request: Request, out: Path) -> dict[str, float]:
             missing = not (all(a.holds(part) for a in arrays.values()) and all(file.exists() for file in files))
             if missing:
                 drawing = loaded.prepare(request.prompts, part, **options)
-                if compiled is None:
-                    loaded.run(drawing)
-                    compiled = time.monotonic()
+                drawn = loaded.run(drawing, seconds=seconds)
+                if not claimed:
                     claim(out, described)  # now that it has been seen to draw
                     _write_prompts(out, request)
-                drawn = loaded.run(drawing, seconds=seconds)
+                    claimed = True
                 arrays["noise.npy"].write(first, drawing.noise)
                 arrays["latents.npy"].write(first, drawn.latents)
                 for file, image in zip(files, drawn.images, strict=True):
@@ -108,7 +107,7 @@ def sample(request: Request, out: Path) -> dict[str, float]:
         array.finish()
     shown = [np.asarray(Image.open(request.image(out, i))) for i in range(min(count, IN_GRID))]
     save_png(out / "grid.png", grid(np.stack(shown), math.ceil(math.sqrt(len(shown)))))
-    return {"load": prepared - start, "compile": (compiled or prepared) - prepared, **seconds}
+    return seconds
 
 
 def _prompts(request: Request) -> Iterator[str]:

@@ -113,7 +113,7 @@ def test_a_stopped_drawing_goes_on(model, tmp_path, monkeypatch):
 
     def stop(self, *arguments, **options):
         calls.append(1)
-        if len(calls) == 4:  # one to compile, two batches, then Ctrl-C
+        if len(calls) == 3:  # two batches, then Ctrl-C
             raise KeyboardInterrupt
         return run(self, *arguments, **options)
 
@@ -122,7 +122,7 @@ def test_a_stopped_drawing_goes_on(model, tmp_path, monkeypatch):
     assert len(list((tmp_path / "out").glob("0*.png"))) == 4
     calls.append(1)
     assert sample(model, tmp_path / "out", *flags) == 0
-    assert len(calls) == 7  # one to compile, one batch
+    assert len(calls) == 5  # one batch
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
@@ -135,14 +135,14 @@ def test_an_array_that_was_lost_is_made_again_whole(model, tmp_path, monkeypatch
 
     def stop(self, *arguments, **options):
         calls.append(1)
-        if len(calls) == 3:  # one to compile, one batch, then Ctrl-C
+        if len(calls) == 2:  # one batch, then Ctrl-C
             raise KeyboardInterrupt
         return run(self, *arguments, **options)
 
     monkeypatch.setattr(Model, "run", stop)
     assert sample(model, out, *flags) == 130
     assert sample(model, out, *flags) == 0
-    assert len(calls) == 6  # one to compile, two batches
+    assert len(calls) == 4  # two batches
     assert files(out) == before
 
 
