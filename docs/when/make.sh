@@ -11,7 +11,7 @@ print(*(p.prompt for p in captions.evaluation_prompts(4096, 2, sys.argv[1:])), s
 setting() {  # name, then flags
     name=$1
     shift
-    d2g ablate perceptual --workdir="$root/$name" "$@"
+    d2g ablate perceptual --workdir="$root/$name" --config.pairs.solver=ddim --config.pairs.steps=25 "$@"
 }
 grounds() {  # name, then grounds
     name=$1
@@ -30,4 +30,5 @@ setting pairs256 --config.pairs.count=256 --config.pairs.records_per_shard=256
 setting images16k --config.train.images=16384 --pairs="$root/base/pairs/1.0.0"
 setting images1k --config.train.images=1024 --pairs="$root/base/pairs/1.0.0"
 setting steps4 --config.pairs.steps=4
-python "$(dirname "$0")/shuffled.py" ablate perceptual --workdir="$root/shuffled" --pairs="$root/base/pairs/1.0.0"
+python "$(dirname "$0")/shuffled.py" ablate perceptual --workdir="$root/shuffled" \
+    --config.pairs.solver=ddim --config.pairs.steps=25 --pairs="$root/base/pairs/1.0.0"
