@@ -253,7 +253,10 @@ def draw_noise(seed: int, count: int, shape: tuple[int, int, int], first: int = 
     numbers.SEED.check("seed", seed)
     rows = 1 << (count - 1).bit_length()  # of few sizes, so that another count compiles nothing
     records = jnp.arange(first, first + rows, dtype=jnp.uint32)
-    return np.asarray(noise.record_noise(int(seed), records, shape))[:count]
+    return np.asarray(_record_noise(np.uint32(seed), records, shape))[:count]
+
+
+_record_noise = jax.jit(noise.record_noise, static_argnums=2)  # piece by piece its programs take a second to load
 
 
 def noise_of(

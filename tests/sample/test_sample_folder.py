@@ -1,5 +1,6 @@
 """Where `d2g sample` writes: over nothing of others, batch by batch, and on from where it was stopped."""
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from d2g_jax.__main__ import main
 from d2g_jax.pairs import read_prompts
+from d2g_jax.sample import job
 from d2g_jax.sample.model import Model
 
 
@@ -117,6 +119,7 @@ def test_a_stopped_drawing_goes_on(model, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return run(self, *arguments, **options)
 
+    monkeypatch.setattr(job, "QUICK", 0.0)
     monkeypatch.setattr(Model, "run", stop)
     assert sample(model, tmp_path / "out", *flags) == 130
     assert len(list((tmp_path / "out").glob("0*.png"))) == 4
@@ -124,6 +127,27 @@ def test_a_stopped_drawing_goes_on(model, tmp_path, monkeypatch):
     assert sample(model, tmp_path / "out", *flags) == 0
     assert len(calls) == 5  # one batch
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("quick", [0.0, 1e9])
+def test_a_quick_first_batch_is_drawn_again_for_its_times(model, tmp_path, monkeypatch, capsys, quick):
+    run, takes = Model.run, iter([(5.0, 3.0), (0.0, 1.0), (0.0, 2.0)])
+
+    def timed(self, *arguments, seconds, **options):
+        compiling, unet = next(takes)
+        for stage, spent in {"text": 0.25, "unet": unet, "vae": 0.5, "compile": compiling}.items():
+            seconds[stage] = seconds.get(stage, 0.0) + spent
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(job, "QUICK", quick)
+    monkeypatch.setattr(Model, "run", timed)
+    assert sample(model, tmp_path, "--prompt=a", "--images=4") == 0
+    seconds = json.loads(capsys.readouterr().out)["seconds"]
+    del seconds["load"]
+    if quick:  # the first two calls are of the first batch
+        assert seconds == {"compile": 8.75, "text": 0.5, "unet": 3.0, "vae": 1.0}
+    else:
+        assert seconds == {"compile": 5.0, "text": 0.5, "unet": 4.0, "vae": 1.0}
 
 
 def test_an_array_that_was_lost_is_made_again_whole(model, tmp_path, monkeypatch):
@@ -139,6 +163,7 @@ def test_an_array_that_was_lost_is_made_again_whole(model, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return run(self, *arguments, **options)
 
+    monkeypatch.setattr(job, "QUICK", 0.0)
     monkeypatch.setattr(Model, "run", stop)
     assert sample(model, out, *flags) == 130
     assert sample(model, out, *flags) == 0
