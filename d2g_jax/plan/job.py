@@ -20,6 +20,7 @@ from d2g_jax.plan.targets import Target, check_libtpu, parse_topology
 from d2g_jax.runtime import mesh as meshes
 from d2g_jax.runtime.errors import UserError
 from d2g_jax.runtime.interrupt import started
+from d2g_jax.train.setup import check_mismatches
 
 
 def start(topology: str, method: str) -> Target:
@@ -40,7 +41,11 @@ def start(topology: str, method: str) -> Target:
 def make_report(
     config: ml_collections.ConfigDict, target: Target, method: str, *, search: bool
 ) -> tuple[str, dict[str, Any]]:
-    """The plan as text and as plain values for JSON; with `search`, where it does not fit, also what does."""
+    """The plan as text and as plain values for JSON; with `search`, where it does not fit, also what does.
+
+    Raises `UserError` where mix-and-match would find no neighbour, as training does.
+    """
+    check_mismatches(config)
     plan = plan_run(config, target, method)
     text, found, tried = format_plan(plan), None, []
     if search and not plan.fits:

@@ -66,6 +66,10 @@ def line(capsys, *arguments):
     return err
 
 
+def test_what_training_refuses_is_not_planned(capsys):
+    assert "train.groups=64 is train.batch_size" in line(capsys, "--topology=gpu:1xL4", "--config.train.groups=64")
+
+
 def test_without_libtpu(capsys, monkeypatch):
     monkeypatch.setattr(targets, "libtpu_version", lambda: None)
     assert "pip install 'd2g_jax[tpu]'" in line(capsys, "--topology=v5e:2x2")
