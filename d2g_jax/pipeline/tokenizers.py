@@ -25,6 +25,7 @@ from d2g_jax.runtime.errors import UserError
 _MARKS = re.compile(r"<(lora|lyco|hypernet):|\([^()]+:\d*\.\d+\)")  # "<lora:a:1>" and "(red:1.3)" of A1111, ComfyUI
 _NAMED, _SHOWN = 10, 80  # unknown words in a warning, characters of a text
 _AT_ONCE = 10_000  # prompts tokenized to see which are too long
+_IMPORT = threading.Lock()  # transformers' names appear when first asked for, and not to two threads at once
 
 
 def read_component(file: Path) -> dict[str, Any]:
@@ -41,7 +42,8 @@ def load_tokenizer(folder: Path, text_config: clip.ClipTextConfig | None = None)
         read_component(file)
     _check_merges(folder)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises torch, which nothing here uses
-    from transformers import CLIPTokenizer  # 1.5 s to import, and no torch
+    with _IMPORT:
+        from transformers import CLIPTokenizer  # 1.5 s to import, and no torch
 
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)

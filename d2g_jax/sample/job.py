@@ -60,8 +60,8 @@ class Request:
 def sample(request: Request, out: Path) -> dict[str, float]:
     """Draws and writes 00000.png ..., grid.png, noise.npy, latents.npy, prompts.txt and drawing.json into `out`.
 
-    A drawing that was stopped goes on behind its last whole batch. Returns seconds: "load", "compile" (of a quick first
-    batch all it takes, see `_first_batch`), and apart from them "text", "unet" and "vae".
+    A drawing that was stopped goes on behind its last whole batch. Returns seconds: "load", "compile", and apart from
+    them "text", "unet" and "vae", with the start of each program's first call where that is not quick: `_first_batch`.
 
     Raises `UserError` for bad requests and an `out` that is neither empty nor this drawing's, before anything is drawn,
     and as `pipeline.draw.check_finite` does.

@@ -1,6 +1,7 @@
 """`d2g` with students that see their noise through one fixed permutation: the artificial end of docs/when.md.
 
-    python docs/when/shuffled.py ablate perceptual --workdir=runs/when/shuffled --pairs=runs/when/base/pairs/1.0.0
+    python docs/when/shuffled.py ablate perceptual --workdir=runs/when/shuffled --pairs=runs/when/base/pairs/1.0.0 \
+        --config.pairs.solver=ddim --config.pairs.steps=25
 
 No convolution can follow a permutation of places and channels, so that most of the map cannot be learned.
 """
