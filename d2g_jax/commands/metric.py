@@ -18,7 +18,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--b", type=common.path, required=True, help="the same form as --a")
     parser.add_argument("--draws", type=int, default=0, help="augmentations averaged; 0 (default) for none")
     parser.add_argument("--seed", type=int, default=0, help="of the augmentations")
-    parser.add_argument("--preset", default="bgo", help="of the augmentations: b, g, c, o, co, bg, bgc, bgo, bgco")
+    parser.add_argument(
+        "--preset", default="bgo", help="of the augmentations: b, g, c, o, co, bg, bgc, bgo, bgco, none"
+    )
     parser.add_argument("--raw", action="store_true", help="the latents have not been through the VAE's scaling")
     own = parser.parse_args(arguments)
     common.start()

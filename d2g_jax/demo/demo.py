@@ -95,11 +95,12 @@ def demo(config: ml_collections.ConfigDict, workdir: Path, *, full: bool = False
 
 
 class Clock:
-    """Seconds per stage, added up over interrupted runs; the page says which one it is."""
+    """Seconds per stage, added up over interrupted runs and kept of a finished one; the page says which one it is."""
 
     def __init__(self, workdir: Path, page: LivePage):
         self._file, self._page, self._begun = workdir / "seconds.json", page, 0
         self.seconds: dict[str, float] = read_json(self._file, "remove it") if self._file.exists() else {}
+        self._kept = set(self.seconds) if (workdir / "result.json").exists() else set()
 
     @contextmanager
     def stage(self, name: str, remark: str = "") -> Iterator[None]:
@@ -110,8 +111,9 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
-            atomic.write_text(self._file, json.dumps(self.seconds))
+            if name not in self._kept:
+                self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
+                atomic.write_text(self._file, json.dumps(self.seconds))
 
 
 def _merge_metrics(workdir: Path) -> None:

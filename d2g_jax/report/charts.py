@@ -142,7 +142,7 @@ def _remarks(
         outside = [name for name, (x, y) in ends.items() if x >= since and not band[0] <= y <= band[1]]
         extent = format_band(*band)
         who = "" if len(finite) == 1 else outside[0] if len(outside) == 1 else f"{len(outside)} runs"
-        bad = f'<span class="bad">{escape(who)} outside {extent}</span>'
+        bad = f'<span class="bad">{escape(who)} outside, healthy {extent}</span>'
         remarks.append(bad if outside else f"<span>healthy {extent}</span>")
     if axis.log:
         remarks.append("<span>log</span>")

@@ -81,7 +81,7 @@ def arrange(shape: tuple[int, int], devices: Sequence[Any]) -> np.ndarray:
 def mesh_shape(data: int, fsdp: int, total: int) -> tuple[int, int]:
     """(data, fsdp) for `total` devices, without needing any; raises as `make_mesh` does."""
     if fsdp < 1 or total % fsdp:
-        raise UserError(f"mesh.fsdp={fsdp} does not divide the {total} devices")
+        raise UserError(f"mesh.fsdp={fsdp} does not divide the {total} devices; give 1, or what does")
     data = total // fsdp if data == -1 else data
     if data * fsdp != total:
         raise UserError(f"mesh.data={data} x mesh.fsdp={fsdp} is not the {total} devices; mesh.data=-1 takes the rest")

@@ -25,12 +25,13 @@ class Progress:
     """A context manager; `advance` counts units done, all of a batch at once.
 
     The rate is that between the first batch and the last: what comes before, which `beginning` names ("compiling"), and
-    what comes after have no part in it, nor has what an earlier run did.
+    what comes after have no part in it, nor has what an earlier run did. So a single batch has none after a `beginning`.
     """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0, beginning: str = ""):
         self._label, self._total, self._unit = label, total, unit
         self._done, self._note = done, beginning
+        self._begins_at_once = not beginning
         self._last_line = time.monotonic()
         self._start = self._first = self._latest = (self._last_line, done)  # when, and how much was done then
         self._shown = distributed.process_id() == 0
@@ -97,7 +98,7 @@ class Progress:
         """Rate, time left and note, as far as there are any."""
         since, before = self._start if self._first is self._latest else self._first
         finished, parts = self._done == self._total, [self._note] if self._note else []
-        if self._done > before and (self._first is not self._latest or finished):  # of one batch only the whole time
+        if self._done > before and (self._first is not self._latest or (finished and self._begins_at_once)):
             rate = (self._done - before) / max(self._latest[0] - since, 1e-9)
             parts = [f"{rate:.1f} {self._unit}/s", f"{(self._total - self._done) / rate:.0f} s left", *parts]
         return ", ".join(parts)

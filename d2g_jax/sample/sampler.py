@@ -127,7 +127,9 @@ class Sampler:
         if folder.is_file() and folder.suffix != ".safetensors":
             raise UserError(f"{model}: a file; {_of_file(folder)}")
         if folder.is_dir() and not (folder / "model_index.json").exists():
-            raise UserError(f"{model}: neither a pipeline folder (model_index.json) nor a workdir (checkpoints/)")
+            files = sorted(file.name for file in folder.glob("*.safetensors"))
+            hint = f"; give {folder / files[0]} for the file in it" if len(files) == 1 else ""
+            raise UserError(f"{model}: neither a pipeline folder (model_index.json) nor a workdir (checkpoints/){hint}")
         described = exported.read_description(folder)
         if described.get("format") == "flax":
             _check_own(model, system=parts.system, unet=parts.unet, **parts.said)

@@ -111,9 +111,10 @@ def test_a_demo_with_trained_students(trained):
 
 
 def test_the_same_command_again_changes_nothing(finished, capsys):
-    before = figures(finished)
+    before, seconds = figures(finished), (finished / "seconds.json").read_bytes()
     assert main(["demo", f"--workdir={finished}", *SMALL]) == 0
     assert figures(finished) == before
+    assert (finished / "seconds.json").read_bytes() == seconds  # of the run that did the work
     assert "report.html" in capsys.readouterr().out
 
 

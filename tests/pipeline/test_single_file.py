@@ -65,6 +65,10 @@ def export(source: Path, out: Path, timestep: int | None = None, **options) -> P
 def test_folder_to_file_to_folder_gives_every_bit_back(kind, tiny, tmp_path):
     file = export(tiny[kind], tmp_path / "one")
     assert sorted(path.name for path in file.parent.iterdir()) == ["one.safetensors"]  # a teacher has no workflow
+    with pytest.raises(
+        UserError, match=r"neither a pipeline folder .*; give .*/one/one\.safetensors for the file in it"
+    ):
+        Sampler.load(file.parent, meshes.make_mesh())
     read = Sampler.load(file, meshes.make_mesh())
     before = Pipeline.load(tiny[kind])
     assert read.timestep is None

@@ -83,7 +83,14 @@ def test_the_page_shows_what_the_run_holds(workdir):
         "All right",
     ):
         assert expected in words
-    for expected in ("e_latent_lpips", "1e-05", "1 min 55 s", "regression", "mse outside 0.8 to 1.25", "1 not finite"):
+    for expected in (
+        "e_latent_lpips",
+        "1e-05",
+        "1 min 55 s",
+        "regression",
+        "mse outside, healthy 0.8 to 1.25",
+        "1 not finite",
+    ):
         assert expected in words
     assert len([one for one in outline.attributes("svg") if one["class"] == "chart"]) == 3  # two metrics and speed
     assert len(outline.attributes("img")) == 3 + 3

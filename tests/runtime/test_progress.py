@@ -68,6 +68,18 @@ def test_what_an_earlier_run_did_is_no_part_of_the_rate(clock, capsys):
     ]
 
 
+def test_a_single_batch_that_compiles_first_has_no_rate(clock, capsys):
+    for beginning in ("compiling", ""):
+        with progress.Progress("draw", 4, "image", beginning=beginning) as shown:
+            clock[0] += 16.0
+            shown.advance(4)
+    assert capsys.readouterr().err.splitlines() == [
+        "draw: 0/4 image, compiling",
+        "draw: 4/4 image",
+        "draw: 4/4 image, 0.2 image/s, 0 s left",
+    ]
+
+
 def test_a_bar_does_not_count_compilation(clock, capsys, monkeypatch):
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
     with progress.Progress("pairs", 12, "img", beginning="compiling") as shown:
