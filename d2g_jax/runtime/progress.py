@@ -25,7 +25,7 @@ class Progress:
     """A context manager; `advance` counts units done, all of a batch at once.
 
     The rate is that between the first batch and the last: what comes before, which `beginning` names ("compiling"), and
-    what comes after have no part in it, nor has what an earlier run did. So a single batch has none after a `beginning`.
+    what comes after have no part in it, nor has what an earlier run did. Behind a `beginning` a single batch has none.
     """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0, beginning: str = ""):
