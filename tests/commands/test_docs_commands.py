@@ -44,7 +44,7 @@ def test_command(page, words, capsys, monkeypatch):
     settings = [word for word in words if word.startswith("--config.")]
     flags = {word.partition("=")[0] for word in words if word.startswith("--") and word not in settings}
     assert flags <= known
-    if files := [word.removeprefix("--config=") for word in words if word.startswith("--config=")]:
-        read_config(Path(files[0]), settings)
-    else:
-        assert settings == []
+    files = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    if files or settings:
+        assert "--config" in known
+        read_config(Path(files[0] if files else "configs/digits.py"), settings)  # the digits, where no file is given
