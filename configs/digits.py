@@ -1,6 +1,6 @@
 """The embedded digits teacher on two CPU cores.
 
-    d2g demo --workdir=runs/demo                                         everything, some six minutes
+    d2g demo --workdir=runs/demo                                         everything, six to seven minutes
     d2g pairs --config=configs/digits.py --workdir=runs/digits           1,024 pairs
     d2g train --config=configs/digits.py --workdir=runs/digits           the full student
 
